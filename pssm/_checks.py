@@ -1,0 +1,113 @@
+"""One style for every error: the argument in backticks, what was expected, what came, and the next step.
+
+Shapes and dtypes are static, so looking at them costs nothing under `jit`. Values are looked at only when they are
+there (outside of `jit`, `vmap` and `grad`): a traced array passes.
+"""
+
+import warnings
+from difflib import get_close_matches
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pssm._types import ArrayLike
+
+
+def is_traced(x: object) -> bool:
+    """True where the values of `x` cannot be looked at: inside `jit`, `vmap`, `grad` or `scan`."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def as_float(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as a floating-point JAX array (integers and lists welcome), or a `TypeError` that names the argument."""
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array of numbers; got {type(x).__name__}: {error}") from None
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real; got dtype {array.dtype}. Pass its real part.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.result_type(float))
+    return array
+
+
+def check_finite(name: str, x: jax.Array, *, allow_nan: bool = False) -> None:
+    """Refuses infinite values, and NaN unless it stands for a missing entry. Traced values pass."""
+    if is_traced(x):
+        return
+    values = np.asarray(x)
+    if allow_nan and np.isinf(values).any():
+        where = tuple(int(i) for i in np.argwhere(np.isinf(values))[0])
+        raise ValueError(f"`{name}` has an infinite value at index {where}. Mark a missing entry with NaN instead.")
+    if not allow_nan and not np.isfinite(values).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise ValueError(f"`{name}` must be finite; got {values[where]} at index {where}.")
+
+
+def check_shape(name: str, x: jax.Array, expected: tuple[int, ...], meaning: str) -> None:
+    """Compares the trailing axes of `x` with `expected`; `meaning` says in words what the axes are."""
+    if x.shape[x.ndim - len(expected) :] != expected or x.ndim < len(expected):
+        raise ValueError(f"`{name}` must have shape {expected} ({meaning}); got {x.shape}.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Refuses a value that is not among `choices`, and says which one may have been meant."""
+    if value in choices:
+        return
+    close = get_close_matches(str(value), [str(c) for c in choices], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"`{name}` must be one of {', '.join(repr(c) for c in choices)}; got {value!r}.{hint}")
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be a whole number; got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+    return int(value)
+
+
+def check_series(y: ArrayLike, n_obs: int, name: str = "y") -> jax.Array:
+    """A series of shape `(..., time, n_obs)` as floats; `(time,)` is taken as one column where `n_obs` is 1.
+
+    NaN entries are missing. Raises `ValueError` for another shape, for no time steps, and for infinite values; warns
+    where the values are 64-bit but would lose their variation in the 32-bit arithmetic that is switched on.
+    """
+    _warn_lost_precision(name, y)
+    series = as_float(name, y)
+    if series.ndim == 1 and n_obs == 1:
+        series = series[:, None]
+    if series.ndim < 2 or series.shape[-1] != n_obs:
+        hint = ""
+        if series.ndim == 2 and series.shape[0] == n_obs:
+            hint = f" Its first axis has length {n_obs}: transpose it."
+        elif series.ndim == 1:
+            hint = " A one-dimensional series is accepted only where the model has one observed variable."
+        raise ValueError(f"`{name}` must have shape (time, {n_obs}); got {series.shape}.{hint}")
+    if series.shape[-2] == 0:
+        raise ValueError(f"`{name}` must have at least one time step; got shape {series.shape}.")
+    check_finite(name, series, allow_nan=True)
+    return series
+
+
+def _warn_lost_precision(name: str, y: ArrayLike) -> None:
+    """Says so when converting float64 data to float32 rounds away part of the variation in the data."""
+    if isinstance(y, jax.Array) or jnp.result_type(float) == jnp.float64:
+        return
+    values = np.asarray(y)
+    if values.dtype != np.float64 or values.size < 2:
+        return
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounding = np.abs(values.astype(np.float32).astype(np.float64) - values)
+        steps = np.abs(np.diff(values, axis=-2 if values.ndim > 1 else 0))
+    steps = steps[np.isfinite(steps) & (steps > 0)]
+    rounding = rounding[np.isfinite(rounding)]
+    if steps.size and rounding.size and rounding.max() > 1e-3 * np.median(steps):
+        warnings.warn(
+            f"`{name}` is 64-bit data whose typical step ({np.median(steps):.3g}) is close to what 32-bit numbers of "
+            f"its size can tell apart ({rounding.max():.3g}). Subtract an offset, or switch on 64-bit arithmetic with "
+            'jax.config.update("jax_enable_x64", True).',
+            stacklevel=4,
+        )

@@ -1,0 +1,15 @@
+"""What a fit is worth: labelled results, importance diagnostics, cross-validation."""
+
+from pssm.diagnostics.bound import Evidence, khat, log_evidence
+from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
+
+__all__ = ["Evidence", "khat", "leave_future_out", "load_tree", "log_evidence", "save_tree", "to_datatree"]
+
+
+def __getattr__(name: str):
+    """`leave_future_out` brings ArviZ with it, which takes seconds to import: only when asked for."""
+    if name == "leave_future_out":
+        from pssm.diagnostics.crossval import leave_future_out
+
+        return leave_future_out
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

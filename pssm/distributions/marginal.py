@@ -1,0 +1,135 @@
+"""The distribution of the observations of a linear-Gaussian model, states integrated out exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+
+from pssm._checks import check_count
+from pssm._types import Array, ArrayLike, Key
+from pssm.filters import forecast, kalman_smoother, log_likelihoods, sample_states, simulate
+from pssm.linalg import outer
+from pssm.ssm import ForecastResult, LinearGaussianSSM, SmootherResult, check_inputs, check_num_steps
+
+
+class _RealOrMissingMatrix(constraints._SingletonConstraint):
+    """Finite numbers, or NaN for missing, with event shape `(time, obs)`."""
+
+    event_dim = 2
+
+    def __call__(self, x: Array) -> Array:
+        return ~jnp.isinf(x).any((-1, -2))
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return jnp.zeros_like(prototype)
+
+
+real_or_missing_matrix = _RealOrMissingMatrix()
+
+
+class LinearGaussianMarginal(dist.Distribution):
+    """`p(y_{1:T} | u_{1:T}) = int p(z_{1:T}, y_{1:T} | u_{1:T}) dz`, event shape `(time, obs)`; exact.
+
+    NaN entries of a value are missing. Batch axes of `ssm` and `u` are batch axes of the distribution.
+
+    Args:
+        ssm: the model.
+        num_steps: number of time steps, at least 1.
+        u: inputs `(..., time, input)`, where the model has `B` or `D`.
+
+    Raises:
+        ValueError: `num_steps`, `u` or the length of time-varying arrays do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from pssm import LinearGaussianSSM
+        >>> def nile(y=None, num_steps=None):
+        ...     one = jnp.eye(1)
+        ...     s_level = numpyro.sample("s_level", dist.HalfNormal(100.0))
+        ...     s_obs = numpyro.sample("s_obs", dist.HalfNormal(200.0))
+        ...     ssm = LinearGaussianSSM(jnp.zeros(1), 1e3 * one, one, s_level * one, one, s_obs * one)
+        ...     numpyro.sample("y", LinearGaussianMarginal(ssm, num_steps), obs=y)
+        >>> numpyro.handlers.trace(numpyro.handlers.seed(nile, 0)).get_trace(num_steps=5)["y"]["value"].shape
+        (5, 1)
+    """
+
+    pytree_data_fields = ("ssm", "u")
+    pytree_aux_fields = ("num_steps",)
+    support = real_or_missing_matrix
+    reparametrized_params = ["ssm"]
+    understands_missing = True
+
+    def __init__(
+        self,
+        ssm: LinearGaussianSSM,
+        num_steps: int,
+        u: ArrayLike | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
+        if not isinstance(ssm, LinearGaussianSSM):
+            raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
+        self.num_steps = check_count("num_steps", num_steps)
+        check_num_steps(ssm, num_steps, "`num_steps`")
+        self.ssm = ssm
+        self.u = check_inputs(ssm, u, num_steps)
+        batch = jnp.broadcast_shapes(ssm.batch_shape, () if self.u is None else self.u.shape[:-2])
+        super().__init__(batch, (num_steps, ssm.n_obs), validate_args=validate_args)
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Series of shape `sample_shape + batch_shape + (time, obs)`."""
+        count = 1
+        for size in sample_shape:
+            count *= size
+        keys = jax.random.split(key, count)
+        y = jax.vmap(lambda k: simulate(k, self.ssm, self.num_steps, self.u)[1])(keys)
+        return y.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        """`log p(y_{1:T})` over the observed entries, exact, `sample_shape + batch_shape`."""
+        return self.log_prob_steps(value).sum(-1)
+
+    def log_prob_steps(self, value: Array) -> Array:
+        """`log p(y_t | y_{1:t-1})` for each step, `(..., time)`; 0 where nothing is observed."""
+        return log_likelihoods(self.ssm, self._with_batch(value), self.u)
+
+    def smooth(self, value: Array) -> SmootherResult:
+        """The posterior of the states given a series."""
+        return kalman_smoother(self.ssm, self._with_batch(value), self.u)
+
+    def sample_states(self, key: Key, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Paths from the posterior of the states given a series, `sample_shape + (..., time, state)`."""
+        return sample_states(key, self.ssm, self._with_batch(value), self.u, sample_shape=sample_shape)
+
+    def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:
+        """Moments of the `num_steps` steps after a series."""
+        return forecast(self.ssm, self._with_batch(value), num_steps, self.u, u_future)
+
+    @property
+    def mean(self) -> Array:
+        """`E[y]`, `batch_shape + (time, obs)`."""
+        return self._moments()[0]
+
+    @property
+    def variance(self) -> Array:
+        """`Var(y)`, entry by entry, `batch_shape + (time, obs)`."""
+        return jnp.diagonal(self._moments()[1], axis1=-2, axis2=-1)
+
+    def _moments(self) -> tuple[Array, Array]:
+        """Prior moments: the predictions of a filter that sees nothing."""
+        nothing = jnp.full((*self.batch_shape, *self.event_shape), jnp.nan, self.ssm.dtype)
+        prior = kalman_smoother(self.ssm, nothing, self.u)
+        C = self.ssm.C if "C" in self.ssm.time_varying else self.ssm.C[..., None, :, :]
+        R = self.ssm.R if "chol_R" in self.ssm.time_varying else self.ssm.R[..., None, :, :]
+        mean = jnp.squeeze(C @ prior.mean[..., None], -1)
+        if self.ssm.d is not None:
+            mean = mean + (self.ssm.d if "d" in self.ssm.time_varying else self.ssm.d[..., None, :])
+        if self.ssm.D is not None and self.u is not None:
+            D = self.ssm.D if "D" in self.ssm.time_varying else self.ssm.D[..., None, :, :]
+            mean = mean + jnp.squeeze(D @ self.u[..., None], -1)
+        return mean, outer(C @ prior.chol) + R
+
+    def _with_batch(self, value: Array) -> Array:
+        return jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), self.batch_shape + self.event_shape))

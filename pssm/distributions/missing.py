@@ -1,0 +1,199 @@
+"""Observed sites whose NaN entries are missing, for any NumPyro distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+
+from pssm._checks import as_float, check_finite, is_traced
+from pssm._types import Array, ArrayLike, Key
+from pssm.linalg import solve_lower, triangularise
+
+LOG_2PI = 1.8378770664093453
+
+
+class _OrMissing(constraints.Constraint):
+    """The support of another distribution, with NaN allowed at any entry."""
+
+    def __init__(self, base: constraints.Constraint):
+        self.base = base
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.base.is_discrete
+
+    @property
+    def event_dim(self) -> int:
+        return self.base.event_dim
+
+    def __call__(self, x: Array) -> Array:
+        missing = jnp.isnan(x)
+        ok = self.base(jnp.where(missing, self.base.feasible_like(x), x))
+        if not self.event_dim:
+            return ok | missing
+        return ok | missing.any(tuple(range(-self.event_dim, 0)))
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return self.base.feasible_like(prototype)
+
+    def tree_flatten(self):
+        return (self.base,), (("base",), {})
+
+
+class WithMissing(dist.Distribution):
+    """`base`, in which NaN entries of a value are missing: they contribute nothing, and no NaN to a gradient.
+
+    Independent entries (scalar distributions, with `.to_event` or without) are masked one by one. A
+    `MultivariateNormal` is marginalised exactly over its observed coordinates. Any other joint event (`Dirichlet`,
+    `Multinomial`, ...) is scored only where it is complete. A distribution that understands NaN itself, such as
+    `LinearGaussianMarginal`, is left to do so. Draws are complete: they are draws from `base`.
+
+    Args:
+        base: any NumPyro distribution.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
+        >>> d = WithMissing(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> print(d.log_prob(jnp.array([0.0, jnp.nan, 0.0])).round(4))
+        -1.8379
+    """
+
+    pytree_data_fields = ("base",)
+    reparametrized_params: list[str] = []
+
+    def __init__(self, base: dist.Distribution, *, validate_args: bool | None = None):
+        self.base = base
+        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of `base`, or NaN."""
+        return _OrMissing(self.base.support)
+
+    @property
+    def mean(self) -> Array:
+        """Mean of `base`."""
+        return self.base.mean
+
+    @property
+    def variance(self) -> Array:
+        """Variance of `base`."""
+        return self.base.variance
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Complete draws from `base`."""
+        return self.base.sample(key, sample_shape)
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        """Log density of the entries that are there, `batch_shape`."""
+        return _log_prob(self.base, value)
+
+
+def _understands_missing(d: dist.Distribution) -> bool:
+    return getattr(d, "understands_missing", False)
+
+
+def _log_prob(d: dist.Distribution, value: Array) -> Array:
+    """`d.log_prob` over the observed entries, by what kind of distribution `d` is."""
+    if isinstance(d, WithMissing) or _understands_missing(d):
+        return d.log_prob(value)
+    if isinstance(d, dist.Independent):
+        each = _log_prob(d.base_dist, value)
+        return each.sum(tuple(range(-d.reinterpreted_batch_ndims, 0)))
+    if isinstance(d, dist.ExpandedDistribution):
+        each = _log_prob(d.base_dist, value)
+        sample_and_batch = jnp.shape(value)[: jnp.ndim(value) - d.event_dim]
+        return jnp.broadcast_to(each, jnp.broadcast_shapes(sample_and_batch, d.batch_shape))
+    if isinstance(d, dist.MaskedDistribution):
+        return jnp.where(d._mask, _log_prob(d.base_dist, value), 0.0)
+    if isinstance(d, dist.MultivariateNormal):
+        return _marginal_normal(d, value)
+    missing = jnp.isnan(value)
+    if d.event_dim:
+        missing = jnp.broadcast_to(missing.any(tuple(range(-d.event_dim, 0)), keepdims=True), missing.shape)
+    filled = jnp.where(missing, _harmless(d, value), value)
+    if d.support.is_discrete:
+        filled = filled.astype(jnp.result_type(int))
+    each = d.log_prob(filled)
+    if d.event_dim:
+        missing = missing[(..., *(0,) * d.event_dim)]
+    return jnp.where(missing, 0.0, each)
+
+
+def _harmless(d: dist.Distribution, value: Array) -> Array:
+    """Values inside the support, near the middle, at which density and gradient are finite."""
+    feasible = jnp.asarray(d.support.feasible_like(value), value.dtype)
+    if d.support is constraints.real or d.support is constraints.real_vector:
+        try:
+            mean = jnp.broadcast_to(jax.lax.stop_gradient(d.mean), value.shape)
+        except NotImplementedError:
+            return feasible
+        return jnp.where(jnp.isfinite(mean), mean, feasible).astype(value.dtype)
+    return feasible
+
+
+def _marginal_normal(d: dist.MultivariateNormal, value: Array) -> Array:
+    """The exact normal density of the observed coordinates: rows of the factor that are missing are dropped."""
+    shape = jnp.broadcast_shapes(value.shape, d.batch_shape + d.event_shape)
+    size = shape[-1]
+    residual = jnp.broadcast_to(value - d.loc, shape).reshape(-1, size)
+    factors = jnp.broadcast_to(d.scale_tril, shape + (size,)).reshape(-1, size, size)
+
+    def one(r: Array, factor: Array) -> Array:
+        seen = ~jnp.isnan(r)
+        chol = triangularise(jnp.where(seen[:, None], factor, 0.0))
+        whitened = solve_lower(chol, jnp.where(seen, r, 0.0))
+        terms = LOG_2PI + 2 * jnp.log(jnp.where(seen, jnp.diagonal(chol), 1.0)) + whitened**2
+        return -0.5 * jnp.sum(jnp.where(seen, terms, 0.0))
+
+    return jax.vmap(one)(residual, factors).reshape(shape[:-1])
+
+
+def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = None) -> Array:
+    """`numpyro.sample(name, distribution, obs=obs)` in which NaN entries of `obs` are missing.
+
+    Args:
+        name: the site's name.
+        distribution: any NumPyro distribution; its shape, batch and event, is that of `obs`.
+        obs: observed values, NaN where missing; None draws from the distribution (prediction).
+
+    Returns:
+        The observed values, or the draw.
+
+    Raises:
+        ValueError: an infinite value, or an event of a joint distribution of which only some entries are missing and
+            whose marginal is not known. (Values are looked at outside of `jit` only.)
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> def model(counts):
+        ...     rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...     observe("counts", dist.Poisson(rate * jnp.ones(3)).to_event(1), counts)
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace([1, float("nan"), 3])
+        >>> trace["counts"]["value"].shape
+        (3,)
+    """
+    if obs is None:
+        return numpyro.sample(name, WithMissing(distribution))
+    values = as_float("obs", obs)
+    check_finite("obs", values, allow_nan=True)
+    _check_partial_events(distribution, values)
+    return numpyro.sample(name, WithMissing(distribution), obs=values)
+
+
+def _check_partial_events(d: dist.Distribution, values: Array) -> None:
+    while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        d = d.base_dist
+    if is_traced(values) or not d.event_dim or _understands_missing(d) or isinstance(d, dist.MultivariateNormal):
+        return
+    missing = np.isnan(np.asarray(values))
+    axes = tuple(range(-d.event_dim, 0))
+    if np.any(missing.any(axes) & ~missing.all(axes)):
+        raise ValueError(
+            f"`obs` has an event with some entries missing, and the marginal of {type(d).__name__} is not known. "
+            "Make the whole event NaN, or use independent entries or a MultivariateNormal."
+        )

@@ -1,0 +1,280 @@
+"""The prior over a whole state path as one sample site, and its non-centred form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+from numpyro.infer.reparam import Reparam
+
+from pssm._checks import as_float, check_choice, check_count, check_shape
+from pssm._types import Array, ArrayLike, Key
+from pssm.linalg import solve_lower, triangularise
+from pssm.linalg.small import matvec
+from pssm.ssm import LinearGaussianSSM
+
+LOG_2PI = 1.8378770664093453
+_TIMED = ("transition", "chol_Q", "b", "B")
+_CORE = {"m0": 1, "chol_P0": 2, "transition": 2, "chol_Q": 2, "b": 1, "B": 2, "u": 2}
+
+
+class StatePath(dist.Distribution):
+    """`p(z_{1:T}) = N(z_1; m0, P0) prod_{t=2}^T N(z_t; f(z_{t-1}, u_t), Q_t)`, event shape `(time, state)`.
+
+    The transition is a matrix, `f(z, u) = A z + b + B u`, or any function of `(z, u)`: a plain function, a
+    `jax.tree_util.Partial` or an Equinox module, whose arrays may be learned. Inputs, offsets and time-varying arrays
+    carry the destination index: entry `t` acts on the step into `t`, entry 0 is not used.
+
+    A singular `Q` (fewer noise columns than states) is welcome. Its paths have a density only on the set that the
+    noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and takes for granted that
+    the path lies on that set. To run MCMC or SVI over such a path sample it in its non-centred form (`NonCenteredPath`).
+
+    Args:
+        m0: mean of the first state, `(..., state)`.
+        chol_P0: factor of its covariance, `(..., state, state)`.
+        transition: `A` of shape `(..., state, state)`, or a function `(z (state,), u (input,) or None) -> (state,)`.
+        chol_Q: factor of the transition noise, `(..., state, noise)`.
+        num_steps: length of the path, at least 1.
+        u: inputs `(..., time, input)`.
+        b: offset `(..., state)`; with a matrix only.
+        B: effect of the inputs `(..., state, input)`; with a matrix only.
+        time_varying: names among "transition", "chol_Q", "b", "B" that have a time axis in front.
+
+    Raises:
+        ValueError, TypeError: a shape does not fit; the message names the argument.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> walk = StatePath(jnp.zeros(1), jnp.eye(1), jnp.eye(1), 0.1 * jnp.eye(1), num_steps=50)
+        >>> walk.sample(jax.random.key(0)).shape, walk.event_shape
+        ((50, 1), (50, 1))
+        >>> pendulum = StatePath(jnp.zeros(2), jnp.eye(2), lambda z, u: jnp.sin(z), 0.1 * jnp.eye(2), num_steps=20)
+        >>> pendulum.log_prob(jnp.zeros((20, 2))).shape
+        ()
+    """
+
+    pytree_data_fields = ("m0", "chol_P0", "chol_Q", "u", "b", "B", "_dynamic")
+    pytree_aux_fields = ("num_steps", "time_varying", "_static", "is_linear")
+    support = constraints.independent(constraints.real, 2)
+    reparametrized_params = ["m0", "chol_P0", "chol_Q", "b", "B"]
+
+    def __init__(
+        self,
+        m0: ArrayLike,
+        chol_P0: ArrayLike,
+        transition: ArrayLike | Callable[[Array, Array | None], Array],
+        chol_Q: ArrayLike,
+        num_steps: int,
+        u: ArrayLike | None = None,
+        *,
+        b: ArrayLike | None = None,
+        B: ArrayLike | None = None,
+        time_varying: tuple[str, ...] = (),
+        validate_args: bool | None = None,
+    ):
+        self.num_steps = check_count("num_steps", num_steps)
+        self.is_linear = not callable(transition)
+        if not self.is_linear and (b is not None or B is not None):
+            raise ValueError("`b` and `B` go with a transition matrix; put them into the `transition` function.")
+        if isinstance(time_varying, str):
+            raise TypeError(f"`time_varying` must be a tuple of names; got the string {time_varying!r}.")
+        for name in time_varying:
+            check_choice("time_varying", name, _TIMED if self.is_linear else ("chol_Q",))
+        self.time_varying = tuple(time_varying)
+        given = {"m0": m0, "chol_P0": chol_P0, "chol_Q": chol_Q, "b": b, "B": B, "u": u}
+        if self.is_linear:
+            given["transition"] = transition
+        arrays = {name: as_float(name, x) for name, x in given.items() if x is not None}
+        if "u" in arrays and arrays["u"].ndim == 1:
+            arrays["u"] = arrays["u"][:, None]
+        batch = self._check(arrays)
+        dtype = jnp.result_type(*arrays.values())
+        arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+        for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
+            setattr(self, name, arrays.get(name))
+        if self.is_linear:
+            function: Any = arrays["transition"]
+        else:
+            is_plain = len(jax.tree.leaves(transition)) == 1 and jax.tree.leaves(transition)[0] is transition
+            function = jax.tree_util.Partial(transition) if is_plain else transition
+        self._dynamic, self._static = eqx.partition(function, eqx.is_array)
+        super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
+
+    def _check(self, arrays: dict[str, Array]) -> tuple[int, ...]:
+        """Shapes of the core axes; returns the batch shape."""
+        n = arrays["m0"].shape[-1] if arrays["m0"].ndim else None
+        if n is None:
+            raise ValueError(f"`m0` must have shape (state,); got {arrays['m0'].shape}.")
+        expected = {"m0": (n,), "chol_P0": (n, n), "transition": (n, n), "b": (n,)}
+        meaning = {"m0": "state", "chol_P0": "state, state", "transition": "state, state", "b": "state"}
+        for name in expected:
+            if name in arrays:
+                check_shape(name, arrays[name], expected[name], meaning[name])
+        if arrays["chol_Q"].ndim < 2 or arrays["chol_Q"].shape[-2] != n:
+            raise ValueError(f"`chol_Q` must have shape ({n}, noise); got {arrays['chol_Q'].shape}.")
+        if "u" in arrays and arrays["u"].shape[-2] != self.num_steps:
+            raise ValueError(f"`u` must have {self.num_steps} time steps; got shape {arrays['u'].shape}.")
+        if "B" in arrays:
+            if "u" not in arrays:
+                raise ValueError("`u` is required, of shape (time, input): `B` is given.")
+            check_shape("B", arrays["B"], (n, arrays["u"].shape[-1]), "state, input")
+        elif self.is_linear and "u" in arrays:
+            raise ValueError("`u` is given, but there is no `B` to use it.")
+        batches = []
+        for name, x in arrays.items():
+            timed = name in self.time_varying
+            if timed and (x.ndim < _CORE[name] + 1 or x.shape[-1 - _CORE[name]] != self.num_steps):
+                raise ValueError(f"`{name}` is time-varying and needs {self.num_steps} steps; got shape {x.shape}.")
+            batches.append(x.shape[: x.ndim - _CORE[name] - timed])
+        return jnp.broadcast_shapes(*batches)
+
+    @classmethod
+    def from_ssm(cls, ssm: LinearGaussianSSM, num_steps: int, u: ArrayLike | None = None) -> "StatePath":
+        """The path prior of a linear-Gaussian model."""
+        timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
+        inputs = u if ssm.B is not None else None
+        return cls(
+            ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed
+        )
+
+    @property
+    def n_state(self) -> int:
+        """Size of the state."""
+        return self.m0.shape[-1]
+
+    @property
+    def transition(self) -> Any:
+        """The transition matrix or function as given."""
+        return eqx.combine(self._dynamic, self._static)
+
+    @property
+    def noise_size(self) -> int:
+        """How many standard normal numbers make one path: `state + (time - 1) noise`."""
+        return self.n_state + (self.num_steps - 1) * self.chol_Q.shape[-1]
+
+    @property
+    def mean(self) -> Array:
+        """Mean path, `(..., time, state)`; known for a linear transition only."""
+        if not self.is_linear:
+            raise NotImplementedError("The mean path of a nonlinear transition has no closed form; average draws.")
+        return self.path_from_noise(jnp.zeros((*self.batch_shape, self.noise_size), self.m0.dtype))
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Paths of shape `sample_shape + batch_shape + (time, state)`."""
+        shape = (*sample_shape, *self.batch_shape, self.noise_size)
+        return self.path_from_noise(jax.random.normal(key, shape, self.m0.dtype))
+
+    def path_from_noise(self, noise: Array) -> Array:
+        """The path driven by standard normal `noise` of shape `(..., noise_size)`: the non-centred form.
+
+        The first `state` numbers make `z_1 = m0 + chol_P0 e`, the rest are the transitions' noise in time order.
+        """
+        batch = jnp.broadcast_shapes(noise.shape[:-1], self.batch_shape)
+        noise = jnp.broadcast_to(noise, (*batch, noise.shape[-1])).reshape(-1, noise.shape[-1])
+
+        def one(e: Array, a: dict[str, Array]) -> Array:
+            first = a["m0"] + matvec(a["chol_P0"], e[: self.n_state])
+            later = e[self.n_state :].reshape(self.num_steps - 1, -1)
+
+            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+                w, u, timed = xs
+                now = {**a, **timed}
+                z = self._step(now, z, u) + matvec(now["chol_Q"], w)
+                return z, z
+
+            xs = later, self._inputs(a), self._timed(a)
+            _, path = jax.lax.scan(step, first, xs, length=self.num_steps - 1)
+            return jnp.concatenate([first[None], path])
+
+        paths = self._map(one, batch, noise)
+        return paths.reshape(*batch, self.num_steps, self.n_state)
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        """Log density of paths `(..., time, state)`; all time steps at once, no scan."""
+        batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        flat = jnp.broadcast_to(value, (*batch, *self.event_shape)).reshape(-1, *self.event_shape)
+
+        def one(z: Array, a: dict[str, Array]) -> Array:
+            first = _normal_log_prob(triangularise(a["chol_P0"]), (z[0] - a["m0"])[:, None])
+            if self.num_steps == 1:
+                return first[0]
+            inputs, timed = self._inputs(a), self._timed(a)
+            mean = jax.vmap(lambda x, u, t: self._step({**a, **t}, x, u))(z[:-1], inputs, timed)
+            residual = z[1:] - mean
+            if "chol_Q" in timed:
+                later = jax.vmap(lambda c, r: _normal_log_prob(triangularise(c), r[:, None])[0])
+                return first[0] + later(timed["chol_Q"], residual).sum()
+            return first[0] + _normal_log_prob(triangularise(a["chol_Q"]), residual.T).sum()
+
+        return self._map(one, batch, flat).reshape(batch)
+
+    def _step(self, a: dict[str, Array], z: Array, u: Array | None) -> Array:
+        if not self.is_linear:
+            return self.transition(z, u)
+        mean = matvec(a["transition"], z)
+        if "b" in a:
+            mean = mean + a["b"]
+        return mean if "B" not in a else mean + matvec(a["B"], u)
+
+    def _inputs(self, a: dict[str, Array]) -> Array | None:
+        return a["u"][1:] if "u" in a else None
+
+    def _timed(self, a: dict[str, Array]) -> dict[str, Array]:
+        return {name: a[name][1:] for name in self.time_varying}
+
+    def _map(self, fn: Callable[[Array, dict[str, Array]], Array], batch: tuple[int, ...], xs: Array) -> Array:
+        """`fn` over a flat batch; arrays that have no batch axes are shared, not copied."""
+        arrays = {name: getattr(self, name) for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u")}
+        if self.is_linear:
+            arrays["transition"] = self.transition
+        arrays = {name: x for name, x in arrays.items() if x is not None}
+        axes = {}
+        for name, x in arrays.items():
+            core = _CORE[name] + (name in self.time_varying)
+            axes[name] = 0 if x.ndim > core else None
+            if x.ndim > core:
+                trailing = x.shape[x.ndim - core :]
+                arrays[name] = jnp.broadcast_to(x, batch + trailing).reshape(-1, *trailing)
+        return jax.vmap(fn, in_axes=(0, axes))(xs, arrays)
+
+
+def _normal_log_prob(chol: Array, residuals: Array) -> Array:
+    """Log density of the columns of `residuals` `(state, many)` under `N(0, chol chol')`, zero pivots left out."""
+    whitened = solve_lower(chol, residuals)
+    pivots = jnp.diagonal(chol)
+    live = pivots > 0
+    terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0))[:, None] + whitened**2
+    return -0.5 * jnp.sum(jnp.where(live[:, None], terms, 0.0), axis=0)
+
+
+class NonCenteredPath(Reparam):
+    """Samples a `StatePath` site through the standard normal noise that drives it.
+
+    The site `name` becomes deterministic; the noise is a new site `name_base` of event shape `(noise_size,)`. Often
+    easier for NUTS where the data say little about single states, and the only way for a singular `Q`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro
+        >>> def model():
+        ...     numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), jnp.eye(1), jnp.eye(1), 5))
+        >>> model = numpyro.handlers.reparam(model, config={"z": NonCenteredPath()})
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
+        >>> trace["z"]["type"], trace["z_base"]["value"].shape
+        ('deterministic', (5,))
+    """
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
+        """Replaces the site; `obs` must be None."""
+        if obs is not None:
+            raise ValueError(f"`{name}` is observed: an observed path cannot be non-centred.")
+        path, shape, _ = self._unwrap(fn)
+        if not isinstance(path, StatePath):
+            raise TypeError(f"`{name}` must be a StatePath to be non-centred; got {type(path).__name__}.")
+        base = dist.Normal(jnp.zeros(path.noise_size, path.m0.dtype), 1.0).to_event(1).expand(shape)
+        return None, path.path_from_noise(numpyro.sample(f"{name}_base", base))

@@ -1,0 +1,303 @@
+"""The exact filter in square-root form, and what needs nothing but a forward pass: simulation and forecasts.
+
+One step, with `L` a factor of the predicted covariance, stacks the observation above the state and triangularises:
+
+    [ C L   chol_R ]        [ S^1/2   0  ]     S = C P C' + R,  K = Kbar S^-1/2 the Kalman gain
+    [   L     0    ]  --->  [ Kbar    L+ ]     L+ a factor of the filtered covariance
+
+Missing entries are rows of zeros in the first line: their pivot in `S^1/2` is zero and is skipped, and so is an entry
+that was known exactly before it was seen. Nothing is subtracted from a covariance, so none can turn negative, and
+float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pssm._checks import check_choice, check_count, check_series
+from pssm._types import Array, ArrayLike, Float, Key, Scalar
+from pssm.linalg import outer, solve_lower, triangularise
+from pssm.linalg.small import matmul, matvec
+from pssm.missing import split_missing
+from pssm.ssm import (
+    FIELDS,
+    TRANSITION,
+    FilterResult,
+    ForecastResult,
+    LinearGaussianSSM,
+    check_inputs,
+    check_num_steps,
+    over_batches,
+)
+
+METHODS = ("auto", "sequential", "square_root")
+LOG_2PI = 1.8378770664093453
+
+
+def kalman_filter(
+    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
+) -> FilterResult:
+    """Exact filtering, `p(z_t | y_{1:t})` for every `t`, and the log-likelihood.
+
+    Args:
+        ssm: the model.
+        y: observations `(time, obs)`, or `(time,)` for one variable; NaN entries are missing.
+        u: inputs `(time, input)`, where the model has `B` or `D`.
+        method: `"auto"`, `"sequential"` or `"square_root"`: all are the square-root recursion of this module, one
+            step after the other.
+
+    Returns:
+        A `FilterResult`. An entry of `y` whose variance given everything before it is exactly zero (exact
+        observation of a known state) has no density and contributes nothing to the log-likelihood.
+
+    Raises:
+        ValueError: a shape does not fit the model, `y` has an infinite value or no time step, or `method` is unknown.
+
+    Example:
+        >>> model = LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
+        >>> result = kalman_filter(model, [1120.0, 1160.0, float("nan"), 1210.0])
+        >>> result.mean.shape, result.log_likelihoods.shape
+        ((4, 1), (4,))
+
+    Source:
+        Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
+    """
+    ssm, series, inputs = _prepare(ssm, y, u, method)
+    return over_batches(_filter, ssm, (series, 2), (inputs, 2))
+
+
+def log_likelihood(
+    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
+) -> Scalar:
+    """`log p(y_{1:T})`, exact, the states integrated out. Arguments and errors as in `kalman_filter`.
+
+    Example:
+        >>> model = LinearGaussianSSM.from_covariances([0.0], [[1.0]], [[0.5]], [[1.0]], [[1.0]], [[1.0]])
+        >>> print(round(float(log_likelihood(model, [0.3, -0.1])), 4))
+        -2.5708
+    """
+    return log_likelihoods(ssm, y, u, method=method).sum(-1)
+
+
+def log_likelihoods(
+    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
+) -> Float[Array, "*batch time"]:
+    """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
+    ssm, series, inputs = _prepare(ssm, y, u, method)
+    return over_batches(lambda *args: _scan(*args, keep=False)[1], ssm, (series, 2), (inputs, 2))
+
+
+def simulate(
+    key: Key, ssm: LinearGaussianSSM, num_steps: int, u: ArrayLike | None = None
+) -> tuple[Float[Array, "*batch time state"], Float[Array, "*batch time obs"]]:
+    """Draws states and observations from the model, `p(z_{1:T}, y_{1:T})`.
+
+    Args:
+        key: JAX random key.
+        ssm: the model.
+        num_steps: number of time steps, at least 1.
+        u: inputs `(num_steps, input)`, where the model has `B` or `D`.
+
+    Returns:
+        `(z, y)` of shapes `(num_steps, state)` and `(num_steps, obs)`.
+
+    Raises:
+        ValueError: `num_steps` is below 1 or not the length of the time-varying arrays, or `u` does not fit.
+
+    Example:
+        >>> import jax
+        >>> one = [[1.0]]
+        >>> z, y = simulate(jax.random.key(0), LinearGaussianSSM([0.0], one, one, one, one, one), 5)
+        >>> z.shape, y.shape
+        ((5, 1), (5, 1))
+    """
+    check_count("num_steps", num_steps)
+    check_num_steps(ssm, num_steps, "`num_steps`")
+    inputs = check_inputs(ssm, u, num_steps)
+    inputs = None if inputs is None else inputs.astype(ssm.dtype)
+    batch = jnp.broadcast_shapes(ssm.batch_shape, () if inputs is None else inputs.shape[:-2])
+    state_key, obs_key = jax.random.split(key)
+    state_noise = jax.random.normal(state_key, (*batch, num_steps, ssm.n_state + ssm.chol_Q.shape[-1]), ssm.dtype)
+    obs_noise = jax.random.normal(obs_key, (*batch, num_steps, ssm.n_obs), ssm.dtype)
+    return over_batches(_simulate, ssm, (inputs, 2), (state_noise, 2), (obs_noise, 2))
+
+
+def forecast(
+    ssm: LinearGaussianSSM,
+    y: ArrayLike,
+    num_steps: int,
+    u: ArrayLike | None = None,
+    u_future: ArrayLike | None = None,
+) -> ForecastResult:
+    """Exact moments of the `num_steps` steps that follow the series.
+
+    The first row is one full transition after the last observation: `A P A' + Q`, not `P`.
+
+    Args:
+        ssm: the model. Time-varying arrays must cover `time + num_steps` steps.
+        y: observations `(time, obs)`; NaN entries are missing.
+        num_steps: the horizon, at least 1.
+        u: inputs of the observed steps `(time, input)`, where the model has `B` or `D`.
+        u_future: inputs of the future steps `(num_steps, input)`, likewise.
+
+    Returns:
+        A `ForecastResult` with `num_steps` rows.
+
+    Raises:
+        ValueError: a shape does not fit, or inputs for the future are absent.
+
+    Example:
+        >>> model = LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
+        >>> forecast(model, [1120.0, 1160.0, 963.0], 2).mean.shape
+        (2, 1)
+    """
+    check_count("num_steps", num_steps)
+    series = check_series(y, ssm.n_obs)
+    length = series.shape[-2]
+    check_num_steps(ssm, length + num_steps, "`y` with the forecast horizon")
+    inputs = check_inputs(ssm, u, length)
+    future = check_inputs(ssm, u_future, num_steps, "u_future")
+    ssm, series, inputs, future = _common_dtype(ssm, series, inputs, future)
+
+    def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, u_next: Array | None) -> ForecastResult:
+        filtered = _scan(model.steps(0, length), y_one, u_one, keep=True)[0]
+        start = filtered[2][-1], filtered[3][-1]
+        return _forecast_from(model.steps(length, length + num_steps), *start, num_steps, u_next)
+
+    return over_batches(one, ssm, (series, 2), (inputs, 2), (future, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None, method: str
+) -> tuple[LinearGaussianSSM, Array, Array | None]:
+    """Checks what came in and brings it to one floating-point type."""
+    check_choice("method", method, METHODS)
+    if not isinstance(ssm, LinearGaussianSSM):
+        raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
+    series = check_series(y, ssm.n_obs)
+    check_num_steps(ssm, series.shape[-2], "`y`")
+    inputs = check_inputs(ssm, u, series.shape[-2])
+    ssm, series, inputs = _common_dtype(ssm, series, inputs)
+    return ssm, series, inputs
+
+
+def _common_dtype(ssm: LinearGaussianSSM, *arrays: Array | None) -> tuple:
+    dtype = jnp.result_type(ssm.dtype, *(x for x in arrays if x is not None))
+    return ssm.astype(dtype), *(None if x is None else x.astype(dtype) for x in arrays)
+
+
+def _timed(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
+    """Time-varying fields as scan inputs.
+
+    With `ahead`, transition fields are shifted so that step `t` of the scan carries the transition INTO step `t + 1`;
+    the last one is repeated, and what is computed from it is thrown away.
+    """
+    fields = {name: getattr(ssm, name) for name in ssm.time_varying}
+    if not ahead:
+        return fields
+    return {
+        name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()
+    }
+
+
+def _shift(u: Array | None) -> Array | None:
+    return None if u is None else jnp.concatenate([u[1:], u[-1:]])
+
+
+def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
+    """`A z + b + B u`, at one time."""
+    mean = matvec(ssm.A, z)
+    if ssm.b is not None:
+        mean = mean + ssm.b
+    return mean if ssm.B is None or u is None else mean + matvec(ssm.B, u)
+
+
+def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
+    """`C z + d + D u`, at one time."""
+    mean = matvec(ssm.C, z)
+    if ssm.d is not None:
+        mean = mean + ssm.d
+    return mean if ssm.D is None or u is None else mean + matvec(ssm.D, u)
+
+
+def _update(
+    ssm: LinearGaussianSSM, mean: Array, chol: Array, y: Array, observed: Array, u: Array | None
+) -> tuple[Array, Array, Array]:
+    """Conditions the predicted state on the observed entries of `y`: `(mean, chol, log-likelihood)`."""
+    n_obs, n_state = ssm.C.shape
+    residual = jnp.where(observed, y - emission_mean(ssm, mean, u), 0.0)
+    seen = observed[:, None]
+    top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
+    bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
+    joint = triangularise(jnp.concatenate([top, bottom]))
+    chol_s, gain, filtered = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
+    whitened = solve_lower(chol_s, residual)
+    pivots = jnp.diagonal(chol_s)
+    live = pivots > 0
+    terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + whitened**2
+    return mean + matvec(gain, whitened), filtered, -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
+
+
+def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) -> tuple[Array, Array]:
+    """One transition: `(A m + b + B u, factor of A P A' + Q)`."""
+    factor = triangularise(jnp.concatenate([matmul(ssm.A, chol), ssm.chol_Q], axis=1))
+    return transition_mean(ssm, mean, u), factor
+
+
+def _scan(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, keep: bool) -> tuple[tuple | None, Array]:
+    """The forward pass of one series: `(predicted mean, chol, filtered mean, chol)` if kept, and log-likelihoods."""
+    filled, observed = split_missing(y)
+
+    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
+        mean, chol = carry
+        y_t, observed_t, u_t, u_next, timed = xs
+        now = ssm.at(timed)
+        new_mean, new_chol, log_lik = _update(now, mean, chol, y_t, observed_t, u_t)
+        kept = (mean, chol, new_mean, new_chol) if keep else None
+        return _predict(now, new_mean, new_chol, u_next), (kept, log_lik)
+
+    start = ssm.m0, triangularise(ssm.chol_P0)
+    _, (kept, log_liks) = jax.lax.scan(step, start, (filled, observed, u, _shift(u), _timed(ssm, ahead=True)))
+    return kept, log_liks
+
+
+def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
+    kept, log_liks = _scan(ssm, y, u, keep=True)
+    predicted_mean, predicted_chol, mean, chol = kept
+    return FilterResult(log_liks.sum(), log_liks, mean, chol, predicted_mean, predicted_chol)
+
+
+def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_noise: Array) -> tuple[Array, Array]:
+    n_state = ssm.n_state
+
+    def step(z: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
+        noise, next_noise, v, u_t, u_next, timed = xs
+        now = ssm.at(timed)
+        y = emission_mean(now, z, u_t) + matvec(now.chol_R, v)
+        return transition_mean(now, z, u_next) + matvec(now.chol_Q, next_noise), (z, y)
+
+    first, later = state_noise[0, :n_state], state_noise[:, n_state:]
+    start = ssm.m0 + matvec(ssm.chol_P0, first)
+    xs = state_noise, jnp.roll(later, -1, axis=0), obs_noise, u, _shift(u), _timed(ssm, ahead=True)
+    return jax.lax.scan(step, start, xs)[1]
+
+
+def _forecast_from(
+    ssm: LinearGaussianSSM, mean: Array, chol: Array, num_steps: int, u: Array | None
+) -> ForecastResult:
+    """Moments of the steps after a state with this mean and factor; time-varying fields start at the first of them."""
+
+    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+        u_t, timed = xs
+        now = ssm.at(timed)
+        m, factor = _predict(now, *carry, u_t)
+        obs_factor = jnp.concatenate([matmul(now.C, factor), now.chol_R], axis=1)
+        return (m, factor), (emission_mean(now, m, u_t), outer(obs_factor), m, outer(factor))
+
+    xs = u, _timed(ssm, ahead=False)
+    return ForecastResult(*jax.lax.scan(step, (mean, chol), xs, length=num_steps)[1])
+
+
+__all__ = ["FIELDS", "METHODS", "forecast", "kalman_filter", "log_likelihood", "log_likelihoods", "simulate"]

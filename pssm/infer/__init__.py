@@ -1,0 +1,16 @@
+"""Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
+
+from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
+
+__all__ = [
+    "SVIFit",
+    "elbo",
+    "fit_nuts",
+    "fit_svi",
+    "forecast",
+    "one_step_probabilities",
+    "posterior_draws",
+    "sample_states",
+    "smoothed_states",
+]

@@ -1,0 +1,5 @@
+"""Linear algebra of covariance factors."""
+
+from pssm.linalg.square_root import factor_from_covariance, outer, solve_lower, triangularise
+
+__all__ = ["factor_from_covariance", "outer", "solve_lower", "triangularise"]

@@ -1,0 +1,214 @@
+"""Square roots of covariances: triangular factors that are right for singular input too, with their derivatives.
+
+A covariance never appears in the filters; a factor does. For `P = M M'` with any rectangular `M`, `triangularise(M)`
+gives the lower-triangular `L` with `L L' = P` and a diagonal that is never negative. Where a row of `M` depends on the
+rows above it, the pivot of that row is exactly zero and so is its column of `L`: the skipped-pivot form of a singular
+Cholesky factor. `solve_lower` skips the same pivots, so conditioning on something already known changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+
+from pssm._checks import check_finite, is_traced
+from pssm._types import Array, Float
+from pssm.linalg.small import SMALL, matmul, matvec
+
+
+def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
+    """Lower-triangular `L` with `L L' = m m'`, diagonal >= 0; `m` may have any shape and any rank.
+
+    Differentiable to any order where `m` has full row rank. Where it has not, first derivatives of functions of
+    `L L'` are right (see `_orthogonalise_jvp`).
+
+    Args:
+        m: a factor of shape `(rows, cols)`.
+
+    Returns:
+        `L` of shape `(rows, rows)`; the column of a dependent row is exactly zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(triangularise(jnp.array([[3.0, 4.0], [6.0, 8.0]])))
+        [[ 5.  0.]
+         [10.  0.]]
+    """
+    return _orthogonalise(m)[0]
+
+
+def solve_lower(
+    factor: Float[Array, "rows rows"], x: Float[Array, "rows *cols"], *, transpose: bool = False
+) -> Float[Array, "rows *cols"]:
+    """Solves `L w = x` (or `L' w = x`), with `w_i = 0` where the pivot `L_ii` is zero.
+
+    Args:
+        factor: lower-triangular `L` of shape `(rows, rows)` as `triangularise` gives it.
+        x: a vector `(rows,)` or matrix `(rows, cols)`.
+        transpose: solve with `L'` instead.
+
+    Returns:
+        `w`, of the shape of `x`.
+    """
+    rows = factor.shape[0]
+    columns = x if x.ndim == 2 else x[:, None]
+    live = jnp.diagonal(factor) > 0
+    pivots = jnp.where(live, jnp.diagonal(factor), 1.0)
+    columns = jnp.where(live[:, None], columns, 0.0)
+    factor = jnp.where(live[:, None], factor, 0.0)
+    if rows <= SMALL:
+        solved = _substitute(factor.T if transpose else factor, pivots, columns, reverse=transpose)
+    else:
+        triangle = jnp.where(jnp.eye(rows, dtype=bool), pivots, factor)
+        solved = jsl.solve_triangular(triangle, columns, lower=True, trans=1 if transpose else 0)
+    return solved if x.ndim == 2 else solved[:, 0]
+
+
+def _substitute(matrix: jax.Array, pivots: jax.Array, x: jax.Array, *, reverse: bool) -> jax.Array:
+    """Forward (or backward) substitution in scalar operations, one row at a time."""
+    rows = matrix.shape[0]
+    solved: list[jax.Array | None] = [None] * rows
+    for i in reversed(range(rows)) if reverse else range(rows):
+        known = range(i + 1, rows) if reverse else range(i)
+        rest = x[i]
+        for j in known:
+            rest = rest - matrix[i, j] * solved[j]
+        solved[i] = rest / pivots[i]
+    return jnp.stack(solved)
+
+
+@jax.custom_jvp
+def _orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent.
+
+    Gram-Schmidt over the rows, each row projected twice ("twice is enough", Giraud, Langou & Rozloznik 2005). After
+    the first projection an entry that is no larger than its own rounding error is set to zero: this is what tells a
+    dependent row from one that is merely small, entry by entry, so that factors with entries from 1e-5 to 1e5 side by
+    side keep their small directions even in float32.
+    """
+    rows, cols = m.shape
+    rounding = jnp.finfo(m.dtype).eps * (4.0 + 0.5 * cols**0.5)
+
+    def project(row: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        first = matvec(q, row)
+        rest = row - matvec(q.T, first)
+        noise = rounding * (jnp.abs(row) + matvec(jnp.abs(q).T, jnp.abs(first)))
+        rest = jnp.where(jnp.abs(rest) <= noise, 0.0, rest)
+        second = matvec(q, rest)
+        rest = rest - matvec(q.T, second)
+        return first + second, *_normalise(rest)
+
+    if rows <= SMALL:
+        q_rows: list[jax.Array] = []
+        l_rows = []
+        for i in range(rows):
+            if i == 0:
+                coefficients = jnp.zeros((0,), m.dtype)
+                direction, length = _normalise(m[0])
+            else:
+                coefficients, direction, length = project(m[i], jnp.stack(q_rows))
+            q_rows.append(direction)
+            l_rows.append(jnp.concatenate([coefficients, length[None], jnp.zeros(rows - i - 1, m.dtype)]))
+        return jnp.stack(l_rows), jnp.stack(q_rows)
+
+    def one_row(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        factor, q = done
+        coefficients, direction, length = project(m[i], q)
+        return factor.at[i].set(coefficients.at[i].set(length)), q.at[i].set(direction)
+
+    empty = jnp.zeros((rows, rows), m.dtype), jnp.zeros((rows, cols), m.dtype)
+    return jax.lax.fori_loop(0, rows, one_row, empty)
+
+
+def _normalise(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    length = jnp.sqrt(jnp.sum(row * row))
+    return row / jnp.where(length > 0, length, 1.0), length
+
+
+@_orthogonalise.defjvp
+def _orthogonalise_jvp(primals, tangents):
+    """Derivative of `m = L Q`.
+
+    Write `dm = dL Q + L dQ`. Since `Q Q' = 1` on the live rows, `dQ Q' = W` is antisymmetric and `dL = dm Q' - L W`;
+    `dL` is lower triangular if the strictly upper part of `L W` equals that of `dm Q'`, that is `W = X` above the
+    diagonal with `L X = dm Q'`. Any antisymmetric `W` gives `dL L' + L dL' = dm m' + m dm'`, so where a pivot is zero
+    (and `W` is set to zero there) the tangent of `L L'` is still exact, with no division by the pivot.
+    """
+    (m,), (dm,) = primals, tangents
+    factor, q = _orthogonalise(m)
+    dm_q = matmul(dm, q.T)
+    upper = jnp.triu(solve_lower(factor, dm_q), 1)
+    d_factor = dm_q - matmul(factor, upper - upper.T)
+    d_q = solve_lower(factor, dm - matmul(d_factor, q))
+    return (factor, q), (d_factor, d_q)
+
+
+def factor_from_covariance(
+    name: str, cov: Float[Array, "*batch size size"], *, relative_tolerance: float | None = None
+) -> Float[Array, "*batch size size"]:
+    """A square root of a symmetric positive semi-definite matrix, singular or not.
+
+    Args:
+        name: the argument's name, for the error.
+        cov: covariance `(..., size, size)`.
+        relative_tolerance: eigenvalues down to minus this times the largest one count as zero; by default
+            `100 * size * eps` of the dtype.
+
+    Returns:
+        `F` with `F F' = cov` (not triangular), shape `(..., size, size)`.
+
+    Raises:
+        ValueError: `cov` is not finite, not symmetric or has a negative eigenvalue. Traced values are not looked at.
+    """
+    size = cov.shape[-1]
+    if relative_tolerance is None:
+        relative_tolerance = 100 * size * float(jnp.finfo(cov.dtype).eps)
+    if not is_traced(cov):
+        check_finite(name, cov)
+        values = np.asarray(cov, dtype=np.float64)
+        largest = np.abs(values).max(initial=0.0)
+        skew = np.abs(values - np.swapaxes(values, -1, -2)).max(initial=0.0)
+        if skew > relative_tolerance * largest:
+            raise ValueError(
+                f"`{name}` must be symmetric; it differs from its transpose by {skew:.3g}. "
+                f"Pass ({name} + {name}.T) / 2 if that is rounding."
+            )
+        lowest = np.linalg.eigvalsh(values).min(initial=0.0)
+        if lowest < -relative_tolerance * largest:
+            raise ValueError(
+                f"`{name}` must be a covariance (positive semi-definite); its smallest eigenvalue is {lowest:.3g}."
+            )
+    return _psd_root(cov)
+
+
+@jax.custom_jvp
+def _psd_root(cov: jax.Array) -> jax.Array:
+    """`V sqrt(max(lambda, 0)) V'`, the symmetric square root; diagonal matrices keep their exact diagonal root."""
+    values, vectors = jnp.linalg.eigh(cov)
+    root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+    diagonal = jnp.diagonal(cov, axis1=-2, axis2=-1)
+    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    is_diagonal = jnp.all(cov == diagonal[..., None] * eye, axis=(-1, -2), keepdims=True)
+    return jnp.where(is_diagonal, jnp.sqrt(jnp.maximum(diagonal, 0.0))[..., None] * eye, root)
+
+
+@_psd_root.defjvp
+def _psd_root_jvp(primals, tangents):
+    """With `F` the symmetric root, `dF F + F dF = dP`: divide by sums of the roots of the eigenvalues.
+
+    A pair of zero eigenvalues has no derivative (a square root at zero); its entry is set to zero.
+    """
+    (cov,), (d_cov,) = primals, tangents
+    root = _psd_root(cov)
+    values, vectors = jnp.linalg.eigh(root)
+    sums = values[..., :, None] + values[..., None, :]
+    regular = sums > 0
+    back = jnp.swapaxes(vectors, -1, -2)
+    inner = back @ d_cov @ vectors
+    inner = jnp.where(regular, inner / jnp.where(regular, sums, 1.0), 0.0)
+    return root, vectors @ inner @ back
+
+
+def outer(factor: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows rows"]:
+    """The covariance `F F'` of a factor."""
+    return factor @ jnp.swapaxes(factor, -1, -2)

@@ -1,0 +1,163 @@
+"""Blocks of structural time-series models: each draws its parameters and says how it moves and how it is seen.
+
+A block is a small linear-Gaussian system; a model is a stack of blocks whose contributions to the observation add up.
+Scales are relative to `Scale`: the location and spread of the data, so that one set of weakly informative priors fits
+river flows and interest rates alike.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpyro
+import numpyro.distributions as dist
+
+from pssm._types import Array
+
+
+class Scale(NamedTuple):
+    """What the priors are scaled by: the first observed value and the standard deviation of the data."""
+
+    location: Array
+    spread: Array
+
+
+class Block(NamedTuple):
+    """One component: `m0 (n,)`, `chol_P0 (n, n)`, `A (n, n)`, `chol_Q (n, q)`, `C (1, n)` and names of its states."""
+
+    m0: Array
+    chol_P0: Array
+    A: Array
+    chol_Q: Array
+    C: Array
+    names: tuple[str, ...]
+
+
+def stack(blocks: list[Block]) -> Block:
+    """The sum of independent components."""
+    return Block(
+        jnp.concatenate([b.m0 for b in blocks]),
+        jsl.block_diag(*[b.chol_P0 for b in blocks]),
+        jsl.block_diag(*[b.A for b in blocks]),
+        jsl.block_diag(*[b.chol_Q for b in blocks]),
+        jnp.concatenate([b.C for b in blocks], axis=1),
+        tuple(name for b in blocks for name in b.names),
+    )
+
+
+def level_block(scale: Scale) -> Block:
+    """A random walk, `level_t = level_{t-1} + w_t`, with `sigma_level ~ HalfNormal(spread)`."""
+    sigma = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
+    one = jnp.ones((1, 1))
+    return Block(scale.location[None], 10 * scale.spread * one, one, sigma * one, one, ("level",))
+
+
+def trend_block(scale: Scale) -> Block:
+    """A random walk whose step is itself a random walk, `level_t = level_{t-1} + slope_{t-1} + w_t`.
+
+    `sigma_level ~ HalfNormal(spread)`, `sigma_slope ~ HalfNormal(spread / 10)`; the first slope is within a spread.
+    """
+    sigma_level = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
+    sigma_slope = numpyro.sample("sigma_slope", dist.HalfNormal(0.1 * scale.spread))
+    return Block(
+        jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
+        jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),
+        jnp.array([[1.0, 1.0], [0.0, 1.0]]),
+        jnp.diag(jnp.stack([sigma_level, sigma_slope])),
+        jnp.array([[1.0, 0.0]]),
+        ("level", "slope"),
+    )
+
+
+def dummy_seasonal_block(scale: Scale, period: int) -> Block:
+    """Seasonal effects that sum to white noise over a period, `s_t = -(s_{t-1} + ... + s_{t-period+1}) + w_t`.
+
+    State of size `period - 1`, one noise: a singular `Q`. `sigma_seasonal ~ HalfNormal(spread / 10)`.
+    """
+    sigma = numpyro.sample("sigma_seasonal", dist.HalfNormal(0.1 * scale.spread))
+    n = period - 1
+    transition = jnp.concatenate([-jnp.ones((1, n)), jnp.eye(n - 1, n)])
+    first = jnp.eye(n)[:, :1]
+    names = ("seasonal", *(f"seasonal_lag{i}" for i in range(1, n)))
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, sigma * first, first.T, names)
+
+
+def harmonic_seasonal_block(scale: Scale, period: float, harmonics: int) -> Block:
+    """Seasonal pattern as a sum of slowly turning waves of `harmonics` multiples of one frequency.
+
+    Any period, whole or not (365.25 / 7 weeks). `sigma_seasonal ~ HalfNormal(spread / 10)`, one for all waves.
+    """
+    sigma = numpyro.sample("sigma_seasonal", dist.HalfNormal(0.1 * scale.spread))
+    angles = [2 * jnp.pi * k / period for k in range(1, harmonics + 1)]
+    n = 2 * harmonics
+    seen = jnp.tile(jnp.array([[1.0, 0.0]]), (1, harmonics))
+    names = tuple(f"{wave}_{k}" for k in range(1, harmonics + 1) for wave in ("seasonal", "seasonal_phase"))
+    rotation = jsl.block_diag(*[_rotation(jnp.asarray(angle)) for angle in angles])
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), rotation, sigma * jnp.eye(n), seen, names)
+
+
+def cycle_block(scale: Scale, shortest: float, longest: float) -> Block:
+    """A damped stochastic cycle, stationary, of unknown period.
+
+    `cycle_period ~ LogUniform(shortest, longest)` in time steps, `cycle_damping ~ Beta(8, 2)`,
+    `sigma_cycle ~ HalfNormal(spread)`.
+    """
+    period = numpyro.sample("cycle_period", dist.LogUniform(shortest, longest))
+    damping = numpyro.sample("cycle_damping", dist.Beta(8.0, 2.0))
+    sigma = numpyro.sample("sigma_cycle", dist.HalfNormal(scale.spread))
+    stationary = sigma / jnp.sqrt(1 - damping**2)
+    return Block(
+        jnp.zeros(2),
+        stationary * jnp.eye(2),
+        damping * _rotation(2 * jnp.pi / period),
+        sigma * jnp.eye(2),
+        jnp.array([[1.0, 0.0]]),
+        ("cycle", "cycle_phase"),
+    )
+
+
+def autoregressive_block(scale: Scale, order: int) -> Block:
+    """A stationary autoregression of mean zero in companion form; one noise, so `Q` is singular for `order > 1`.
+
+    Partial autocorrelations `ar_partial ~ Uniform(-1, 1)` (every point is stationary), innovations
+    `sigma_ar ~ HalfNormal(spread)`. The first state has the stationary distribution.
+    """
+    partial = numpyro.sample("ar_partial", dist.Uniform(-1.0, 1.0).expand([order]).to_event(1))
+    sigma = numpyro.sample("sigma_ar", dist.HalfNormal(scale.spread))
+    phi, chol_P0 = stationary_autoregression(partial, sigma)
+    numpyro.deterministic("phi", phi)
+    companion = jnp.concatenate([phi[None], jnp.eye(order - 1, order)])
+    first = jnp.eye(order)[:, :1]
+    names = ("ar", *(f"ar_lag{i}" for i in range(1, order)))
+    return Block(jnp.zeros(order), chol_P0, companion, sigma * first, first.T, names)
+
+
+def stationary_autoregression(partial: Array, sigma: Array) -> tuple[Array, Array]:
+    """Coefficients and stationary covariance factor from partial autocorrelations (Durbin-Levinson recursion).
+
+    Args:
+        partial: partial autocorrelations in (-1, 1), `(order,)`.
+        sigma: standard deviation of the innovations.
+
+    Returns:
+        `phi` `(order,)`, and a lower-triangular factor `(order, order)` of the covariance of `order` neighbours.
+
+    Source:
+        Barndorff-Nielsen & Schou 1973; Monahan 1984.
+    """
+    order = partial.shape[0]
+    sd = sigma / jnp.sqrt(jnp.prod(1 - partial**2))  # of a single value
+    phi = jnp.zeros(0, partial.dtype)
+    rows = [jnp.zeros(order, partial.dtype).at[0].set(sd)]
+    for k in range(1, order + 1):
+        r = partial[k - 1]
+        phi = jnp.concatenate([phi - r * phi[::-1], r[None]])
+        sd = sd * jnp.sqrt(1 - r**2)
+        if k < order:  # x_{k+1} = phi . (x_k, ..., x_1) + sd e: one more row of the factor
+            rows.append((phi[::-1] @ jnp.stack(rows)).at[k].set(sd))
+    return phi, jnp.stack(rows)
+
+
+def _rotation(angle: Array) -> Array:
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])

@@ -1,0 +1,351 @@
+"""Structural time-series models of one series, as plain NumPyro model functions.
+
+Every model is `f(y=None, *, num_steps=None, u=None, ..., states="marginal")`: pass the data to condition on them, or
+`num_steps` to predict. `y` has shape `(time,)` or `(time, 1)`; NaN entries are missing.
+
+With `states="marginal"` (the default) the states are integrated out exactly: the model has one observed site `y`, a
+`LinearGaussianMarginal`, and only its parameters are sampled. With `states="sampled"` the path is the site `z`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+from pssm._checks import as_float, check_choice, check_count, check_series
+from pssm._types import Array, ArrayLike
+from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.models import components
+from pssm.models.components import Block, Scale
+from pssm.ssm import LinearGaussianSSM
+
+STATES = ("marginal", "sampled")
+
+
+def local_level(
+    y: ArrayLike | None = None,
+    *,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    states: str = "marginal",
+    location: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """A random walk seen with noise: `y_t = level_t + v_t`, `level_t = level_{t-1} + w_t`.
+
+    Priors: `sigma_level, sigma_obs ~ HalfNormal(scale)`, first level `N(location, (10 scale)^2)`.
+
+    Args:
+        y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
+        num_steps: number of steps, needed where `y` is None.
+        u: regressors `(time, input)`: adds `beta' u_t`, see `structural`.
+        states: "marginal" (integrated out) or "sampled" (a site `z` of shape `(time, 1)`).
+        location: centre of the prior of the first level; by default the first observed value, 0 without data.
+        scale: spread the priors are scaled by; by default the standard deviation of the data, 1 without data.
+
+    Raises:
+        ValueError: neither `y` nor `num_steps` is given, a shape does not fit, or `states` is unknown.
+
+    Example:
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from pssm import datasets
+        >>> mcmc = MCMC(NUTS(local_level), num_warmup=100, num_samples=100, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), datasets.load("nile").y)
+
+    Source:
+        Harvey 1989, section 2.2; Durbin & Koopman 2012, chapter 2.
+    """
+    _fit(y, num_steps, u, states, location, scale, lambda s: [components.level_block(s)])
+
+
+def local_linear_trend(
+    y: ArrayLike | None = None,
+    *,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    states: str = "marginal",
+    location: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """A level with a slope, both random walks, seen with noise.
+
+    Priors: `sigma_level, sigma_obs ~ HalfNormal(scale)`, `sigma_slope ~ HalfNormal(scale / 10)`. Arguments as in
+    `local_level`; the state is `(level, slope)`.
+
+    Source:
+        Harvey 1989, section 2.3; Durbin & Koopman 2012, section 3.2.
+    """
+    _fit(y, num_steps, u, states, location, scale, lambda s: [components.trend_block(s)])
+
+
+def seasonal(
+    y: ArrayLike | None = None,
+    *,
+    period: float,
+    harmonics: int | None = None,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    states: str = "marginal",
+    location: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """A local level and a seasonal pattern that changes slowly.
+
+    Args:
+        y: as in `local_level`, like the arguments not listed here.
+        period: number of time steps in a season, at least 2; need not be whole with `harmonics`.
+        harmonics: number of sine waves of the pattern, at most half the period. By default the pattern is free: one
+            effect for every step of a whole period (`period - 1` states, singular `Q`) up to 7 steps, three waves
+            beyond that.
+        num_steps: number of steps, needed where `y` is None.
+        u: regressors `(time, input)`.
+        states: "marginal" or "sampled".
+        location: as in `local_level`.
+        scale: as in `local_level`.
+
+    Source:
+        Durbin & Koopman 2012, section 3.2.
+    """
+    structural(
+        y,
+        num_steps=num_steps,
+        u=u,
+        level=True,
+        seasonal=period,
+        harmonics=harmonics,
+        states=states,
+        location=location,
+        scale=scale,
+    )
+
+
+def structural(
+    y: ArrayLike | None = None,
+    *,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    level: bool = True,
+    trend: bool = False,
+    seasonal: float | None = None,
+    harmonics: int | None = None,
+    cycle: bool | tuple[float, float] = False,
+    ar: int = 0,
+    states: str = "marginal",
+    location: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """Any sum of level, trend, seasonal, cycle, autoregression and regression on inputs, seen with noise.
+
+    Args:
+        y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
+        num_steps: number of steps, needed where `y` is None.
+        u: regressors `(time, input)`; adds `beta' u_t` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
+        level: a random-walk level. Without level and trend there is a constant `mean ~ Normal(location, 10 scale)`.
+        trend: a level with a slope (includes the level).
+        seasonal: number of time steps in a season, or None.
+        harmonics: waves of the seasonal pattern, see `seasonal`.
+        cycle: a damped stochastic cycle; True, or bounds `(shortest, longest)` of its period in time steps.
+        ar: order of a stationary autoregression, 0 for none.
+        states: "marginal" or "sampled".
+        location: as in `local_level`.
+        scale: as in `local_level`.
+
+    Raises:
+        ValueError: no component, or a setting that does not fit; the message names it.
+
+    Example:
+        >>> from functools import partial
+        >>> from numpyro import handlers
+        >>> weekly = partial(structural, trend=True, seasonal=365.25 / 7, harmonics=2)
+        >>> trace = handlers.trace(handlers.seed(weekly, 0)).get_trace(num_steps=104)
+        >>> trace["y"]["fn"].ssm.n_state
+        6
+
+    Source:
+        Harvey 1989, chapter 2; Durbin & Koopman 2012, chapter 3.
+    """
+    check_count("ar", ar, least=0)
+    if not (level or trend or seasonal or cycle or ar):
+        raise ValueError("`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle` or `ar`.")
+    waves = _check_seasonal(seasonal, harmonics)
+
+    def blocks(s: Scale, length: int) -> list[Block]:
+        parts = []
+        if trend or level:
+            parts.append(components.trend_block(s) if trend else components.level_block(s))
+        if seasonal is not None:
+            parts.append(
+                components.harmonic_seasonal_block(s, seasonal, waves)
+                if waves
+                else components.dummy_seasonal_block(s, int(seasonal))
+            )
+        if cycle:
+            shortest, longest = (3.0, max(float(length), 6.0)) if cycle is True else cycle
+            if not 2 <= shortest < longest:
+                raise ValueError(f"`cycle` must be bounds with 2 <= shortest < longest; got {cycle}.")
+            parts.append(components.cycle_block(s, shortest, longest))
+        if ar:
+            parts.append(components.autoregressive_block(s, ar))
+        return parts
+
+    data, length = _series(y, num_steps)
+    _fit(y, num_steps, u, states, location, scale, lambda s: blocks(s, length), constant=not (level or trend))
+
+
+def autoregression(
+    y: ArrayLike | None = None,
+    *,
+    order: int = 1,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    states: str = "marginal",
+    location: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """A stationary autoregression around a mean, observed exactly: `y_t - mean = phi . (lags) + w_t`.
+
+    Companion form with a singular `Q` and `R = 0`, right with missing entries. Priors: `mean ~ Normal(location,
+    scale)`, `ar_partial ~ Uniform(-1, 1)`, `sigma_ar ~ HalfNormal(scale)`; `phi` is deterministic.
+
+    With `states="sampled"` what is sampled are the values that were not observed, through their standard normal
+    innovations `z_base`; the states `z` `(time, order)` are deterministic.
+
+    Args:
+        y: as in `local_level`, like the arguments not listed here.
+        order: number of lags, at least 1.
+        num_steps: number of steps, needed where `y` is None.
+        u: regressors `(time, input)` that shift the mean.
+        states: "marginal" or "sampled".
+        location: by default the mean of the data.
+        scale: as in `local_level`.
+
+    Source:
+        Durbin & Koopman 2012, section 3.4.
+    """
+    check_choice("states", states, STATES)
+    check_count("order", order)
+    data, length = _series(y, num_steps)
+    about = _scale(data, location, scale)
+    if location is None and data is not None:
+        about = about._replace(location=jnp.nanmean(data))
+    mean = numpyro.sample("mean", dist.Normal(about.location, about.spread))
+    block = components.autoregressive_block(about, order)
+    effect, inputs = _regression(u, length, about)
+    if states == "marginal":
+        ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
+        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data)
+        return
+    shift = mean if effect is None else mean + inputs @ effect[0]
+    _sampled_autoregression(data, length, block, jnp.broadcast_to(shift, (length,)))
+
+
+def _sampled_autoregression(data: Array | None, length: int, block: Block, shift: Array) -> None:
+    """Observed values enter as they are, missing ones are drawn: `x_t = mean_t + sigma e_t` with `e_t` a site."""
+    order = block.m0.shape[0]
+    noise = numpyro.sample("z_base", dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1))
+    sigma = block.chol_Q[0, 0]
+    values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
+    seen = ~jnp.isnan(values)
+    centred = jnp.where(seen, values, 0.0) - shift
+    # The first state: its first entry is x_1, the rest are the lags before the series, given x_1.
+    first_e = jnp.where(seen[0], centred[0] / block.chol_P0[0, 0], noise[0])
+    first = block.chol_P0 @ jnp.concatenate([first_e[None], noise[length:]])
+
+    def step(z: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        x, is_seen, e = xs
+        mean = block.A[0] @ z
+        z = jnp.concatenate([jnp.where(is_seen, x, mean + sigma * e)[None], z[:-1]])
+        return z, (z, mean)
+
+    _, (later, means) = jax.lax.scan(step, first, (centred[1:], seen[1:], noise[1:length]))
+    path = numpyro.deterministic("z", jnp.concatenate([first[None], later]))
+    if data is None:
+        numpyro.sample("y", dist.Delta(path[:, :1] + shift[:, None], event_dim=2))
+        return
+    centre = jnp.concatenate([jnp.zeros(1), means]) + shift
+    spread = jnp.concatenate([block.chol_P0[0, :1], jnp.broadcast_to(sigma, (length - 1,))])
+    observe("y", dist.Normal(centre[:, None], spread[:, None]).to_event(2), data)
+
+
+def _fit(y, num_steps, u, states, location, scale, make_blocks, *, constant=False) -> None:
+    """The common body: scale the priors, stack the blocks, and score or sample."""
+    check_choice("states", states, STATES)
+    data, length = _series(y, num_steps)
+    about = _scale(data, location, scale)
+    block = components.stack(make_blocks(about))
+    sigma_obs = numpyro.sample("sigma_obs", dist.HalfNormal(about.spread))
+    offset = numpyro.sample("mean", dist.Normal(about.location, 10 * about.spread))[None] if constant else None
+    effect, inputs = _regression(u, length, about)
+    ssm = LinearGaussianSSM(*block[:5], sigma_obs * jnp.ones((1, 1)), d=offset, D=effect)
+    if states == "marginal":
+        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data)
+        return
+    path = StatePath.from_ssm(ssm, length)
+    if ssm.chol_Q.shape[-1] < ssm.n_state:  # a path without a density of its own: sample the noise that drives it
+        z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
+    else:
+        z = numpyro.sample("z", path)
+    mean = z @ ssm.C.T
+    mean = mean if offset is None else mean + offset
+    mean = mean if effect is None else mean + inputs @ effect.T
+    observe("y", dist.Normal(mean, sigma_obs).to_event(2), data)
+
+
+def _series(y: ArrayLike | None, num_steps: int | None) -> tuple[Array | None, int]:
+    """The data as `(time, 1)` or None, and the number of steps."""
+    if y is None:
+        if num_steps is None:
+            raise ValueError("`num_steps` is required where `y` is None.")
+        return None, check_count("num_steps", num_steps)
+    data = check_series(y, 1)
+    if data.ndim != 2:
+        raise ValueError(f"`y` must be one series of shape (time,) or (time, 1); got {data.shape}.")
+    if num_steps is not None and num_steps != data.shape[0]:
+        raise ValueError(f"`num_steps` is {num_steps}, but `y` has {data.shape[0]} time steps; leave it out.")
+    return data, data.shape[0]
+
+
+def _scale(data: Array | None, location: float | None, scale: float | None) -> Scale:
+    """Location and spread for the priors: given, or from the data, or 0 and 1."""
+    dtype = jnp.result_type(float)
+    if data is None:
+        first, spread = jnp.zeros((), dtype), jnp.ones((), dtype)
+    else:
+        seen = ~jnp.isnan(data[:, 0])
+        first = jnp.where(seen.any(), data[jnp.argmax(seen), 0], 0.0)
+        spread = jnp.nanstd(jnp.where(seen.any(), data, 0.0))
+        spread = jnp.where(spread > 0, spread, 1.0)
+    return Scale(
+        first if location is None else jnp.asarray(location, dtype),
+        spread if scale is None else jnp.asarray(scale, dtype),
+    )
+
+
+def _regression(u: ArrayLike | None, length: int, about: Scale) -> tuple[Array | None, Array | None]:
+    """Effect `(1, input)` of the regressors and the regressors themselves, or None twice."""
+    if u is None:
+        return None, None
+    inputs = as_float("u", u)
+    inputs = inputs[:, None] if inputs.ndim == 1 else inputs
+    if inputs.ndim != 2 or inputs.shape[0] != length:
+        raise ValueError(f"`u` must have shape ({length}, input); got {inputs.shape}.")
+    spread = jnp.std(inputs, axis=0)
+    width = 2.5 * about.spread / jnp.where(spread > 0, spread, 1.0)
+    beta = numpyro.sample("beta", dist.Normal(0.0, width).to_event(1))
+    return beta[None], inputs
+
+
+def _check_seasonal(period: float | None, harmonics: int | None) -> int | None:
+    """The number of waves, or None for a free pattern."""
+    if period is None:
+        if harmonics is not None:
+            raise ValueError("`harmonics` is given without `seasonal`, the number of time steps in a season.")
+        return None
+    if not period >= 2:
+        raise ValueError(f"`seasonal` must be a period of at least 2 time steps; got {period}.")
+    if harmonics is None:
+        return None if float(period).is_integer() and period <= 7 else min(3, int((period - 1e-9) // 2))
+    check_count("harmonics", harmonics)
+    if 2 * harmonics >= period:
+        raise ValueError(f"`harmonics` must be below half the period ({period / 2}); got {harmonics}.")
+    return harmonics

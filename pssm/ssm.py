@@ -1,0 +1,416 @@
+"""The vocabulary: the linear-Gaussian state-space model and the results of inference on it.
+
+    z_1 ~ N(m0, P0)
+    z_t = A_t z_{t-1} + b_t + B_t u_t + w_t,   w_t ~ N(0, Q_t),   t = 2..T
+    y_t = C_t z_t + d_t + D_t u_t + v_t,       v_t ~ N(0, R_t),   t = 1..T
+
+Covariances enter as factors, `Q = chol_Q chol_Q'`: any matrix with that product, triangular or not, and singular is
+normal. The first observation comes from `z_1` itself: no transition stands before it. An entry of a time-varying array
+acts on the step INTO its time, so entry 0 of `A`, `b`, `B` and `chol_Q` is never used.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from pssm._checks import as_float, check_choice, check_finite, check_shape
+from pssm._types import Array, ArrayLike, Float
+from pssm.linalg import factor_from_covariance, outer
+
+# Each field with its axes when it is constant in time; `noise` is the free width of chol_Q.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "m0": ("state",),
+    "chol_P0": ("state", "state"),
+    "A": ("state", "state"),
+    "chol_Q": ("state", "noise"),
+    "C": ("obs", "state"),
+    "chol_R": ("obs", "obs"),
+    "b": ("state",),
+    "d": ("obs",),
+    "B": ("state", "input"),
+    "D": ("obs", "input"),
+}
+TIME_VARYING = ("A", "chol_Q", "C", "chol_R", "b", "d", "B", "D")
+TRANSITION = ("A", "chol_Q", "b", "B")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class LinearGaussianSSM:
+    """A linear-Gaussian state-space model, `p(z_{1:T}, y_{1:T} | u_{1:T})` of the module's head.
+
+    A pytree: it passes through `jit`, `grad` and `vmap`. Leading axes in front of those listed are batch axes and
+    broadcast against each other; so a plate of models is one object.
+
+    Args:
+        m0: mean of the first state, `(state,)`.
+        chol_P0: factor of its covariance, `(state, state)`.
+        A: transition, acts from the left: `(state, state)`.
+        chol_Q: factor of the transition noise, `(state, noise)`; fewer columns than rows is a singular `Q`.
+        C: emission, `(obs, state)`.
+        chol_R: factor of the observation noise, `(obs, obs)`.
+        b: offset of the transition, `(state,)`.
+        d: offset of the emission, `(obs,)`.
+        B: effect of the inputs on the state, `(state, input)`.
+        D: effect of the inputs on the observation, `(obs, input)`.
+        time_varying: names of the arguments that carry a time axis in front of the axes above, as in
+            `time_varying=("A", "C")`. Never guessed from the number of axes.
+
+    Raises:
+        ValueError: a shape does not fit, a value is not finite, or `time_varying` names something else.
+        TypeError: an argument is not numeric.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = jnp.eye(1)
+        >>> LinearGaussianSSM(jnp.zeros(1), 1e3 * one, one, 38.3 * one, one, 122.9 * one)
+        LinearGaussianSSM(n_state=1, n_obs=1, n_input=0)
+    """
+
+    def __init__(
+        self,
+        m0: ArrayLike,
+        chol_P0: ArrayLike,
+        A: ArrayLike,
+        chol_Q: ArrayLike,
+        C: ArrayLike,
+        chol_R: ArrayLike,
+        *,
+        b: ArrayLike | None = None,
+        d: ArrayLike | None = None,
+        B: ArrayLike | None = None,
+        D: ArrayLike | None = None,
+        time_varying: tuple[str, ...] = (),
+    ):
+        given = dict(m0=m0, chol_P0=chol_P0, A=A, chol_Q=chol_Q, C=C, chol_R=chol_R, b=b, d=d, B=B, D=D)
+        arrays = {name: None if x is None else as_float(name, x) for name, x in given.items()}
+        present = {name: x for name, x in arrays.items() if x is not None}
+        dtype = jnp.result_type(*present.values())
+        self.time_varying = _check_names(time_varying, present)
+        sizes = {name: present[source].shape[axis] for name, source, axis in _SIZES if _has_axes(present, source, axis)}
+        for name, x in present.items():
+            axes = FIELDS[name]
+            expected = tuple(sizes.get(axis, -1) for axis in axes)
+            if x.ndim < len(axes) + (name in self.time_varying) or -1 in expected:
+                timed = "time, " if name in self.time_varying else ""
+                raise ValueError(f"`{name}` must have axes ({timed}{', '.join(axes)}); got shape {x.shape}.")
+            check_shape(name, x, expected, ", ".join(axes))
+            check_finite(name, x)
+        _check_lengths(present, self.time_varying)
+        for name, x in arrays.items():
+            setattr(self, name, None if x is None else x.astype(dtype))
+        _ = self.batch_shape  # raises where batch axes do not broadcast
+
+    m0: Float[Array, "*batch state"]
+    chol_P0: Float[Array, "*batch state state"]
+    A: Float[Array, "*batch state state"]
+    chol_Q: Float[Array, "*batch state noise"]
+    C: Float[Array, "*batch obs state"]
+    chol_R: Float[Array, "*batch obs obs"]
+    b: Float[Array, "*batch state"] | None
+    d: Float[Array, "*batch obs"] | None
+    B: Float[Array, "*batch state input"] | None
+    D: Float[Array, "*batch obs input"] | None
+    time_varying: tuple[str, ...]
+
+    @classmethod
+    def from_covariances(
+        cls,
+        m0: ArrayLike,
+        P0: ArrayLike,
+        A: ArrayLike,
+        Q: ArrayLike,
+        C: ArrayLike,
+        R: ArrayLike,
+        *,
+        b: ArrayLike | None = None,
+        d: ArrayLike | None = None,
+        B: ArrayLike | None = None,
+        D: ArrayLike | None = None,
+        time_varying: tuple[str, ...] = (),
+    ) -> Self:
+        """The same model from covariances `P0`, `Q`, `R` (positive semi-definite, singular welcome).
+
+        In `time_varying` say `"Q"` and `"R"`, or `"chol_Q"` and `"chol_R"`.
+
+        Raises:
+            ValueError: a covariance has the wrong shape, is asymmetric or has a negative eigenvalue.
+
+        Example:
+            >>> LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
+            LinearGaussianSSM(n_state=1, n_obs=1, n_input=0)
+        """
+        factors = {}
+        n_obs = jnp.shape(C)[-2] if jnp.ndim(C) >= 2 else None
+        n_state = jnp.shape(A)[-1] if jnp.ndim(A) >= 2 else None
+        for name, cov, size in (("P0", P0, n_state), ("Q", Q, n_state), ("R", R, n_obs)):
+            array = as_float(name, cov)
+            if array.ndim < 2 or array.shape[-1] != array.shape[-2] or (size is not None and array.shape[-1] != size):
+                raise ValueError(
+                    f"`{name}` must be a covariance matrix of shape ({size}, {size}); got shape {array.shape}."
+                )
+            factors[name] = factor_from_covariance(name, array)
+        renamed = tuple({"Q": "chol_Q", "R": "chol_R"}.get(name, name) for name in time_varying)
+        return cls(
+            m0, factors["P0"], A, factors["Q"], C, factors["R"], b=b, d=d, B=B, D=D, time_varying=renamed
+        )
+
+    @property
+    def n_state(self) -> int:
+        """Size of the state."""
+        return self.A.shape[-1]
+
+    @property
+    def n_obs(self) -> int:
+        """Number of observed variables."""
+        return self.C.shape[-2]
+
+    @property
+    def n_input(self) -> int:
+        """Number of input variables; 0 where neither `B` nor `D` is given."""
+        return next((x.shape[-1] for x in (self.B, self.D) if x is not None), 0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Length of the time-varying arrays; None for a time-invariant model."""
+        for name in self.time_varying:
+            return getattr(self, name).shape[-1 - len(FIELDS[name])]
+        return None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the batch of models; `()` for one."""
+        shapes = {name: self.batch_dims(name) for name in FIELDS if getattr(self, name) is not None}
+        try:
+            return jnp.broadcast_shapes(*shapes.values())
+        except ValueError:
+            found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items() if shape)
+            raise ValueError(
+                f"Leading (batch) axes do not broadcast: {found}. An array with a time axis must be named in "
+                "`time_varying`."
+            ) from None
+
+    def batch_dims(self, name: str) -> tuple[int, ...]:
+        """Batch axes of one field."""
+        x = getattr(self, name)
+        return x.shape[: x.ndim - len(FIELDS[name]) - (name in self.time_varying)]
+
+    @property
+    def P0(self) -> Array:
+        """Covariance of the first state."""
+        return outer(self.chol_P0)
+
+    @property
+    def Q(self) -> Array:
+        """Covariance of the transition noise."""
+        return outer(self.chol_Q)
+
+    @property
+    def R(self) -> Array:
+        """Covariance of the observation noise."""
+        return outer(self.chol_R)
+
+    @property
+    def dtype(self) -> Any:
+        """Floating-point type of the model."""
+        return self.A.dtype
+
+    def replace(self, **fields: ArrayLike) -> "LinearGaussianSSM":
+        """A copy with some fields replaced, checked again."""
+        for name in fields:
+            check_choice("field", name, [*FIELDS, "time_varying"])
+        current = {name: getattr(self, name) for name in (*FIELDS, "time_varying")}
+        return LinearGaussianSSM(**{**current, **fields})
+
+    def astype(self, dtype: Any) -> "LinearGaussianSSM":
+        """The model in another floating-point type."""
+        return jax.tree.map(lambda x: x.astype(dtype), self)
+
+    def steps(self, start: int, stop: int) -> "LinearGaussianSSM":
+        """The model with its time-varying arrays cut to `start:stop`."""
+        cut = {name: jnp.take(x, jnp.arange(start, stop), axis=-1 - len(FIELDS[name])) for name, x in self._timed()}
+        return _rebuild({**{name: getattr(self, name) for name in FIELDS}, **cut}, self.time_varying)
+
+    def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
+        """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
+        return _rebuild({**{name: getattr(self, name) for name in FIELDS}, **values}, ())
+
+    def _timed(self) -> list[tuple[str, Array]]:
+        return [(name, getattr(self, name)) for name in self.time_varying]
+
+    def __repr__(self) -> str:
+        timed = f", time_varying={self.time_varying}" if self.time_varying else ""
+        try:
+            batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
+            return f"LinearGaussianSSM(n_state={self.n_state}, n_obs={self.n_obs}, n_input={self.n_input}{batch}{timed})"
+        except (AttributeError, IndexError):  # leaves that are not arrays, as in a tree of vmap axes
+            return f"LinearGaussianSSM({', '.join(f'{name}={getattr(self, name)}' for name in FIELDS)}{timed})"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        """Fields in the order of `FIELDS`; `time_varying` is static."""
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in FIELDS], self.time_varying
+
+    @classmethod
+    def tree_unflatten(cls, time_varying: tuple[str, ...], leaves: tuple[Any, ...]) -> Self:
+        """Rebuilds without checks: leaves may be tracers, axes numbers or placeholders."""
+        return _rebuild(dict(zip(FIELDS, leaves, strict=True)), time_varying)
+
+
+# Which argument fixes each size: the first one present.
+_SIZES = (("state", "A", -1), ("obs", "C", -2), ("noise", "chol_Q", -1), ("input", "D", -1), ("input", "B", -1))
+
+
+def _has_axes(present: dict[str, jax.Array], name: str, axis: int) -> bool:
+    return name in present and present[name].ndim >= -axis
+
+
+def _rebuild(fields: dict[str, Any], time_varying: tuple[str, ...]) -> Any:
+    model = object.__new__(LinearGaussianSSM)
+    for name, x in fields.items():
+        setattr(model, name, x)
+    model.time_varying = time_varying
+    return model
+
+
+def _check_names(time_varying: tuple[str, ...], present: dict[str, jax.Array]) -> tuple[str, ...]:
+    if isinstance(time_varying, str):
+        raise TypeError(f"`time_varying` must be a tuple of names; got the string {time_varying!r}. Write (name,).")
+    for name in time_varying:
+        check_choice("time_varying", name, TIME_VARYING)
+        if name not in present:
+            raise ValueError(f"`time_varying` names {name!r}, but `{name}` is not given.")
+    return tuple(name for name in TIME_VARYING if name in time_varying)
+
+
+def _check_lengths(present: dict[str, jax.Array], time_varying: tuple[str, ...]) -> None:
+    lengths = {name: present[name].shape[-1 - len(FIELDS[name])] for name in time_varying}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
+        raise ValueError(f"Time-varying arrays must have one length; got {found} steps.")
+
+
+def check_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None, num_steps: int, name: str = "u") -> Array | None:
+    """Inputs `u` of shape `(..., num_steps, n_input)`, present exactly where the model has `B` or `D`."""
+    if u is None:
+        if ssm.n_input:
+            raise ValueError(
+                f"`{name}` is required, of shape ({num_steps}, {ssm.n_input}): the model has `B` or `D`."
+            )
+        return None
+    if not ssm.n_input:
+        raise ValueError(f"`{name}` is given, but the model has neither `B` nor `D` to use it.")
+    inputs = as_float(name, u)
+    if inputs.ndim == 1 and ssm.n_input == 1:
+        inputs = inputs[:, None]
+    check_shape(name, inputs, (num_steps, ssm.n_input), "time, input")
+    check_finite(name, inputs)
+    return inputs
+
+
+def check_num_steps(ssm: LinearGaussianSSM, num_steps: int, source: str) -> None:
+    """Compares the length of time-varying arrays with the number of steps at hand."""
+    if ssm.num_steps not in (None, num_steps):
+        names = ", ".join(f"`{name}`" for name in ssm.time_varying)
+        raise ValueError(f"{names} must have {num_steps} time steps, as {source} has; got {ssm.num_steps}.")
+
+
+def over_batches(
+    fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[Array | None, int]
+) -> Any:
+    """Calls `fn(ssm, *arrays)` once for every element of the batch, by `vmap`.
+
+    Args:
+        fn: takes an unbatched model and unbatched arrays (or None).
+        ssm: a model, with batch axes or without.
+        arrays: pairs of an array (or None) and its number of core axes; axes in front of those are batch axes.
+
+    What has no batch axes is passed on once, not copied.
+    """
+    shapes = [ssm.batch_shape, *(x.shape[: x.ndim - core] for x, core in arrays if x is not None)]
+    batch = jnp.broadcast_shapes(*shapes)
+    plain = [x for x, _ in arrays]
+    if not batch:
+        return fn(ssm, *plain)
+
+    def flatten(x: Array, own: int) -> Array:
+        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((-1,) + x.shape[own:])
+
+    fields, field_axes = {}, {}
+    for name in FIELDS:
+        x = getattr(ssm, name)
+        own = len(ssm.batch_dims(name)) if x is not None else 0
+        fields[name] = flatten(x, own) if own else x
+        field_axes[name] = 0 if own else None
+    flat = [x if x is None or x.ndim == core else flatten(x, x.ndim - core) for x, core in arrays]
+    axes = [None if x is None or x.ndim == core else 0 for x, core in arrays]
+    model, model_axes = _rebuild(fields, ssm.time_varying), _rebuild(field_axes, ssm.time_varying)
+    results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
+    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
+
+
+class FilterResult(NamedTuple):
+    """What the Kalman filter knows at each time. Leading batch axes where the input had them.
+
+    Attributes:
+        log_likelihood: `log p(y_{1:T})`, exact, over the observed entries, `()`.
+        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where nothing is observed.
+        mean: `E[z_t | y_{1:t}]`, `(time, state)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(time, state, state)`.
+        predicted_mean: `E[z_t | y_{1:t-1}]`, `(time, state)`.
+        predicted_chol: factor of `Cov(z_t | y_{1:t-1})`, `(time, state, state)`.
+    """
+
+    log_likelihood: Array
+    log_likelihoods: Array
+    mean: Array
+    chol: Array
+    predicted_mean: Array
+    predicted_chol: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:t})`, `(time, state, state)`."""
+        return outer(self.chol)
+
+    @property
+    def predicted_cov(self) -> Array:
+        """`Cov(z_t | y_{1:t-1})`, `(time, state, state)`."""
+        return outer(self.predicted_chol)
+
+
+class SmootherResult(NamedTuple):
+    """The posterior of the states given the whole series.
+
+    Attributes:
+        mean: `E[z_t | y_{1:T}]`, `(time, state)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:T})`, `(time, state, state)`.
+        cross_cov: `Cov(z_{t+1}, z_t | y_{1:T})`, `(time - 1, state, state)`: rows belong to the LATER state.
+        log_likelihood: `log p(y_{1:T})`, `()`.
+    """
+
+    mean: Array
+    chol: Array
+    cross_cov: Array
+    log_likelihood: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:T})`, `(time, state, state)`."""
+        return outer(self.chol)
+
+
+class ForecastResult(NamedTuple):
+    """Moments of the next `horizon` steps given the whole series.
+
+    Attributes:
+        mean: `E[y_{T+h} | y_{1:T}]`, `(horizon, obs)`.
+        cov: `Cov(y_{T+h} | y_{1:T})`, `(horizon, obs, obs)`, observation noise included.
+        state_mean: `E[z_{T+h} | y_{1:T}]`, `(horizon, state)`.
+        state_cov: `Cov(z_{T+h} | y_{1:T})`, `(horizon, state, state)`.
+    """
+
+    mean: Array
+    cov: Array
+    state_mean: Array
+    state_cov: Array

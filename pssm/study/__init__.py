@@ -1,0 +1,1 @@
+"""One model, every method: compare, report, distribute."""
