@@ -1,14 +1,37 @@
-"""Probabilistic state-space models: NumPyro building blocks for time series with a hidden state."""
+"""Probabilistic state-space models: NumPyro building blocks for time series with a hidden state.
 
-from pssm.filters import (
-    forecast as forecast,
-    kalman_filter as kalman_filter,
-    kalman_smoother as kalman_smoother,
-    log_likelihood as log_likelihood,
-    most_likely_states as most_likely_states,
-    sample_states as sample_states,
-    simulate as simulate,
-)
-from pssm.ssm import LinearGaussianSSM as LinearGaussianSSM
+Start with a ready model (`pssm.models.local_level`) and NumPyro's own `MCMC(NUTS(model))` or `SVI`; take
+`LinearGaussianMarginal` or `StatePath` from `pssm.distributions` into a model of your own; call `kalman_filter`,
+`kalman_smoother` and the rest on a `LinearGaussianSSM` directly; run `pssm.compare` to learn which inference to
+trust. In every series NaN means missing; time is the axis before the last; covariances enter as factors (`chol_Q`).
+"""
+
+from pssm import datasets as datasets
+from pssm import diagnostics as diagnostics
 from pssm import distributions as distributions
+from pssm import infer as infer
+from pssm import models as models
 from pssm.distributions import observe as observe
+from pssm.filters import forecast as forecast
+from pssm.filters import kalman_filter as kalman_filter
+from pssm.filters import kalman_smoother as kalman_smoother
+from pssm.filters import log_likelihood as log_likelihood
+from pssm.filters import log_likelihoods as log_likelihoods
+from pssm.filters import most_likely_states as most_likely_states
+from pssm.filters import sample_states as sample_states
+from pssm.filters import simulate as simulate
+from pssm.ssm import FilterResult as FilterResult
+from pssm.ssm import ForecastResult as ForecastResult
+from pssm.ssm import LinearGaussianSSM as LinearGaussianSSM
+from pssm.ssm import SmootherResult as SmootherResult
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`compare` and `Study` bring pandas and ArviZ with them: imported when first asked for."""
+    if name in ("compare", "Study"):
+        from pssm.study import compare as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ acts on the step INTO its time, so entry 0 of `A`, `b`, `B` and `chol_Q` is neve
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ class LinearGaussianSSM:
         B: ArrayLike | None = None,
         D: ArrayLike | None = None,
         time_varying: tuple[str, ...] = (),
-    ) -> Self:
+    ) -> "LinearGaussianSSM":
         """The same model from covariances `P0`, `Q`, `R` (positive semi-definite, singular welcome).
 
         In `time_varying` say `"Q"` and `"R"`, or `"chol_Q"` and `"chol_R"`.
@@ -252,7 +252,7 @@ class LinearGaussianSSM:
         return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in FIELDS], self.time_varying
 
     @classmethod
-    def tree_unflatten(cls, time_varying: tuple[str, ...], leaves: tuple[Any, ...]) -> Self:
+    def tree_unflatten(cls, time_varying: tuple[str, ...], leaves: tuple[Any, ...]) -> "LinearGaussianSSM":
         """Rebuilds without checks: leaves may be tracers, axes numbers or placeholders."""
         return _rebuild(dict(zip(FIELDS, leaves, strict=True)), time_varying)
 

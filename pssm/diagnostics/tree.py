@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SITE_DIMS = {"phi": ("lag",), "ar_partial": ("lag",), "beta": ("input",), "z": (
 def to_datatree(
     fit: MCMC | SVIFit,
     *,
+    model: Callable[..., Any] | None = None,
     time: ArrayLike | None = None,
     dims: dict[str, tuple[str, ...]] | None = None,
     coords: dict[str, ArrayLike] | None = None,
@@ -46,6 +48,8 @@ def to_datatree(
 
     Args:
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
+        model: the model that scores, smooths and forecasts; by default the one that was fitted. Give the model with
+            its states integrated out where the fit sampled them.
         time: labels of the time steps; 0, 1, ... by default.
         dims: names of the axes of sites, over those worked out from plates, paths and series.
         coords: labels of axes, by axis name.
@@ -72,11 +76,13 @@ def to_datatree(
         >>> dict(to_datatree(mcmc)["log_likelihood"].sizes)
         {'chain': 2, 'draw': 50, 'time': 100}
     """
-    model, args, kwargs = model_of(fit)
+    fitted, args, kwargs = model_of(fit)
     draws = posterior_draws(fit, num_samples=num_samples, key=key)
     first = {name: x[0, 0] for name, x in draws.items()}
+    named = _site_dims(trace_with(fitted, first, *args, **kwargs), draws)
+    model = fitted if model is None else model
     trace = trace_with(model, first, *args, **kwargs)
-    named = {**_site_dims(trace, draws), **(dims or {})}
+    named = {**named, **_site_dims(trace, {}), **(dims or {})}
     observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
     labels = _labels(observed, time, coords or {})
     tree = {"posterior": _dataset(draws, named, labels, lead=("chain", "draw"), drop=("_base",))}
@@ -93,7 +99,7 @@ def to_datatree(
         if log_likelihood:
             tree["log_likelihood"] = _log_likelihood(model, draws, observed, named, labels, args, kwargs)
     if states:
-        tree["smoothed_states"] = _state_group(model, draws, args, kwargs, labels, coords or {}, key)
+        tree["smoothed_states"] = _state_group(model, draws, args, kwargs, labels)
     if forecast:
         tree["forecast"] = _forecast_group(model, draws, args, kwargs, forecast, future_time, u_future, key)
     built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
@@ -225,11 +231,7 @@ def _log_likelihood(model, draws, observed, named, labels, args, kwargs) -> xr.D
     return _dataset(arrays, dims, labels, lead=("chain", "draw"))
 
 
-def _state_names(ssm: Any, coords: dict[str, ArrayLike]) -> np.ndarray:
-    return np.asarray(coords["state"]) if "state" in coords else np.arange(ssm.n_state)
-
-
-def _state_group(model, draws, args, kwargs, labels, coords, key) -> xr.Dataset:
+def _state_group(model, draws, args, kwargs, labels) -> xr.Dataset:
     moments = smoothed_states(model, draws, *args, **kwargs)
     data = {
         "mean": (("time", "state"), moments.state.mean),
@@ -238,7 +240,7 @@ def _state_group(model, draws, args, kwargs, labels, coords, key) -> xr.Dataset:
         "signal_sd": (("time", "series"), moments.signal.sd),
     }
     n_state = moments.state.mean.shape[1]
-    names = np.asarray(coords.get("state", np.arange(n_state)))
+    names = labels.get("state", np.arange(n_state))
     axes = {"time": labels["time"], "state": names, "series": np.arange(moments.signal.mean.shape[1])}
     return xr.Dataset(data, coords=axes)
 
@@ -273,6 +275,7 @@ def _provenance(fit: MCMC | SVIFit, observed: dict[str, Any]) -> dict[str, str |
         "backend": jax.default_backend(),
         "dtype": str(jnp.result_type(float)),
         "method": "NUTS" if isinstance(fit, MCMC) else f"SVI ({type(fit.svi.guide).__name__})",
+        "pssm_version": "0.1.0",
         "data_sha256": data_digest({n: s["value"] for n, s in observed.items()}),
     }
 

@@ -8,7 +8,14 @@ from numpyro.distributions.util import validate_sample
 
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
-from pssm.filters import forecast, kalman_smoother, log_likelihoods, sample_states, simulate
+from pssm.filters import (
+    forecast,
+    kalman_smoother,
+    log_likelihood,
+    log_likelihoods,
+    sample_states,
+    simulate,
+)
 from pssm.linalg import outer
 from pssm.ssm import ForecastResult, LinearGaussianSSM, SmootherResult, check_inputs, check_num_steps
 
@@ -89,7 +96,7 @@ class LinearGaussianMarginal(dist.Distribution):
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """`log p(y_{1:T})` over the observed entries, exact, `sample_shape + batch_shape`."""
-        return self.log_prob_steps(value).sum(-1)
+        return log_likelihood(self.ssm, self._with_batch(value), self.u)
 
     def log_prob_steps(self, value: Array) -> Array:
         """`log p(y_t | y_{1:t-1})` for each step, `(..., time)`; 0 where nothing is observed."""

@@ -1,6 +1,7 @@
 """Exact filters and smoothers for linear-Gaussian models."""
 
-from pssm.filters.kalman import forecast, kalman_filter, log_likelihood, log_likelihoods, simulate
+from pssm.filters.kalman import forecast, kalman_filter, log_likelihoods, simulate
+from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother, most_likely_states, sample_states
 
 __all__ = [

@@ -10,16 +10,17 @@ that was known exactly before it was seen. Nothing is subtracted from a covarian
 float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count, check_series
-from pssm._types import Array, ArrayLike, Float, Key, Scalar
+from pssm._types import Array, ArrayLike, Float, Key
 from pssm.linalg import outer, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.ssm import (
-    FIELDS,
     TRANSITION,
     FilterResult,
     ForecastResult,
@@ -61,29 +62,16 @@ def kalman_filter(
     Source:
         Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
     """
-    ssm, series, inputs = _prepare(ssm, y, u, method)
+    ssm, series, inputs = prepare(ssm, y, u, method)
     return over_batches(_filter, ssm, (series, 2), (inputs, 2))
-
-
-def log_likelihood(
-    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
-) -> Scalar:
-    """`log p(y_{1:T})`, exact, the states integrated out. Arguments and errors as in `kalman_filter`.
-
-    Example:
-        >>> model = LinearGaussianSSM.from_covariances([0.0], [[1.0]], [[0.5]], [[1.0]], [[1.0]], [[1.0]])
-        >>> print(round(float(log_likelihood(model, [0.3, -0.1])), 4))
-        -2.5708
-    """
-    return log_likelihoods(ssm, y, u, method=method).sum(-1)
 
 
 def log_likelihoods(
     ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
 ) -> Float[Array, "*batch time"]:
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
-    ssm, series, inputs = _prepare(ssm, y, u, method)
-    return over_batches(lambda *args: _scan(*args, keep=False)[1], ssm, (series, 2), (inputs, 2))
+    ssm, series, inputs = prepare(ssm, y, u, method)
+    return over_batches(lambda *args: scan_filter(*args)[1], ssm, (series, 2), (inputs, 2))
 
 
 def simulate(
@@ -159,8 +147,8 @@ def forecast(
     ssm, series, inputs, future = _common_dtype(ssm, series, inputs, future)
 
     def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, u_next: Array | None) -> ForecastResult:
-        filtered = _scan(model.steps(0, length), y_one, u_one, keep=True)[0]
-        start = filtered[2][-1], filtered[3][-1]
+        kept = scan_filter(model.steps(0, length), y_one, u_one)[0]
+        start = kept.new_mean[-1], kept.new_chol[-1]
         return _forecast_from(model.steps(length, length + num_steps), *start, num_steps, u_next)
 
     return over_batches(one, ssm, (series, 2), (inputs, 2), (future, 2))
@@ -169,7 +157,7 @@ def forecast(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(
+def prepare(
     ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None, method: str
 ) -> tuple[LinearGaussianSSM, Array, Array | None]:
     """Checks what came in and brings it to one floating-point type."""
@@ -188,7 +176,7 @@ def _common_dtype(ssm: LinearGaussianSSM, *arrays: Array | None) -> tuple:
     return ssm.astype(dtype), *(None if x is None else x.astype(dtype) for x in arrays)
 
 
-def _timed(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
+def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
     """Time-varying fields as scan inputs.
 
     With `ahead`, transition fields are shifted so that step `t` of the scan carries the transition INTO step `t + 1`;
@@ -202,7 +190,7 @@ def _timed(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
     }
 
 
-def _shift(u: Array | None) -> Array | None:
+def shift(u: Array | None) -> Array | None:
     return None if u is None else jnp.concatenate([u[1:], u[-1:]])
 
 
@@ -222,22 +210,47 @@ def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     return mean if ssm.D is None or u is None else mean + matvec(ssm.D, u)
 
 
+class StepRecord(NamedTuple):
+    """One step of the filter: the predicted state, the filtered one, and what the observation taught.
+
+    `gain` is `K`, `precision` is `S^-1` and `weighted` is `S^-1 (y - prediction)`; all zero where nothing is observed.
+    """
+
+    mean: Array
+    chol: Array
+    new_mean: Array
+    new_chol: Array
+    gain: Array
+    precision: Array
+    weighted: Array
+
+
 def _update(
     ssm: LinearGaussianSSM, mean: Array, chol: Array, y: Array, observed: Array, u: Array | None
-) -> tuple[Array, Array, Array]:
-    """Conditions the predicted state on the observed entries of `y`: `(mean, chol, log-likelihood)`."""
+) -> tuple[StepRecord, Array]:
+    """Conditions the predicted state on the observed entries of `y`; returns the record and the log-likelihood."""
     n_obs, n_state = ssm.C.shape
     residual = jnp.where(observed, y - emission_mean(ssm, mean, u), 0.0)
     seen = observed[:, None]
     top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
     bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
     joint = triangularise(jnp.concatenate([top, bottom]))
-    chol_s, gain, filtered = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
-    whitened = solve_lower(chol_s, residual)
+    chol_s, gain_root, new_chol = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
+    inverse = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
+    whitened = matvec(inverse, residual)
     pivots = jnp.diagonal(chol_s)
     live = pivots > 0
     terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + whitened**2
-    return mean + matvec(gain, whitened), filtered, -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
+    record = StepRecord(
+        mean,
+        chol,
+        mean + matvec(gain_root, whitened),
+        new_chol,
+        matmul(gain_root, inverse),
+        matmul(inverse.T, inverse),
+        matvec(inverse.T, whitened),
+    )
+    return record, -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
 
 
 def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) -> tuple[Array, Array]:
@@ -246,27 +259,23 @@ def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) 
     return transition_mean(ssm, mean, u), factor
 
 
-def _scan(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, keep: bool) -> tuple[tuple | None, Array]:
-    """The forward pass of one series: `(predicted mean, chol, filtered mean, chol)` if kept, and log-likelihoods."""
+def scan_filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[StepRecord, Array]:
+    """The forward pass over one series: the record of every step and the log-likelihoods. Unused parts cost nothing."""
     filled, observed = split_missing(y)
 
-    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
-        mean, chol = carry
+    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[StepRecord, Array]]:
         y_t, observed_t, u_t, u_next, timed = xs
         now = ssm.at(timed)
-        new_mean, new_chol, log_lik = _update(now, mean, chol, y_t, observed_t, u_t)
-        kept = (mean, chol, new_mean, new_chol) if keep else None
-        return _predict(now, new_mean, new_chol, u_next), (kept, log_lik)
+        record, log_lik = _update(now, *carry, y_t, observed_t, u_t)
+        return _predict(now, record.new_mean, record.new_chol, u_next), (record, log_lik)
 
     start = ssm.m0, triangularise(ssm.chol_P0)
-    _, (kept, log_liks) = jax.lax.scan(step, start, (filled, observed, u, _shift(u), _timed(ssm, ahead=True)))
-    return kept, log_liks
+    return jax.lax.scan(step, start, (filled, observed, u, shift(u), timed_fields(ssm, ahead=True)))[1]
 
 
 def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
-    kept, log_liks = _scan(ssm, y, u, keep=True)
-    predicted_mean, predicted_chol, mean, chol = kept
-    return FilterResult(log_liks.sum(), log_liks, mean, chol, predicted_mean, predicted_chol)
+    r, log_liks = scan_filter(ssm, y, u)
+    return FilterResult(log_liks.sum(), log_liks, r.new_mean, r.new_chol, r.mean, r.chol)
 
 
 def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_noise: Array) -> tuple[Array, Array]:
@@ -280,7 +289,7 @@ def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_n
 
     first, later = state_noise[0, :n_state], state_noise[:, n_state:]
     start = ssm.m0 + matvec(ssm.chol_P0, first)
-    xs = state_noise, jnp.roll(later, -1, axis=0), obs_noise, u, _shift(u), _timed(ssm, ahead=True)
+    xs = state_noise, jnp.roll(later, -1, axis=0), obs_noise, u, shift(u), timed_fields(ssm, ahead=True)
     return jax.lax.scan(step, start, xs)[1]
 
 
@@ -296,8 +305,5 @@ def _forecast_from(
         obs_factor = jnp.concatenate([matmul(now.C, factor), now.chol_R], axis=1)
         return (m, factor), (emission_mean(now, m, u_t), outer(obs_factor), m, outer(factor))
 
-    xs = u, _timed(ssm, ahead=False)
+    xs = u, timed_fields(ssm, ahead=False)
     return ForecastResult(*jax.lax.scan(step, (mean, chol), xs, length=num_steps)[1])
-
-
-__all__ = ["FIELDS", "METHODS", "forecast", "kalman_filter", "log_likelihood", "log_likelihoods", "simulate"]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.filters.kalman import _prepare, _scan, _timed
+from pssm.filters.kalman import prepare, scan_filter, timed_fields
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.ssm import LinearGaussianSSM, SmootherResult, over_batches
@@ -56,7 +56,7 @@ def kalman_smoother(
     Source:
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
-    ssm, series, inputs = _prepare(ssm, y, u, method)
+    ssm, series, inputs = prepare(ssm, y, u, method)
     return over_batches(_smooth, ssm, (series, 2), (inputs, 2))
 
 
@@ -92,7 +92,7 @@ def sample_states(
     Source:
         Carter & Kohn 1994; Fruehwirth-Schnatter 1994.
     """
-    ssm, series, inputs = _prepare(ssm, y, u, "auto")
+    ssm, series, inputs = prepare(ssm, y, u, "auto")
     batch = jnp.broadcast_shapes(
         ssm.batch_shape, series.shape[:-2], () if inputs is None else inputs.shape[:-2]
     )
@@ -127,7 +127,8 @@ def _backward_conditionals(
     ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[_Backward, Array, Array, Array]:
     """The conditionals for all `t < T`, the filtered moments at `T`, and the log-likelihood."""
-    (predicted_mean, _, mean, chol), log_liks = _scan(ssm, y, u, keep=True)
+    r, log_liks = scan_filter(ssm, y, u)
+    mean, chol, predicted_mean = r.new_mean, r.new_chol, r.mean
 
     def conditional(chol_t: Array, timed: dict[str, Array]) -> tuple[Array, Array]:
         now = ssm.at(timed)
@@ -138,7 +139,7 @@ def _backward_conditionals(
         gain = solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
         return gain, joint[n:, n:]
 
-    into_next = {name: x[1:] for name, x in _timed(ssm, ahead=False).items()}
+    into_next = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
     gain, conditional_chol = jax.vmap(conditional)(chol[:-1], into_next)
     return _Backward(mean[:-1], gain, conditional_chol, predicted_mean[1:]), mean[-1], chol[-1], log_liks.sum()
 

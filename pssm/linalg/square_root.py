@@ -38,8 +38,8 @@ def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
 
 
 def solve_lower(
-    factor: Float[Array, "rows rows"], x: Float[Array, "rows *cols"], *, transpose: bool = False
-) -> Float[Array, "rows *cols"]:
+    factor: Float[Array, "rows rows"], x: Float[Array, "rows ..."], *, transpose: bool = False
+) -> Float[Array, "rows ..."]:
     """Solves `L w = x` (or `L' w = x`), with `w_i = 0` where the pivot `L_ii` is zero.
 
     Args:

@@ -1,0 +1,211 @@
+"""The command line: `pssm compare`, `pssm datasets`, `pssm models`. Wrong input ends with a message and exit code 2."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """Something the user can mend; its text is all that is shown."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 2 wrong input or interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (UsageError, FileNotFoundError, ValueError, TypeError) as error:
+        print(f"pssm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pssm: interrupted before anything was finished", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pssm", description="State-space models in NumPyro: compare inference methods on a time series."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    compare = commands.add_parser(
+        "compare",
+        help="run several inference methods on one series and write a report",
+        description="Runs NUTS and SVI on one model of one series, and writes a table, ArviZ files and an HTML report.",
+    )
+    compare.add_argument("data", help="an embedded data set (see `pssm datasets`) or the path of a CSV file")
+    compare.add_argument("--column", help="column of the series; needed where a file has several")
+    compare.add_argument("--time", dest="time_column", help="column of the time labels")
+    compare.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
+    compare.add_argument(
+        "--methods",
+        default="nuts,nuts:states,svi:mvn,svi:normal",
+        help="comma-separated; the first exact one is the reference; default %(default)s",
+    )
+    compare.add_argument("--out", help="folder for the results; default results/<data>-<model>")
+    compare.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
+    compare.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
+    compare.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
+    compare.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
+    compare.add_argument("--order", type=int, help="order of the autoregression")
+    compare.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
+    compare.add_argument("--warmup", type=int, default=1000, help="NUTS warm-up steps per chain; default 1000")
+    compare.add_argument("--samples", type=int, default=1000, help="NUTS draws per chain; default 1000")
+    compare.add_argument("--chains", type=int, default=4, help="NUTS chains; default 4")
+    compare.add_argument("--steps", type=int, default=5000, help="SVI steps; default 5000")
+    compare.add_argument(
+        "--budget", type=float, default=300.0, help="seconds each method may be expected to take; default 300; 0: no limit"
+    )
+    compare.add_argument("--x64", action="store_true", help="64-bit arithmetic")
+    compare.add_argument("--quiet", action="store_true", help="no progress bars")
+    compare.set_defaults(run=_compare)
+    commands.add_parser("datasets", help="list the embedded data sets").set_defaults(run=_datasets)
+    commands.add_parser("models", help="list the models").set_defaults(run=_models)
+    return parser
+
+
+def _compare(a: argparse.Namespace) -> int:
+    import numpy as np
+
+    from pssm import datasets
+
+    _check_counts(a)
+    known = {row[0] for row in datasets.available()}
+    if a.data in known:
+        series = datasets.load(a.data, a.column)
+    elif Path(a.data).suffix or Path(a.data).exists():
+        series = datasets.read_csv(a.data, a.column, a.time_column)
+    else:
+        raise UsageError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(known))}) nor a file.")
+    out = Path(a.out) if a.out else Path("results") / f"{series.name}-{a.model}"
+    if out.exists() and not a.force:
+        raise UsageError(f"`--out` {out} exists already; nothing was changed. Choose another folder, or add --force.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"`--out` {out} is a file, not a folder.")
+    methods = [m.strip() for m in a.methods.split(",") if m.strip()]
+
+    import jax
+
+    if a.x64:
+        jax.config.update("jax_enable_x64", True)
+    import pssm
+    from pssm import models
+    from pssm._checks import check_choice
+    from pssm.study.methods import METHODS
+
+    check_choice("--model", a.model, models.__all__)
+    for method in methods:
+        check_choice("--methods", method, METHODS)
+    options = _model_options(a, series)
+    horizon = a.horizon or (round(2 * series.period) if series.period else max(10, len(series.y) // 10))
+    study = pssm.compare(
+        a.model,
+        np.asarray(series.y),
+        methods,
+        seed=a.seed,
+        num_warmup=a.warmup,
+        num_samples=a.samples,
+        num_chains=a.chains,
+        svi_steps=a.steps,
+        horizon=horizon,
+        budget=a.budget or None,
+        time=series.time,
+        future_time=_after(series.time, horizon),
+        name=series.name,
+        column=", ".join(series.columns),
+        out=out,
+        progress=not a.quiet,
+        **options,
+    )
+    page = study.report(out)
+    _show(study)
+    print(f"\nReport: {page}")
+    if study.interrupted:
+        print("pssm: interrupted; what was finished is in the report", file=sys.stderr)
+        return 2
+    if all(r.status != "done" for r in study.results.values()):
+        print("pssm: no method finished; the report says why", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_counts(a: argparse.Namespace) -> None:
+    for name in ("warmup", "samples", "chains", "steps", "horizon", "order", "harmonics"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise UsageError(f"`--{name}` must be at least 1; got {value}.")
+    if a.budget < 0:
+        raise UsageError(f"`--budget` must not be negative; got {a.budget}.")
+
+
+def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
+    """The options a model takes, from the command line and from what is known of the series."""
+    period = a.period or series.period
+    if a.model == "seasonal":
+        if not period:
+            raise UsageError("`--period` is required: the number of time steps in a season is not known.")
+        return {"period": period, **({"harmonics": a.harmonics} if a.harmonics else {})}
+    if a.model == "structural":
+        options: dict[str, Any] = {"trend": True}
+        if period:
+            options |= {"seasonal": period} | ({"harmonics": a.harmonics} if a.harmonics else {})
+        return options | ({"ar": a.order} if a.order else {})
+    if a.model == "autoregression":
+        return {"order": a.order or 1}
+    for name in ("order", "harmonics", "period"):
+        if getattr(a, name):
+            raise UsageError(f"`--{name}` does not go with `--model {a.model}`.")
+    return {}
+
+
+def _after(time: Any, horizon: int) -> Any:
+    """Labels of the steps after the series: the typical step, repeated."""
+    import numpy as np
+
+    if len(time) < 2:
+        return np.arange(1, horizon + 1)
+    step = np.median(np.diff(time).astype("timedelta64[s]" if time.dtype.kind == "M" else float).astype(float))
+    if time.dtype.kind == "M":
+        return time[-1].astype("datetime64[s]") + (np.arange(1, horizon + 1) * step).astype("timedelta64[s]")
+    return time[-1] + np.arange(1, horizon + 1) * (int(step) if float(step).is_integer() else step)
+
+
+def _show(study: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=f"{study.name}, {study.model_name}", title_justify="left")
+    shown = ("method", "status", "seconds_compile", "seconds_run", "ess_min", "rhat_max", "elbo", "khat", "coverage90")
+    for column in shown:
+        table.add_column(column.replace("seconds_", "s "), justify="left" if column in ("method", "status") else "right")
+    for _, row in study.table.iterrows():
+        table.add_row(*[x if isinstance(x, str) else "" if x != x else f"{x:.4g}" for x in (row[c] for c in shown)])
+    console.print(table)
+    for result in study.results.values():
+        console.print(Text(f"{result.name}: {result.verdict}"))
+    if study.best:
+        console.print(Text(f"\nUse: {study.best}"))
+
+
+def _datasets(_: argparse.Namespace) -> int:
+    from pssm import datasets
+
+    for name, length, missing, what in datasets.available():
+        print(f"{name:10s} {length:5d} steps {missing:3d} missing  {what}")
+    return 0
+
+
+def _models(_: argparse.Namespace) -> int:
+    from pssm import models
+
+    for name in models.__all__:
+        print(f"{name:20s} {(inspect.getdoc(getattr(models, name)) or '').splitlines()[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

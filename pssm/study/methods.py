@@ -1,0 +1,265 @@
+"""The inference methods that a study runs side by side: one function each, from model and data to a labelled result."""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+import xarray as xr
+from numpyro.infer import MCMC
+from numpyro.infer.util import initialize_model
+
+from pssm.diagnostics import khat, to_datatree
+from pssm.distributions import NonCenteredPath, StatePath
+from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi, one_step_probabilities, posterior_draws
+from pssm.infer.fit import trace_with
+from pssm.infer.predict import marginal_site
+
+GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"}
+METHODS = ("nuts", "nuts:states", *GUIDE_NAMES)
+OBJECTIVES = {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"} | {
+    "nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"
+} | dict.fromkeys(GUIDE_NAMES, "lower bound on the log evidence (ELBO)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work each method may do.
+
+    Attributes:
+        seed: one whole number fixes every random choice.
+        num_warmup: NUTS adaptation steps per chain.
+        num_samples: NUTS draws per chain.
+        num_chains: NUTS chains.
+        svi_steps: optimisation steps.
+        horizon: forecast steps, 0 for none.
+        budget: seconds a method may be expected to take before its draws or steps are cut; None for no limit.
+        progress: show progress bars.
+    """
+
+    seed: int = 0
+    num_warmup: int = 1000
+    num_samples: int = 1000
+    num_chains: int = 4
+    svi_steps: int = 5000
+    horizon: int = 10
+    budget: float | None = None
+    progress: bool = True
+
+
+@dataclass
+class MethodResult:
+    """One method's outcome.
+
+    Attributes:
+        name: the method.
+        status: "done", "skipped", "failed" or "interrupted".
+        note: why, or what was cut.
+        objective: what the method computes, in words: exact, a bound, an estimate.
+        tree: posterior, log-likelihood, smoothed states, forecast.
+        losses: SVI losses.
+        seconds_compile: time XLA spent compiling.
+        seconds_run: the rest of the fit's time.
+        verdict: one sentence.
+        level: "good", "check" or "bad".
+        diagnostics: numbers by name.
+        fit: the NumPyro result itself.
+    """
+
+    name: str
+    status: str = "done"
+    note: str = ""
+    objective: str = ""
+    tree: xr.DataTree | None = None
+    losses: np.ndarray | None = None
+    seconds_compile: float = float("nan")
+    seconds_run: float = float("nan")
+    verdict: str = ""
+    level: str = "check"
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    fit: MCMC | SVIFit | None = None
+
+
+def run_method(
+    name: str, model: Callable[..., Any], y: Any, settings: Settings, labels: dict[str, Any], **kwargs: Any
+) -> MethodResult:
+    """Runs one method; a method that cannot run on this model is "skipped", with the reason.
+
+    Args:
+        name: one of `METHODS`.
+        model: a NumPyro model whose first argument is the data.
+        y: data `(time, obs)`.
+        settings: how much work to do.
+        labels: `time`, `future_time` and `coords` for the result's axes.
+        kwargs: the model's keyword arguments.
+
+    Returns:
+        A `MethodResult` without its verdict, which needs the reference method.
+
+    Raises:
+        FloatingPointError, RuntimeError, ValueError: as the fits raise them.
+    """
+    result = MethodResult(name, objective=OBJECTIVES[name])
+    fitted_model = model
+    if name == "nuts:states":
+        sampled = sampled_model(model, y, **kwargs)
+        if sampled is None:
+            result.status, result.note = "skipped", "the model has no sampled form (no `states` option, no StatePath)"
+            return result
+        fitted_model = sampled
+    settings, result.note, possible = within_budget(name, fitted_model, y, settings, **kwargs)
+    if not possible:
+        result.status = "skipped"
+        return result
+    start, clock = time.perf_counter(), CompileClock()
+    with clock:
+        fit = _fit(name, fitted_model, y, settings, **kwargs)
+    result.fit = fit
+    result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
+    result.seconds_run = time.perf_counter() - start - result.seconds_compile
+    exact = _has_marginal(model, fit, y, **kwargs)
+    result.tree = to_datatree(
+        fit,
+        model=model if exact else None,
+        time=labels.get("time"),
+        coords=labels.get("coords"),
+        states=exact,
+        forecast=settings.horizon if exact else 0,
+        future_time=labels.get("future_time"),
+        key=settings.seed,
+    )
+    if isinstance(fit, SVIFit):
+        result.losses = np.asarray(fit.losses)
+        value, error = elbo(fit, key=settings.seed + 1, num_particles=1000)
+        result.diagnostics = {"elbo": value, "elbo_se": error, "khat": khat(fit, num_particles=1000)}
+        if not fit.converged:
+            result.note = f"{result.note} Not converged: {fit.message}".strip()
+    else:
+        result.diagnostics = {"divergences": float(np.sum(fit.get_extra_fields()["diverging"]))}
+    if exact:
+        p = one_step_probabilities(model, posterior_draws(fit, num_samples=400), y, **kwargs)
+        seen = np.flatnonzero(~np.isnan(p).all(1))[result.tree["smoothed_states"].sizes["state"] :]
+        inside = (p[seen] > 0.05) & (p[seen] < 0.95)
+        result.diagnostics["coverage90"] = float(inside[~np.isnan(p[seen])].mean()) if seen.size else float("nan")
+    return result
+
+
+def _fit(name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwargs: Any) -> MCMC | SVIFit:
+    if name in GUIDE_NAMES:
+        return fit_svi(
+            model,
+            y,
+            guide=name.removeprefix("svi:"),
+            key=settings.seed,
+            num_steps=settings.svi_steps,
+            progress_bar=settings.progress,
+            **kwargs,
+        )
+    return fit_nuts(
+        model,
+        y,
+        key=settings.seed,
+        num_warmup=settings.num_warmup,
+        num_samples=settings.num_samples,
+        num_chains=settings.num_chains,
+        target_accept_prob=0.9,
+        progress_bar=settings.progress,
+        **kwargs,
+    )
+
+
+def sampled_model(model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """The model with its path as a non-centred site, or None where it has no such form."""
+    if "states" in inspect.signature(model).parameters:
+        model = partial(model, states="sampled")
+    trace = trace_with(model, {}, y, **kwargs)
+    paths = [n for n, s in trace.items() if s["type"] == "sample" and _is_path(s["fn"])]
+    if not paths and "z" not in trace:
+        return None
+    return numpyro.handlers.reparam(model, config={n: NonCenteredPath() for n in paths}) if paths else model
+
+
+def _is_path(fn: Any) -> bool:
+    while hasattr(fn, "base_dist") and not isinstance(fn, StatePath):
+        fn = fn.base_dist
+    return isinstance(fn, StatePath)
+
+
+def _has_marginal(model: Callable[..., Any], fit: MCMC | SVIFit, y: Any, **kwargs: Any) -> bool:
+    draws = posterior_draws(fit, num_samples=2)
+    first = {n: x[0, 0] for n, x in draws.items()}
+    return marginal_site(trace_with(model, first, y, **kwargs)) is not None
+
+
+def within_budget(
+    name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwargs: Any
+) -> tuple[Settings, str, bool]:
+    """Settings cut so that the method is expected to stay within the budget: `(settings, what was cut, possible)`.
+
+    The expectation is the measured time of one gradient times a typical number of gradients.
+    """
+    if settings.budget is None:
+        return settings, "", True
+    info = initialize_model(jax.random.key(0), model, model_args=(y,), model_kwargs=kwargs)
+    gradient = jax.jit(jax.value_and_grad(info.potential_fn))
+    z = info.param_info.z
+    jax.block_until_ready(gradient(z))
+    start = time.perf_counter()
+    for _ in range(3):
+        jax.block_until_ready(gradient(z))
+    each = (time.perf_counter() - start) / 3
+    if name in GUIDE_NAMES:
+        cost = settings.svi_steps * 8 * each
+        if cost <= settings.budget:
+            return settings, "", True
+        steps = int(settings.svi_steps * settings.budget / cost)
+        if steps < 500:
+            return settings, f"expected to take {cost / 60:.0f} minutes; raise the budget", False
+        return replace(settings, svi_steps=steps), f"Steps cut from {settings.svi_steps} to {steps} by the budget.", True
+    leapfrogs = 100 if name == "nuts:states" else 12
+    per_iteration = leapfrogs * each * settings.num_chains
+    total = settings.num_warmup + settings.num_samples
+    if total * per_iteration <= settings.budget:
+        return settings, "", True
+    chains = min(settings.num_chains, 2)
+    share = settings.budget / (leapfrogs * each * chains)
+    if share < 300:
+        return settings, f"expected to take {total * per_iteration / 60:.0f} minutes; raise the budget", False
+    warmup = int(min(settings.num_warmup, share / 2))
+    samples = int(min(settings.num_samples, share - warmup))
+    note = (
+        f"Cut by the budget from {settings.num_chains} x ({settings.num_warmup} + {settings.num_samples}) "
+        f"to {chains} x ({warmup} + {samples}) warm-up steps and draws."
+    )
+    return replace(settings, num_chains=chains, num_warmup=warmup, num_samples=samples), note, True
+
+
+class CompileClock:
+    """Adds up the seconds that XLA compiles while the block runs, from JAX's own event stream."""
+
+    _running: list["CompileClock"] = []
+    _listening = False
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> "CompileClock":
+        if not CompileClock._listening:
+            jax.monitoring.register_event_duration_secs_listener(CompileClock._hear)
+            CompileClock._listening = True
+        CompileClock._running.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        CompileClock._running.remove(self)
+
+    @staticmethod
+    def _hear(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration", "jaxpr_trace_duration")):
+            for clock in CompileClock._running:
+                clock.seconds += seconds
