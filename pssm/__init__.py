@@ -11,6 +11,7 @@ from pssm import diagnostics as diagnostics
 from pssm import distributions as distributions
 from pssm import infer as infer
 from pssm import models as models
+from pssm._version import __version__ as __version__
 from pssm.distributions import observe as observe
 from pssm.filters import forecast as forecast
 from pssm.filters import kalman_filter as kalman_filter
@@ -24,8 +25,6 @@ from pssm.ssm import FilterResult as FilterResult
 from pssm.ssm import ForecastResult as ForecastResult
 from pssm.ssm import LinearGaussianSSM as LinearGaussianSSM
 from pssm.ssm import SmootherResult as SmootherResult
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

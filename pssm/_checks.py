@@ -10,13 +10,14 @@ from difflib import get_close_matches
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pssm._types import ArrayLike
 
 
 def is_traced(x: object) -> bool:
     """True where the values of `x` cannot be looked at: inside `jit`, `vmap`, `grad` or `scan`."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def as_float(name: str, x: ArrayLike) -> jax.Array:

@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--chains", type=int, default=4, help="NUTS chains; default 4")
     compare.add_argument("--steps", type=int, default=5000, help="SVI steps; default 5000")
     compare.add_argument(
-        "--budget", type=float, default=300.0, help="seconds each method may be expected to take; default 300; 0: no limit"
+        "--budget",
+        type=float,
+        default=300.0,
+        help="seconds each method may be expected to take; default 300; 0: no limit",
     )
     compare.add_argument("--x64", action="store_true", help="64-bit arithmetic")
     compare.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -178,10 +181,13 @@ def _show(study: Any) -> None:
     from rich.text import Text
 
     console = Console()
+    console = console if console.is_terminal else Console(width=140)
     table = Table(title=f"{study.name}, {study.model_name}", title_justify="left")
     shown = ("method", "status", "seconds_compile", "seconds_run", "ess_min", "rhat_max", "elbo", "khat", "coverage90")
     for column in shown:
-        table.add_column(column.replace("seconds_", "s "), justify="left" if column in ("method", "status") else "right")
+        table.add_column(
+            column.replace("seconds_", "s "), justify="left" if column in ("method", "status") else "right"
+        )
     for _, row in study.table.iterrows():
         table.add_row(*[x if isinstance(x, str) else "" if x != x else f"{x:.4g}" for x in (row[c] for c in shown)])
     console.print(table)

@@ -9,7 +9,6 @@ normal. The first observation comes from `z_1` itself: no transition stands befo
 acts on the step INTO its time, so entry 0 of `A`, `b`, `B` and `chol_Q` is never used.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -152,9 +151,7 @@ class LinearGaussianSSM:
                 )
             factors[name] = factor_from_covariance(name, array)
         renamed = tuple({"Q": "chol_Q", "R": "chol_R"}.get(name, name) for name in time_varying)
-        return cls(
-            m0, factors["P0"], A, factors["Q"], C, factors["R"], b=b, d=d, B=B, D=D, time_varying=renamed
-        )
+        return cls(m0, factors["P0"], A, factors["Q"], C, factors["R"], b=b, d=d, B=B, D=D, time_varying=renamed)
 
     @property
     def n_state(self) -> int:
@@ -230,11 +227,17 @@ class LinearGaussianSSM:
     def steps(self, start: int, stop: int) -> "LinearGaussianSSM":
         """The model with its time-varying arrays cut to `start:stop`."""
         cut = {name: jnp.take(x, jnp.arange(start, stop), axis=-1 - len(FIELDS[name])) for name, x in self._timed()}
-        return _rebuild({**{name: getattr(self, name) for name in FIELDS}, **cut}, self.time_varying)
+        return rebuild({**{name: getattr(self, name) for name in FIELDS}, **cut}, self.time_varying)
 
     def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
         """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
-        return _rebuild({**{name: getattr(self, name) for name in FIELDS}, **values}, ())
+        return rebuild({**{name: getattr(self, name) for name in FIELDS}, **values}, ())
+
+    def starting_at(self, mean: Array, chol: Array) -> "LinearGaussianSSM":
+        """The model with another first state, nothing checked (for scans)."""
+        return rebuild(
+            {name: getattr(self, name) for name in FIELDS} | {"m0": mean, "chol_P0": chol}, self.time_varying
+        )
 
     def _timed(self) -> list[tuple[str, Array]]:
         return [(name, getattr(self, name)) for name in self.time_varying]
@@ -243,7 +246,9 @@ class LinearGaussianSSM:
         timed = f", time_varying={self.time_varying}" if self.time_varying else ""
         try:
             batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
-            return f"LinearGaussianSSM(n_state={self.n_state}, n_obs={self.n_obs}, n_input={self.n_input}{batch}{timed})"
+            return (
+                f"LinearGaussianSSM(n_state={self.n_state}, n_obs={self.n_obs}, n_input={self.n_input}{batch}{timed})"
+            )
         except (AttributeError, IndexError):  # leaves that are not arrays, as in a tree of vmap axes
             return f"LinearGaussianSSM({', '.join(f'{name}={getattr(self, name)}' for name in FIELDS)}{timed})"
 
@@ -254,7 +259,7 @@ class LinearGaussianSSM:
     @classmethod
     def tree_unflatten(cls, time_varying: tuple[str, ...], leaves: tuple[Any, ...]) -> "LinearGaussianSSM":
         """Rebuilds without checks: leaves may be tracers, axes numbers or placeholders."""
-        return _rebuild(dict(zip(FIELDS, leaves, strict=True)), time_varying)
+        return rebuild(dict(zip(FIELDS, leaves, strict=True)), time_varying)
 
 
 # Which argument fixes each size: the first one present.
@@ -265,7 +270,8 @@ def _has_axes(present: dict[str, jax.Array], name: str, axis: int) -> bool:
     return name in present and present[name].ndim >= -axis
 
 
-def _rebuild(fields: dict[str, Any], time_varying: tuple[str, ...]) -> Any:
+def rebuild(fields: dict[str, Any], time_varying: tuple[str, ...]) -> Any:
+    """A model from its fields as they are: nothing is converted or checked, leaves may be tracers or placeholders."""
     model = object.__new__(LinearGaussianSSM)
     for name, x in fields.items():
         setattr(model, name, x)
@@ -294,9 +300,7 @@ def check_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None, num_steps: int, na
     """Inputs `u` of shape `(..., num_steps, n_input)`, present exactly where the model has `B` or `D`."""
     if u is None:
         if ssm.n_input:
-            raise ValueError(
-                f"`{name}` is required, of shape ({num_steps}, {ssm.n_input}): the model has `B` or `D`."
-            )
+            raise ValueError(f"`{name}` is required, of shape ({num_steps}, {ssm.n_input}): the model has `B` or `D`.")
         return None
     if not ssm.n_input:
         raise ValueError(f"`{name}` is given, but the model has neither `B` nor `D` to use it.")
@@ -313,40 +317,6 @@ def check_num_steps(ssm: LinearGaussianSSM, num_steps: int, source: str) -> None
     if ssm.num_steps not in (None, num_steps):
         names = ", ".join(f"`{name}`" for name in ssm.time_varying)
         raise ValueError(f"{names} must have {num_steps} time steps, as {source} has; got {ssm.num_steps}.")
-
-
-def over_batches(
-    fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[Array | None, int]
-) -> Any:
-    """Calls `fn(ssm, *arrays)` once for every element of the batch, by `vmap`.
-
-    Args:
-        fn: takes an unbatched model and unbatched arrays (or None).
-        ssm: a model, with batch axes or without.
-        arrays: pairs of an array (or None) and its number of core axes; axes in front of those are batch axes.
-
-    What has no batch axes is passed on once, not copied.
-    """
-    shapes = [ssm.batch_shape, *(x.shape[: x.ndim - core] for x, core in arrays if x is not None)]
-    batch = jnp.broadcast_shapes(*shapes)
-    plain = [x for x, _ in arrays]
-    if not batch:
-        return fn(ssm, *plain)
-
-    def flatten(x: Array, own: int) -> Array:
-        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((-1,) + x.shape[own:])
-
-    fields, field_axes = {}, {}
-    for name in FIELDS:
-        x = getattr(ssm, name)
-        own = len(ssm.batch_dims(name)) if x is not None else 0
-        fields[name] = flatten(x, own) if own else x
-        field_axes[name] = 0 if own else None
-    flat = [x if x is None or x.ndim == core else flatten(x, x.ndim - core) for x, core in arrays]
-    axes = [None if x is None or x.ndim == core else 0 for x, core in arrays]
-    model, model_axes = _rebuild(fields, ssm.time_varying), _rebuild(field_axes, ssm.time_varying)
-    results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
-    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
 
 
 class FilterResult(NamedTuple):

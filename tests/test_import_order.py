@@ -15,10 +15,12 @@ MAX_IMPORT_SECONDS = 1.0
 
 # A module imports only from what stands before it (and from its own folder). `pssm/__init__.py` imports from all.
 ORDER = [
+    "_version",
     "_types",
     "_checks",
     "linalg",
     "ssm",
+    "batch",
     "missing",
     "filters",
     "learning",

@@ -3,7 +3,15 @@
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
-__all__ = ["Evidence", "khat", "leave_future_out", "load_tree", "log_evidence", "save_tree", "to_datatree"]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Evidence",
+    "khat",
+    "leave_future_out",
+    "load_tree",
+    "log_evidence",
+    "save_tree",
+    "to_datatree",
+]
 
 
 def __getattr__(name: str):

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from numpyro.infer import psis_diagnostic
-from numpyro.infer.util import initialize_model
+from numpyro.infer.util import initialize_model, unconstrain_fn
 
 from pssm._types import Key
 from pssm.infer.fit import SVIFit, as_key
@@ -72,13 +73,12 @@ def log_evidence(
     """
     info = initialize_model(jax.random.key(0), model, model_args=args, model_kwargs=kwargs, dynamic_args=False)
     latent = {n for n, s in info.model_trace.items() if s["type"] == "sample" and not s["is_observed"]}
-    flat, unravel = jax.flatten_util.ravel_pytree(info.param_info.z)
+    flat, unravel = ravel_pytree(info.param_info.z)
     samples = {n: jnp.asarray(x).reshape(-1, *x.shape[2:]) for n, x in draws.items() if n in latent}
-    from numpyro.infer.util import unconstrain_fn
 
     def to_flat(sample: dict[str, jax.Array]) -> jax.Array:
         z = unconstrain_fn(model, args, kwargs, sample)
-        return jax.flatten_util.ravel_pytree({n: z[n] for n in info.param_info.z})[0]
+        return ravel_pytree({n: z[n] for n in info.param_info.z})[0]
 
     points = np.asarray(jax.jit(jax.vmap(to_flat))(samples), dtype=np.float64)
     size, freedom = flat.shape[0], 5.0
@@ -97,7 +97,7 @@ def log_evidence(
     top = log_weights.max()
     weights = np.exp(log_weights - top)
     error = weights.std(ddof=1) / np.sqrt(num_particles) / weights.mean()
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
     _, shape = array_stats.psislw(-log_weights)  # takes minus the log ratio
     return Evidence(float(top + np.log(weights.mean())), float(error), float(shape))

@@ -106,8 +106,8 @@ def leave_future_out(
         Buerkner, Gabry & Vehtari 2020.
     """
     tree = to_datatree(fit)
-    tree["log_likelihood"] = tree["log_likelihood"].to_dataset().assign_coords(
-        time=np.arange(tree["log_likelihood"].sizes["time"])
+    tree["log_likelihood"] = (
+        tree["log_likelihood"].to_dataset().assign_coords(time=np.arange(tree["log_likelihood"].sizes["time"]))
     )
     length = tree["log_likelihood"].sizes["time"]
     least = length // 2 if min_observations is None else min_observations

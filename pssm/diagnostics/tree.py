@@ -15,6 +15,7 @@ import xarray as xr
 from numpyro.infer import MCMC
 
 from pssm._types import ArrayLike, Key
+from pssm._version import __version__
 from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
 from pssm.distributions.missing import _log_prob
 from pssm.infer.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
@@ -275,7 +276,7 @@ def _provenance(fit: MCMC | SVIFit, observed: dict[str, Any]) -> dict[str, str |
         "backend": jax.default_backend(),
         "dtype": str(jnp.result_type(float)),
         "method": "NUTS" if isinstance(fit, MCMC) else f"SVI ({type(fit.svi.guide).__name__})",
-        "pssm_version": "0.1.0",
+        "pssm_version": __version__,
         "data_sha256": data_digest({n: s["value"] for n, s in observed.items()}),
     }
 

@@ -63,7 +63,7 @@ class LinearGaussianMarginal(dist.Distribution):
 
     pytree_data_fields = ("ssm", "u")
     pytree_aux_fields = ("num_steps",)
-    support = real_or_missing_matrix
+    support = real_or_missing_matrix  # pyright: ignore[reportAssignmentType]
     reparametrized_params = ["ssm"]
     understands_missing = True
 

@@ -32,7 +32,7 @@ class StatePath(dist.Distribution):
 
     A singular `Q` (fewer noise columns than states) is welcome. Its paths have a density only on the set that the
     noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and takes for granted that
-    the path lies on that set. To run MCMC or SVI over such a path sample it in its non-centred form (`NonCenteredPath`).
+    the path lies on that set. To run MCMC or SVI over such a path sample its non-centred form (`NonCenteredPath`).
 
     Args:
         m0: mean of the first state, `(..., state)`.
@@ -60,8 +60,15 @@ class StatePath(dist.Distribution):
 
     pytree_data_fields = ("m0", "chol_P0", "chol_Q", "u", "b", "B", "_dynamic")
     pytree_aux_fields = ("num_steps", "time_varying", "_static", "is_linear")
-    support = constraints.independent(constraints.real, 2)
+    support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
     reparametrized_params = ["m0", "chol_P0", "chol_Q", "b", "B"]
+
+    m0: Array
+    chol_P0: Array
+    chol_Q: Array
+    u: Array | None
+    b: Array | None
+    B: Array | None
 
     def __init__(
         self,
@@ -138,9 +145,7 @@ class StatePath(dist.Distribution):
         """The path prior of a linear-Gaussian model."""
         timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
         inputs = u if ssm.B is not None else None
-        return cls(
-            ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed
-        )
+        return cls(ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed)
 
     @property
     def n_state(self) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
+from pssm.batch import over_batches
 from pssm.linalg import outer, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
@@ -27,7 +28,6 @@ from pssm.ssm import (
     LinearGaussianSSM,
     check_inputs,
     check_num_steps,
-    over_batches,
 )
 
 METHODS = ("auto", "sequential", "square_root")
@@ -147,11 +147,25 @@ def forecast(
     ssm, series, inputs, future = _common_dtype(ssm, series, inputs, future)
 
     def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, u_next: Array | None) -> ForecastResult:
-        kept = scan_filter(model.steps(0, length), y_one, u_one)[0]
-        start = kept.new_mean[-1], kept.new_chol[-1]
-        return _forecast_from(model.steps(length, length + num_steps), *start, num_steps, u_next)
+        return _prior_moments(continuation(model, y_one, num_steps, u_one, u_next), num_steps, u_next)
 
     return over_batches(one, ssm, (series, 2), (inputs, 2), (future, 2))
+
+
+def continuation(
+    ssm: LinearGaussianSSM, y: Array, num_steps: int, u: Array | None = None, u_future: Array | None = None
+) -> LinearGaussianSSM:
+    """The model of the `num_steps` steps after an unbatched series: its first state is the one-step prediction.
+
+    `simulate` on it draws future paths, its prior moments are the forecast. Arguments as in `forecast`.
+    """
+    length = y.shape[0]
+    kept = scan_filter(ssm.steps(0, length), y, u)[0]
+    rest = ssm.steps(length, length + num_steps)
+    first = rest.at({name: getattr(rest, name)[0] for name in rest.time_varying})
+    u_first = None if u_future is None else u_future[0]
+    mean, chol = _predict(first, kept.new_mean[-1], kept.new_chol[-1], u_first)
+    return rest.starting_at(mean, chol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,12 +199,11 @@ def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
     fields = {name: getattr(ssm, name) for name in ssm.time_varying}
     if not ahead:
         return fields
-    return {
-        name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()
-    }
+    return {name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()}
 
 
 def shift(u: Array | None) -> Array | None:
+    """Inputs one step ahead; the last one is repeated and what comes of it is thrown away."""
     return None if u is None else jnp.concatenate([u[1:], u[-1:]])
 
 
@@ -293,17 +306,14 @@ def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_n
     return jax.lax.scan(step, start, xs)[1]
 
 
-def _forecast_from(
-    ssm: LinearGaussianSSM, mean: Array, chol: Array, num_steps: int, u: Array | None
-) -> ForecastResult:
-    """Moments of the steps after a state with this mean and factor; time-varying fields start at the first of them."""
+def _prior_moments(ssm: LinearGaussianSSM, num_steps: int, u: Array | None) -> ForecastResult:
+    """Moments before any observation: a filter that sees nothing, and the emission on top."""
+    nothing = jnp.full((num_steps, ssm.n_obs), jnp.nan, ssm.dtype)
+    r = scan_filter(ssm, nothing, u)[0]
 
-    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-        u_t, timed = xs
+    def emit(mean: Array, chol: Array, u_t: Array | None, timed: dict[str, Array]) -> tuple[Array, Array]:
         now = ssm.at(timed)
-        m, factor = _predict(now, *carry, u_t)
-        obs_factor = jnp.concatenate([matmul(now.C, factor), now.chol_R], axis=1)
-        return (m, factor), (emission_mean(now, m, u_t), outer(obs_factor), m, outer(factor))
+        return emission_mean(now, mean, u_t), outer(jnp.concatenate([matmul(now.C, chol), now.chol_R], axis=1))
 
-    xs = u, timed_fields(ssm, ahead=False)
-    return ForecastResult(*jax.lax.scan(step, (mean, chol), xs, length=num_steps)[1])
+    mean, cov = jax.vmap(emit)(r.mean, r.chol, u, timed_fields(ssm, ahead=False))
+    return ForecastResult(mean, cov, r.mean, outer(r.chol))

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Scalar
+from pssm.batch import over_batches
 from pssm.filters.kalman import StepRecord, prepare, scan_filter, shift, timed_fields
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
-from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM, over_batches
+from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
 
 
-def log_likelihood(
-    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto"
-) -> Scalar:
+def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, method: str = "auto") -> Scalar:
     """`log p(y_{1:T})`, exact, the states integrated out. Arguments and errors as in `kalman_filter`.
 
     Its gradient (also of second and higher order, forward and reverse) costs about as much again as its value:
@@ -134,7 +133,10 @@ def _back_update(
         + 0.5 * (ce[:, None] * rest_lam + rest_lam[:, None] * ce)
         - 0.5 * (matmul(C.T, matmul(r.precision, C)) - ce[:, None] * ce)
     )
-    grads = {"C": jnp.where(seen[:, None], by_c, 0.0), "chol_R": 2 * matmul(by_r, jnp.where(seen[:, None], ssm.chol_R, 0.0))}
+    grads = {
+        "C": jnp.where(seen[:, None], by_c, 0.0),
+        "chol_R": 2 * matmul(by_r, jnp.where(seen[:, None], ssm.chol_R, 0.0)),
+    }
     if ssm.d is not None:
         grads["d"] = -residual_grad
     u_grad = None if u_t is None else jnp.zeros_like(u_t)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Float, Key
+from pssm.batch import over_batches
 from pssm.filters.kalman import prepare, scan_filter, timed_fields
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
-from pssm.ssm import LinearGaussianSSM, SmootherResult, over_batches
+from pssm.ssm import LinearGaussianSSM, SmootherResult
 
 
 class _Backward(NamedTuple):
@@ -93,9 +94,7 @@ def sample_states(
         Carter & Kohn 1994; Fruehwirth-Schnatter 1994.
     """
     ssm, series, inputs = prepare(ssm, y, u, "auto")
-    batch = jnp.broadcast_shapes(
-        ssm.batch_shape, series.shape[:-2], () if inputs is None else inputs.shape[:-2]
-    )
+    batch = jnp.broadcast_shapes(ssm.batch_shape, series.shape[:-2], () if inputs is None else inputs.shape[:-2])
     count = 1
     for size in sample_shape:
         count *= size
@@ -123,9 +122,7 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _backward_conditionals(
-    ssm: LinearGaussianSSM, y: Array, u: Array | None
-) -> tuple[_Backward, Array, Array, Array]:
+def _backward_conditionals(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[_Backward, Array, Array, Array]:
     """The conditionals for all `t < T`, the filtered moments at `T`, and the log-likelihood."""
     r, log_liks = scan_filter(ssm, y, u)
     mean, chol, predicted_mean = r.new_mean, r.new_chol, r.mean

@@ -16,7 +16,7 @@ from numpyro.infer.svi import SVIRunResult
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
 
-GUIDES: dict[str, type[AutoGuide]] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
+GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
 
 
 def as_key(key: Key | int) -> Key:
@@ -189,7 +189,10 @@ def _convergence(losses: np.ndarray) -> tuple[bool, str]:
     fall = float(early.mean() - late.mean())
     noise = float(np.sqrt(early.var(ddof=1) / tenth + late.var(ddof=1) / tenth))
     converged = abs(fall) < max(0.05, 3 * noise)
-    return converged, f"between the eighth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g})."
+    return (
+        converged,
+        f"between the eighth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g}).",
+    )
 
 
 def elbo(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple[float, float]:
@@ -197,7 +200,8 @@ def elbo(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple
     params = fit.svi.get_params(fit.state)
 
     def one(k: jax.Array) -> jax.Array:
-        return -Trace_ELBO().loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs)
+        loss = Trace_ELBO().loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs)
+        return -jnp.asarray(loss)
 
     keys = jax.random.split(as_key(key), num_particles)
     values = np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=500))(keys))

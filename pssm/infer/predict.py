@@ -12,8 +12,9 @@ from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import forecast as exact_forecast
-from pssm.filters import kalman_filter, kalman_smoother
+from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
+from pssm.filters.kalman import continuation
 from pssm.infer.fit import as_key, flatten_draws, trace_with
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -40,7 +41,7 @@ class ForecastDraws(NamedTuple):
         mean: `(horizon, obs)`.
         sd: `(horizon, obs)`.
         quantiles: `(5, horizon, obs)` at 5, 25, 50, 75 and 95 %.
-        draws: `(draw, horizon, obs)`: each row of entries is right by itself; steps are drawn independently.
+        draws: `(draw, horizon, obs)`: whole future paths, one for each posterior draw used.
     """
 
     mean: np.ndarray
@@ -71,14 +72,18 @@ def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
 
 
 def _over_draws(
-    fn: Callable[[LinearGaussianMarginal, Array], Any],
+    fn: Callable[..., Any],
     model: Callable[..., Any],
     draws: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     most: int,
+    key: Key | int | None = None,
 ) -> Any:
-    """`fn(distribution, data)` for posterior draws of a model with a `LinearGaussianMarginal`, in batches."""
+    """`fn(distribution, data)` for posterior draws of a model with a `LinearGaussianMarginal`, in batches.
+
+    With a `key`, `fn` gets a key of its own for every draw as its third argument.
+    """
     thinned = _thin(draws, most)
     first = {name: x[0] for name, x in thinned.items()}
     if marginal_site(trace_with(model, first, *args, **kwargs)) is None:
@@ -87,13 +92,16 @@ def _over_draws(
             'pssm\'s linear models have one with states="marginal".'
         )
 
-    def one(sample: dict[str, Array]) -> Any:
+    def one(sample_and_keys: tuple[dict[str, Array], tuple[Array, ...]]) -> Any:
+        sample, own_key = sample_and_keys
         site = marginal_site(trace_with(model, sample, *args, **kwargs))
         if site is None:
             raise ValueError("`model` has a `LinearGaussianMarginal` site for some parameters only.")
-        return fn(site[1], site[2])
+        return fn(site[1], site[2], *own_key)
 
-    return jax.jit(lambda s: jax.lax.map(one, s, batch_size=50))(thinned)
+    count = next(iter(thinned.values())).shape[0]
+    keys = () if key is None else (jax.random.split(as_key(key), count),)
+    return jax.jit(lambda s: jax.lax.map(one, s, batch_size=50))((thinned, keys))
 
 
 def smoothed_states(
@@ -120,8 +128,8 @@ def smoothed_states(
         variance = jnp.sum(s.chol**2, -1)
         C = d.ssm.C if "C" in d.ssm.time_varying else d.ssm.C[None]
         signal = jnp.einsum("tpn,tn->tp", jnp.broadcast_to(C, (y.shape[0], *C.shape[1:])), s.mean)
-        for offset, timed in ((d.ssm.d, "d" in d.ssm.time_varying),):
-            signal = signal if offset is None else signal + (offset if timed else offset[None])
+        if d.ssm.d is not None:
+            signal = signal + d.ssm.d
         if d.ssm.D is not None and d.u is not None:
             signal = signal + jnp.einsum("...pm,tm->tp", d.ssm.D, d.u)
         return s.mean, variance, signal, jnp.sum((C @ s.chol) ** 2, -1)
@@ -162,15 +170,15 @@ def forecast(
     """
     check_count("num_steps", num_steps)
 
-    def one(d: LinearGaussianMarginal, y: Array) -> tuple[Array, Array]:
+    def one(d: LinearGaussianMarginal, y: Array, path_key: Array) -> tuple[Array, Array, Array]:
         f = exact_forecast(d.ssm, y, num_steps, d.u, u_future)
-        return f.mean, jnp.diagonal(f.cov, axis1=-2, axis2=-1)
+        inputs = None if u_future is None else jnp.asarray(u_future, y.dtype)
+        path = simulate(path_key, continuation(d.ssm, y, num_steps, d.u, inputs), num_steps, inputs)[1]
+        return f.mean, jnp.diagonal(f.cov, axis1=-2, axis2=-1), path
 
-    mean, variance = (np.asarray(x) for x in _over_draws(one, model, draws, args, kwargs, most))
-    noise = np.asarray(jax.random.normal(as_key(key), (20, *mean.shape)))
-    values = (mean + np.sqrt(variance) * noise).reshape(-1, *mean.shape[1:])
+    mean, variance, paths = (np.asarray(x) for x in _over_draws(one, model, draws, args, kwargs, most, key))
     moments = _mixture(mean, variance)
-    return ForecastDraws(moments.mean, moments.sd, np.quantile(values, QUANTILES, axis=0), values)
+    return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
 
 
 def sample_states(
@@ -180,17 +188,11 @@ def sample_states(
 
     Arguments and errors as in `smoothed_states`.
     """
-    thinned = _thin(draws, most)
-    count = next(iter(thinned.values())).shape[0]
-    keys = jax.random.split(as_key(key), count)
 
-    def one(pair: tuple[Array, dict[str, Array]]) -> Array:
-        site = marginal_site(trace_with(model, pair[1], *args, **kwargs))
-        if site is None:
-            raise ValueError("`model` has no `LinearGaussianMarginal` site; its states are sites of their own.")
-        return exact_sample_states(pair[0], site[1].ssm, site[2], site[1].u)
+    def one(d: LinearGaussianMarginal, y: Array, path_key: Array) -> Array:
+        return exact_sample_states(path_key, d.ssm, y, d.u)
 
-    return np.asarray(jax.jit(lambda s: jax.lax.map(one, s, batch_size=50))((keys, thinned)))
+    return np.asarray(_over_draws(one, model, draws, args, kwargs, most, key))
 
 
 def one_step_probabilities(
@@ -221,3 +223,11 @@ def _mixture(mean: ArrayLike, variance: ArrayLike) -> MixtureMoments:
     """Law of total variance over the leading axis."""
     mean, variance = np.asarray(mean), np.asarray(variance)
     return MixtureMoments(mean.mean(0), np.sqrt(variance.mean(0) + mean.var(0)))
+
+
+def _mixture_quantiles(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Quantiles of the mixture, entry by entry: 99 evenly spaced quantiles of every component, pooled."""
+    levels = (np.arange(99) + 0.5) / 99
+    spread = np.asarray(jax.scipy.special.ndtri(levels)).reshape(-1, *(1,) * mean.ndim)
+    values = mean + np.sqrt(variance) * spread
+    return np.quantile(values.reshape(-1, *mean.shape[1:]), QUANTILES, axis=0)

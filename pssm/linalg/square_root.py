@@ -67,7 +67,7 @@ def solve_lower(
 def _substitute(matrix: jax.Array, pivots: jax.Array, x: jax.Array, *, reverse: bool) -> jax.Array:
     """Forward (or backward) substitution in scalar operations, one row at a time."""
     rows = matrix.shape[0]
-    solved: list[jax.Array | None] = [None] * rows
+    solved: list[jax.Array] = [pivots] * rows  # each overwritten before it is read
     for i in reversed(range(rows)) if reverse else range(rows):
         known = range(i + 1, rows) if reverse else range(i)
         rest = x[i]

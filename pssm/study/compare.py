@@ -19,6 +19,7 @@ import pandas as pd
 from pssm import models
 from pssm._checks import check_choice
 from pssm._types import ArrayLike
+from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.tree import data_digest
 from pssm.infer import posterior_draws
@@ -64,8 +65,8 @@ class Study:
 
         Where no exact method is good, the fastest good one; "" where none is.
         """
-        good = self.table[self.table["level"] == "good"]
-        exact = good[good["ess_per_second"].notna()]
+        good = self.table.loc[self.table["level"] == "good"]
+        exact = good.dropna(subset=["ess_per_second"])
         if len(exact):
             return str(exact.loc[exact["ess_per_second"].idxmax(), "method"])
         return str(good.loc[good["seconds_run"].idxmin(), "method"]) if len(good) else ""
@@ -234,7 +235,12 @@ def _add_elpd(result: MethodResult, model: Callable[..., Any], data: np.ndarray,
     """Leave-future-out cross-validation, where refits are affordable and steps are scored one by one."""
     from pssm.diagnostics import leave_future_out as lfo
 
-    if result.fit is None or result.tree is None or "forecast" not in result.tree and "smoothed_states" not in result.tree:
+    if (
+        result.fit is None
+        or result.tree is None
+        or "forecast" not in result.tree
+        and "smoothed_states" not in result.tree
+    ):
         return
     if result.name == "nuts:states":
         return
@@ -262,11 +268,11 @@ def _evidence(model, values, results: dict[str, MethodResult], reference: str, s
 def _settings(settings: Settings, data: np.ndarray, model_name: str, options: dict[str, Any]) -> dict[str, Any]:
     import arviz
 
-    import pssm
-
     return {
         "model": model_name,
-        "model_options": {k: v if isinstance(v, int | float | str | bool | None | tuple) else str(v) for k, v in options.items()},
+        "model_options": {
+            k: v if isinstance(v, int | float | str | bool | None | tuple) else str(v) for k, v in options.items()
+        },
         "seed": settings.seed,
         "num_warmup": settings.num_warmup,
         "num_samples": settings.num_samples,
@@ -275,7 +281,7 @@ def _settings(settings: Settings, data: np.ndarray, model_name: str, options: di
         "horizon": settings.horizon,
         "budget_seconds": settings.budget,
         "data_sha256": data_digest({"y": data}),
-        "pssm": pssm.__version__,
+        "pssm": __version__,
         "numpyro": numpyro.__version__,
         "jax": jax.__version__,
         "arviz": arviz.__version__,

@@ -22,9 +22,11 @@ from pssm.infer.predict import marginal_site
 
 GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"}
 METHODS = ("nuts", "nuts:states", *GUIDE_NAMES)
-OBJECTIVES = {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"} | {
-    "nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"
-} | dict.fromkeys(GUIDE_NAMES, "lower bound on the log evidence (ELBO)")
+OBJECTIVES = (
+    {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"}
+    | {"nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"}
+    | dict.fromkeys(GUIDE_NAMES, "lower bound on the log evidence (ELBO)")
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,11 @@ def within_budget(
         steps = int(settings.svi_steps * settings.budget / cost)
         if steps < 500:
             return settings, f"expected to take {cost / 60:.0f} minutes; raise the budget", False
-        return replace(settings, svi_steps=steps), f"Steps cut from {settings.svi_steps} to {steps} by the budget.", True
+        return (
+            replace(settings, svi_steps=steps),
+            f"Steps cut from {settings.svi_steps} to {steps} by the budget.",
+            True,
+        )
     leapfrogs = 100 if name == "nuts:states" else 12
     per_iteration = leapfrogs * each * settings.num_chains
     total = settings.num_warmup + settings.num_samples

@@ -76,7 +76,7 @@ def judge(
         else:
             result.level = "bad" if result.status == "failed" else "check"
             result.verdict = f"No result: {result.status} ({result.note})."
-        errors = own["error_in_sds"].abs()
+        errors = np.abs(own["error_in_sds"].to_numpy())
         bound = numbers.get("elbo", np.nan)
         rows.append(
             {
@@ -118,14 +118,19 @@ def _judge_chain(name: str, own: pd.DataFrame, numbers: dict[str, float], refere
     if problems:
         return "check", f"{_first_upper('; '.join(problems))}: draw more before you trust its intervals."
     role = "this is the reference" if name == reference else _agreement(own)
-    return "good", f"Trust it: chains agree (R-hat {numbers['rhat_max']:.3f}, {numbers['ess_min']:.0f} effective draws); {role}."
+    return (
+        "good",
+        f"Trust it: chains agree (R-hat {numbers['rhat_max']:.3f}, {numbers['ess_min']:.0f} effective draws); {role}.",
+    )
 
 
 def _agreement(own: pd.DataFrame) -> str:
     worst = own.loc[own["error_in_sds"].abs().idxmax()] if own["error_in_sds"].notna().any() else None
     if worst is None:
         return "nothing to measure it against"
-    return f"means within {abs(worst['error_in_sds']):.2f} posterior sds of the reference ({worst['parameter']} furthest)"
+    return (
+        f"means within {abs(worst['error_in_sds']):.2f} posterior sds of the reference ({worst['parameter']} furthest)"
+    )
 
 
 def _judge_guide(guide: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
@@ -149,13 +154,15 @@ def _judge_guide(guide: str, own: pd.DataFrame, numbers: dict[str, float], refer
         if shift > MEAN_OFF:
             reasons.append(shift_text if reasons else f"{guide} {shift_text}")
         if k > KHAT_MAX:
-            reasons.append(f"its weights are heavy-tailed ({weights})" if reasons else f"{guide} has {weights} (over 0.7)")
+            reasons.append(
+                f"its weights are heavy-tailed ({weights})" if reasons else f"{guide} has {weights} (over 0.7)"
+            )
         return "bad", f"{'; '.join(reasons)}: do not use."
     if abs(off) > SD_CLOSE or shift > MEAN_CLOSE or k > KHAT_GOOD:
         return "check", f"{spread_text} and {shift_text} ({weights}): good for means, check its intervals."
     return "good", (
-        f"{guide} agrees with the reference (sds within {100 * abs(off):.0f} %, means within {shift:.2f} sds, {weights}): "
-        "safe to use here."
+        f"{guide} agrees with the reference (sds within {100 * abs(off):.0f} %, means within {shift:.2f} sds, "
+        f"{weights}): safe to use here."
     )
 
 
