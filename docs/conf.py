@@ -1,6 +1,7 @@
 """Sphinx configuration. `make docs` builds into docs/_build/html."""
 
 import os
+import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ nb_execution_raise_on_error = True
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -63,6 +65,13 @@ def skip_foreign(app, what, name, obj, skip, options):
     return True if foreign else None
 
 
+def code_in_backticks(app, what, name, obj, options, lines):
+    """Docstrings write code in single backticks; reStructuredText wants two. Runs before napoleon reads the lines."""
+    text = re.sub(r"(?<![`:\w])`([^`]+)`(?![`_])", r"``\1``", "\n".join(lines))
+    lines[:] = text.split("\n")
+
+
 def setup(app):
     copy_notebooks()
+    app.connect("autodoc-process-docstring", code_in_backticks, priority=400)
     app.connect("autodoc-skip-member", skip_foreign)

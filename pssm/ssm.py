@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float
@@ -141,8 +142,8 @@ class LinearGaussianSSM:
             LinearGaussianSSM(n_state=1, n_obs=1, n_input=0)
         """
         factors = {}
-        n_obs = jnp.shape(C)[-2] if jnp.ndim(C) >= 2 else None
-        n_state = jnp.shape(A)[-1] if jnp.ndim(A) >= 2 else None
+        n_obs = np.shape(C)[-2] if np.ndim(C) >= 2 else None
+        n_state = np.shape(A)[-1] if np.ndim(A) >= 2 else None
         for name, cov, size in (("P0", P0, n_state), ("Q", Q, n_state), ("R", R, n_obs)):
             array = as_float(name, cov)
             if array.ndim < 2 or array.shape[-1] != array.shape[-2] or (size is not None and array.shape[-1] != size):

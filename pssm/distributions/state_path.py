@@ -184,7 +184,7 @@ class StatePath(dist.Distribution):
 
         def one(e: Array, a: dict[str, Array]) -> Array:
             first = a["m0"] + matvec(a["chol_P0"], e[: self.n_state])
-            later = e[self.n_state :].reshape(self.num_steps - 1, -1)
+            later = e[self.n_state :].reshape(self.num_steps - 1, self.chol_Q.shape[-1])
 
             def step(z: Array, xs: tuple) -> tuple[Array, Array]:
                 w, u, timed = xs

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.linalg import outer, solve_lower, triangularise
+from pssm.linalg import orthogonalise, outer, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.ssm import (
@@ -164,7 +164,7 @@ def continuation(
     rest = ssm.steps(length, length + num_steps)
     first = rest.at({name: getattr(rest, name)[0] for name in rest.time_varying})
     u_first = None if u_future is None else u_future[0]
-    mean, chol = _predict(first, kept.new_mean[-1], kept.new_chol[-1], u_first)
+    mean, chol, _ = _predict(first, kept.new_mean[-1], kept.new_chol[-1], u_first)
     return rest.starting_at(mean, chol)
 
 
@@ -226,7 +226,8 @@ def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
 class StepRecord(NamedTuple):
     """One step of the filter: the predicted state, the filtered one, and what the observation taught.
 
-    `gain` is `K`, `precision` is `S^-1` and `weighted` is `S^-1 (y - prediction)`; all zero where nothing is observed.
+    `gain` is `K`, `root` is `S^-1/2`, `whitened` is `S^-1/2 (y - prediction)`; zero where nothing is observed.
+    `turn` and `turn_next` are the orthogonal factors of the update and of the transition to the next step.
     """
 
     mean: Array
@@ -234,42 +235,45 @@ class StepRecord(NamedTuple):
     new_mean: Array
     new_chol: Array
     gain: Array
-    precision: Array
-    weighted: Array
+    root: Array
+    whitened: Array
+    turn: Array
+    turn_next: Array
 
 
 def _update(
     ssm: LinearGaussianSSM, mean: Array, chol: Array, y: Array, observed: Array, u: Array | None
-) -> tuple[StepRecord, Array]:
+) -> tuple[dict[str, Array], Array]:
     """Conditions the predicted state on the observed entries of `y`; returns the record and the log-likelihood."""
     n_obs, n_state = ssm.C.shape
     residual = jnp.where(observed, y - emission_mean(ssm, mean, u), 0.0)
     seen = observed[:, None]
     top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
     bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
-    joint = triangularise(jnp.concatenate([top, bottom]))
+    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
     chol_s, gain_root, new_chol = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
-    inverse = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
-    whitened = matvec(inverse, residual)
+    root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
+    whitened = matvec(root, residual)
     pivots = jnp.diagonal(chol_s)
     live = pivots > 0
     terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + whitened**2
-    record = StepRecord(
-        mean,
-        chol,
-        mean + matvec(gain_root, whitened),
-        new_chol,
-        matmul(gain_root, inverse),
-        matmul(inverse.T, inverse),
-        matvec(inverse.T, whitened),
-    )
+    record = {
+        "mean": mean,
+        "chol": chol,
+        "new_mean": mean + matvec(gain_root, whitened),
+        "new_chol": new_chol,
+        "gain": matmul(gain_root, root),
+        "root": root,
+        "whitened": whitened,
+        "turn": turn,
+    }
     return record, -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
 
 
-def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) -> tuple[Array, Array]:
-    """One transition: `(A m + b + B u, factor of A P A' + Q)`."""
-    factor = triangularise(jnp.concatenate([matmul(ssm.A, chol), ssm.chol_Q], axis=1))
-    return transition_mean(ssm, mean, u), factor
+def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) -> tuple[Array, Array, Array]:
+    """One transition: `A m + b + B u`, the factor of `A P A' + Q`, and its orthogonal factor."""
+    factor, turn = orthogonalise(jnp.concatenate([matmul(ssm.A, chol), ssm.chol_Q], axis=1))
+    return transition_mean(ssm, mean, u), factor, turn
 
 
 def scan_filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[StepRecord, Array]:
@@ -280,7 +284,8 @@ def scan_filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Step
         y_t, observed_t, u_t, u_next, timed = xs
         now = ssm.at(timed)
         record, log_lik = _update(now, *carry, y_t, observed_t, u_t)
-        return _predict(now, record.new_mean, record.new_chol, u_next), (record, log_lik)
+        mean, chol, turn_next = _predict(now, record["new_mean"], record["new_chol"], u_next)
+        return (mean, chol), (StepRecord(**record, turn_next=turn_next), log_lik)
 
     start = ssm.m0, triangularise(ssm.chol_P0)
     return jax.lax.scan(step, start, (filled, observed, u, shift(u), timed_fields(ssm, ahead=True)))[1]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pssm._types import Array, ArrayLike, Scalar
 from pssm.batch import over_batches
 from pssm.filters.kalman import StepRecord, prepare, scan_filter, shift, timed_fields
+from pssm.linalg import orthogonalise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -25,8 +26,8 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
 
     Example:
         >>> model = LinearGaussianSSM.from_covariances([0.0], [[1.0]], [[0.5]], [[1.0]], [[1.0]], [[1.0]])
-        >>> print(round(float(log_likelihood(model, [0.3, -0.1])), 4))
-        -2.6184
+        >>> print(f"{log_likelihood(model, [0.3, -0.1]):.4f}")
+        -2.5910
 
     Source:
         Koopman & Shephard 1992 for the score; the recursion here is written for means and covariances.
@@ -53,29 +54,40 @@ def _log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
     """The log-likelihood and its gradient with respect to `(ssm, y, u)`.
 
-    With `e = S^-1 (y - prediction)` and `J = 1 - K C`, one step back through the update is
+    `lam` is the derivative with respect to the predicted mean, and `gam = Lam L` that with respect to the predicted
+    covariance (symmetric, `Lam`) times its factor. With the orthogonal factors of the forward pass,
 
-        lam <- J' lam + C' e,    Lam <- J' Lam J + sym(C' e (J' lam)') - (C' S^-1 C - C' e e' C) / 2
+        [C L, chol_R; L, 0] = [S^1/2, 0; Kbar, L+] [Q11, Q12; Q21, Q22],   [A L+, chol_Q] = L' [Q1, Q2],
 
-    and through the transition `lam <- A' lam`, `Lam <- A' Lam A`.
+    `J = 1 - K C`, `w = S^-1/2 (y - prediction)` and `e = S^-T/2 w`, one step back through the transition is
+
+        lam <- A' lam,    gam <- A' gam Q1
+
+    and through the update, since `J L = L+ Q21` and `C L = S^1/2 Q11`,
+
+        lam <- J' lam + C' e
+        gam <- J' gam Q21 + (C' e lam' L+ Q21 + J' lam w' Q11 + C' e w' Q11 - C' S^-T/2 Q11) / 2.
+
+    Nothing is divided by a predicted covariance and no large terms cancel: diffuse starts keep their gradients in
+    float32.
     """
     _, observed = split_missing(y)
     records, log_liks = scan_filter(ssm, y, u)
     n = ssm.n_state
 
     def back(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
-        lam, big = carry
+        lam, gam = carry
         r, seen, u_t, u_next, timed = xs
         now = ssm.at(timed)
-        grads, u_from_transition, lam, big = _back_transition(now, r, u_next, lam, big)
-        more, y_grad, u_from_emission, lam, big = _back_update(now, r, seen, u_t, lam, big)
-        return (lam, big), ({**grads, **more}, y_grad, u_from_transition, u_from_emission)
+        grads, u_from_transition, lam, gam = _back_transition(now, r, u_next, lam, gam)
+        more, y_grad, u_from_emission, lam, gam = _back_update(now, r, seen, u_t, lam, gam)
+        return (lam, gam), ({**grads, **more}, y_grad, u_from_transition, u_from_emission)
 
     start = jnp.zeros(n, y.dtype), jnp.zeros((n, n), y.dtype)
     xs = records, observed, u, shift(u), timed_fields(ssm, ahead=True)
-    (lam, big), (grads, y_grad, u_transition, u_emission) = jax.lax.scan(back, start, xs, reverse=True)
+    (lam, gam), (grads, y_grad, u_transition, u_emission) = jax.lax.scan(back, start, xs, reverse=True)
 
-    total = {"m0": lam, "chol_P0": 2 * matmul(big, ssm.chol_P0)}
+    total = {"m0": lam, "chol_P0": 2 * matmul(gam, orthogonalise(ssm.chol_P0)[1])}
     for name, g in grads.items():
         if name not in ssm.time_varying:
             total[name] = g.sum(0)
@@ -91,56 +103,50 @@ def _delay(g: Array) -> Array:
 
 
 def _back_transition(
-    ssm: LinearGaussianSSM, r: StepRecord, u_next: Array | None, lam: Array, big: Array
+    ssm: LinearGaussianSSM, r: StepRecord, u_next: Array | None, lam: Array, gam: Array
 ) -> tuple[dict[str, Array], Array | None, Array, Array]:
     """Through `m' = A m + b + B u`, `P' = A P A' + Q`."""
-    big_a = matmul(big, ssm.A)
-    spread = matmul(matmul(big_a, r.new_chol), r.new_chol.T)
-    grads = {"A": lam[:, None] * r.new_mean + 2 * spread, "chol_Q": 2 * matmul(big, ssm.chol_Q)}
+    n = ssm.n_state
+    turned = matmul(gam, r.turn_next)
+    grads = {"A": lam[:, None] * r.new_mean + 2 * matmul(turned[:, :n], r.new_chol.T), "chol_Q": 2 * turned[:, n:]}
     if ssm.b is not None:
         grads["b"] = lam
     u_grad = None if u_next is None else jnp.zeros_like(u_next)
     if ssm.B is not None and u_next is not None:
         grads["B"] = lam[:, None] * u_next
         u_grad = matvec(ssm.B.T, lam)
-    return grads, u_grad, matvec(ssm.A.T, lam), matmul(ssm.A.T, big_a)
+    return grads, u_grad, matvec(ssm.A.T, lam), matmul(ssm.A.T, turned[:, :n])
 
 
 def _back_update(
-    ssm: LinearGaussianSSM, r: StepRecord, seen: Array, u_t: Array | None, lam: Array, big: Array
+    ssm: LinearGaussianSSM, r: StepRecord, seen: Array, u_t: Array | None, lam: Array, gam: Array
 ) -> tuple[dict[str, Array], Array, Array | None, Array, Array]:
     """Through the update and the log-likelihood of one step."""
+    n_obs, n = ssm.C.shape
     C = jnp.where(seen[:, None], ssm.C, 0.0)
-    e = r.weighted
-    rest = jnp.eye(ssm.n_state, dtype=lam.dtype) - matmul(r.gain, C)  # J
-    rest_lam = matvec(rest.T, lam)
+    q_obs, q_state = r.turn[:n_obs], r.turn[n_obs:]  # [Q11, Q12] and [Q21, Q22]
+    w_q = matvec(q_obs.T, r.whitened)
+    lam_q = matvec(q_state.T, matvec(r.new_chol.T, lam))
+    gam_q = matmul(gam, q_state)
+    root_q = matmul(r.root.T, q_obs)
+    e = matvec(r.root.T, r.whitened)
     gain_lam = matvec(r.gain.T, lam)
     residual_grad = gain_lam - e
-    gain_big = matmul(r.gain.T, big)
-    # Derivative with respect to S, the covariance of the prediction error.
-    by_s = -0.5 * (r.precision - e[:, None] * e) - 0.5 * (e[:, None] * gain_lam + gain_lam[:, None] * e)
-    by_r = by_s + matmul(gain_big, r.gain)
-    c_chol = matmul(C, r.chol)
-    by_c = (
-        -residual_grad[:, None] * r.mean
-        + 2 * matmul(by_s, matmul(c_chol, r.chol.T))
-        + e[:, None] * matvec(r.chol, matvec(r.chol.T, lam))
-        - 2 * matmul(matmul(gain_big, r.new_chol), r.new_chol.T)
+    # Derivative with respect to the stacked factor's first row [C L, chol_R], both of its halves at once.
+    by_top = (
+        e[:, None] * (w_q + lam_q) - gain_lam[:, None] * w_q - root_q - 2 * matmul(r.gain.T, gam_q)
     )
-    ce = matvec(C.T, e)
-    new_big = (
-        matmul(rest.T, matmul(big, rest))
-        + 0.5 * (ce[:, None] * rest_lam + rest_lam[:, None] * ce)
-        - 0.5 * (matmul(C.T, matmul(r.precision, C)) - ce[:, None] * ce)
+    by_c = -residual_grad[:, None] * r.mean + matmul(by_top[:, :n], r.chol.T)
+    ce, gain_back = matvec(C.T, e), lam - matvec(C.T, gain_lam)
+    new_gam = gam_q - matmul(C.T, matmul(r.gain.T, gam_q))
+    new_gam = new_gam[:, :n] + 0.5 * (
+        ce[:, None] * (lam_q + w_q)[:n] + gain_back[:, None] * w_q[:n] - matmul(C.T, root_q[:, :n])
     )
-    grads = {
-        "C": jnp.where(seen[:, None], by_c, 0.0),
-        "chol_R": 2 * matmul(by_r, jnp.where(seen[:, None], ssm.chol_R, 0.0)),
-    }
+    grads = {"C": jnp.where(seen[:, None], by_c, 0.0), "chol_R": by_top[:, n:]}
     if ssm.d is not None:
         grads["d"] = -residual_grad
     u_grad = None if u_t is None else jnp.zeros_like(u_t)
     if ssm.D is not None and u_t is not None:
         grads["D"] = -residual_grad[:, None] * u_t
         u_grad = -matvec(ssm.D.T, residual_grad)
-    return grads, residual_grad, u_grad, rest_lam + ce, new_big
+    return grads, residual_grad, u_grad, gain_back + ce, new_gam

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.kalman import prepare, scan_filter, timed_fields
-from pssm.linalg import solve_lower, triangularise
+from pssm.filters.kalman import StepRecord, prepare, scan_filter, timed_fields
+from pssm.linalg import orthogonalise, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.ssm import LinearGaussianSSM, SmootherResult
 
@@ -101,8 +101,9 @@ def sample_states(
     noise = jax.random.normal(key, (*batch, count, series.shape[-2], ssm.n_state), series.dtype)
 
     def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, noises: Array) -> Array:
-        backward, last_mean, last_chol, _ = _backward_conditionals(model, y_one, u_one)
-        return jax.vmap(lambda e: _draw(backward, last_mean, last_chol, e))(noises)
+        r = scan_filter(model, y_one, u_one)[0]
+        backward = _backward_conditionals(model, r)
+        return jax.vmap(lambda e: _draw(backward, r.new_mean[-1], r.new_chol[-1], e))(noises)
 
     paths = over_batches(one, ssm, (series, 2), (inputs, 2), (noise, 3))
     paths = jnp.moveaxis(paths, len(batch), 0)
@@ -122,39 +123,67 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _backward_conditionals(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[_Backward, Array, Array, Array]:
-    """The conditionals for all `t < T`, the filtered moments at `T`, and the log-likelihood."""
-    r, log_liks = scan_filter(ssm, y, u)
-    mean, chol, predicted_mean = r.new_mean, r.new_chol, r.mean
+def _two_rows(ssm: LinearGaussianSSM, r: StepRecord) -> tuple[Array, Array]:
+    """`[G11, 0; G21, G22]` and the orthogonal factor of the module's head, for all `t < T` at once."""
 
-    def conditional(chol_t: Array, timed: dict[str, Array]) -> tuple[Array, Array]:
+    def one(chol_t: Array, timed: dict[str, Array]) -> tuple[Array, Array]:
         now = ssm.at(timed)
-        n = now.n_state
         top = jnp.concatenate([matmul(now.A, chol_t), now.chol_Q], axis=1)
-        bottom = jnp.concatenate([chol_t, jnp.zeros((n, now.chol_Q.shape[1]), chol_t.dtype)], axis=1)
-        joint = triangularise(jnp.concatenate([top, bottom]))
-        gain = solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
-        return gain, joint[n:, n:]
+        bottom = jnp.concatenate([chol_t, jnp.zeros((now.n_state, now.chol_Q.shape[1]), chol_t.dtype)], axis=1)
+        return orthogonalise(jnp.concatenate([top, bottom]))
 
-    into_next = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
-    gain, conditional_chol = jax.vmap(conditional)(chol[:-1], into_next)
-    return _Backward(mean[:-1], gain, conditional_chol, predicted_mean[1:]), mean[-1], chol[-1], log_liks.sum()
+    return jax.vmap(one)(r.new_chol[:-1], {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()})
+
+
+def _backward_conditionals(ssm: LinearGaussianSSM, r: StepRecord) -> _Backward:
+    """The conditionals for all `t < T`, from the records of the filter."""
+    n = ssm.n_state
+
+    def gain(joint: Array) -> Array:
+        return solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
+
+    joint = _two_rows(ssm, r)[0]
+    return _Backward(r.new_mean[:-1], jax.vmap(gain)(joint), joint[:, n:, n:], r.mean[1:])
+
+
+def _smoothed_means(r: StepRecord) -> Array:
+    """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
+
+    The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
+    """
+    n_obs = r.whitened.shape[-1]
+    n = r.mean.shape[-1]
+
+    def back(message: Array, t: StepRecord) -> tuple[Array, Array]:
+        after = matvec(t.turn_next[:, :n].T, message)
+        mean = t.new_mean + matvec(t.new_chol, after)
+        return matvec(t.turn[n_obs:, :n].T, after) + matvec(t.turn[:n_obs, :n].T, t.whitened), mean
+
+    return jax.lax.scan(back, jnp.zeros(n, r.mean.dtype), r, reverse=True)[1]
 
 
 def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
-    backward, last_mean, last_chol, log_lik = _backward_conditionals(ssm, y, u)
+    """Moments through orthogonal factors alone: nothing is solved for, so no error grows on the way back.
 
-    def step(later: tuple[Array, Array], t: _Backward) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-        later_mean, later_chol = later
-        mean = t.mean + matvec(t.gain, later_mean - t.next_mean)
-        carried = matmul(t.gain, later_chol)
-        chol = triangularise(jnp.concatenate([carried, t.chol], axis=1))
-        return (mean, chol), (mean, chol, matmul(later_chol, carried.T))
+    The smoothed covariance is `L+ W W' L+'` with `W W' <= 1` what the future leaves of the filtered one. With the
+    orthogonal factor `[Q1, Q2; Q3, Q4]` of the two rows above and `V V'` the same for the next predicted covariance,
+    `W W' = Q1' V V' Q1 + Q3' Q3`; through the update `V = Q21' W`, and the lag-one covariance is `L' V V' Q1 L+'`.
+    """
+    r, log_liks = scan_filter(ssm, y, u)
+    n, n_obs = ssm.n_state, ssm.n_obs
+    back_rows = r.turn[:, n_obs:, :n]  # Q21
+    rest = _two_rows(ssm, r)[1][:, n:, :n]  # Q3
 
-    _, (mean, chol, cross) = jax.lax.scan(step, (last_mean, last_chol), backward, reverse=True)
-    return SmootherResult(
-        jnp.concatenate([mean, last_mean[None]]), jnp.concatenate([chol, last_chol[None]]), cross, log_lik
-    )
+    def step(left: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
+        new_chol, next_chol, forth, q3, q21 = xs
+        cross = matmul(matmul(next_chol, left), matmul(left.T, matmul(forth, new_chol.T)))
+        kept = triangularise(jnp.concatenate([matmul(forth.T, left), q3.T], axis=1))
+        return matmul(q21.T, kept), (triangularise(matmul(new_chol, kept)), cross)
+
+    last = r.new_chol[-1]
+    xs = r.new_chol[:-1], r.chol[1:], r.turn_next[:-1, :, :n], rest, back_rows[:-1]
+    _, (chol, cross) = jax.lax.scan(step, back_rows[-1].T, xs, reverse=True)
+    return SmootherResult(_smoothed_means(r), jnp.concatenate([chol, last[None]]), cross, log_liks.sum())
 
 
 def _draw(backward: _Backward, last_mean: Array, last_chol: Array, noise: Array) -> Array:

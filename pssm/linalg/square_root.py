@@ -34,7 +34,7 @@ def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
         [[ 5.  0.]
          [10.  0.]]
     """
-    return _orthogonalise(m)[0]
+    return orthogonalise(m)[0]
 
 
 def solve_lower(
@@ -78,7 +78,7 @@ def _substitute(matrix: jax.Array, pivots: jax.Array, x: jax.Array, *, reverse: 
 
 
 @jax.custom_jvp
-def _orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent.
 
     Gram-Schmidt over the rows, each row projected twice ("twice is enough", Giraud, Langou & Rozloznik 2005). After
@@ -125,7 +125,7 @@ def _normalise(row: jax.Array) -> tuple[jax.Array, jax.Array]:
     return row / jnp.where(length > 0, length, 1.0), length
 
 
-@_orthogonalise.defjvp
+@orthogonalise.defjvp
 def _orthogonalise_jvp(primals, tangents):
     """Derivative of `m = L Q`.
 
@@ -135,7 +135,7 @@ def _orthogonalise_jvp(primals, tangents):
     (and `W` is set to zero there) the tangent of `L L'` is still exact, with no division by the pivot.
     """
     (m,), (dm,) = primals, tangents
-    factor, q = _orthogonalise(m)
+    factor, q = orthogonalise(m)
     dm_q = matmul(dm, q.T)
     upper = jnp.triu(solve_lower(factor, dm_q), 1)
     d_factor = dm_q - matmul(factor, upper - upper.T)

@@ -76,7 +76,7 @@ def judge(
         else:
             result.level = "bad" if result.status == "failed" else "check"
             result.verdict = f"No result: {result.status} ({result.note})."
-        errors = np.abs(own["error_in_sds"].to_numpy())
+        errors = np.abs(np.asarray(own["error_in_sds"]))
         bound = numbers.get("elbo", np.nan)
         rows.append(
             {

@@ -1,0 +1,23 @@
+"""Settings and fixtures for all tests: CPU, a shared compilation cache, 64-bit arithmetic on request."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def x64():
+    """64-bit arithmetic for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    """A random key."""
+    return jax.random.key(0)

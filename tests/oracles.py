@@ -1,0 +1,223 @@
+"""The truth, slowly: dense joint Gaussians in float64 NumPy, sharing no code with the package."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ARRAYS = ("m0", "chol_P0", "A", "chol_Q", "C", "chol_R", "b", "d", "B", "D")
+
+
+@dataclass
+class Joint:
+    """Mean and covariance of `(z_1..z_T, y_1..y_T)` stacked, and the sizes."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    steps: int
+    n: int
+    p: int
+
+    def z(self, t):
+        """Indices of the state at time `t`."""
+        return np.arange(t * self.n, (t + 1) * self.n)
+
+    def y(self, t):
+        """Indices of the observation at time `t`."""
+        return self.steps * self.n + np.arange(t * self.p, (t + 1) * self.p)
+
+
+def parameters(ssm):
+    """The fields of a model as float64 NumPy arrays, and its time-varying names."""
+    q = {k: None if getattr(ssm, k) is None else np.asarray(getattr(ssm, k), float) for k in ARRAYS}
+    return q, ssm.time_varying
+
+
+def joint(ssm, steps, u=None):
+    """Builds the joint by writing every variable as a linear function of independent standard normals."""
+    q, timed = parameters(ssm)
+
+    def at(name, t):
+        return None if q[name] is None else q[name][t] if name in timed else q[name]
+
+    n, width, p = q["A"].shape[-1], q["chol_Q"].shape[-1], q["C"].shape[-2]
+    noise = n + (steps - 1) * width + steps * p
+    means, maps = [], []
+    mean, weights = q["m0"].copy(), np.zeros((n, noise))
+    weights[:, :n] = q["chol_P0"]
+    for t in range(steps):
+        if t:
+            mean = at("A", t) @ mean
+            weights = at("A", t) @ weights
+            start = n + (t - 1) * width
+            weights[:, start : start + width] += at("chol_Q", t)
+            if q["b"] is not None:
+                mean = mean + at("b", t)
+            if q["B"] is not None:
+                mean = mean + at("B", t) @ u[t]
+        means.append(mean)
+        maps.append(weights.copy())
+    for t in range(steps):
+        mean, weights = at("C", t) @ means[t], at("C", t) @ maps[t]
+        start = n + (steps - 1) * width + t * p
+        weights[:, start : start + p] += at("chol_R", t)
+        if q["d"] is not None:
+            mean = mean + at("d", t)
+        if q["D"] is not None:
+            mean = mean + at("D", t) @ u[t]
+        means.append(mean)
+        maps.append(weights)
+    weights = np.concatenate(maps)
+    return Joint(np.concatenate(means), weights @ weights.T, steps, n, p)
+
+
+def condition(j, want, given, values):
+    """Mean and covariance of the entries `want` given the entries `given` (pseudo-inverse: singular is fine)."""
+    if len(given) == 0:
+        return j.mean[want], j.cov[np.ix_(want, want)]
+    gain = j.cov[np.ix_(want, given)] @ np.linalg.pinv(j.cov[np.ix_(given, given)], rcond=1e-13, hermitian=True)
+    mean = j.mean[want] + gain @ (values - j.mean[given])
+    return mean, j.cov[np.ix_(want, want)] - gain @ j.cov[np.ix_(given, want)]
+
+
+def seen(j, y, stop):
+    """Indices and values of the observed entries before time `stop`."""
+    y = np.asarray(y, float)
+    index = np.concatenate([j.y(t) for t in range(stop)]) if stop else np.zeros(0, int)
+    values = y[:stop].ravel()
+    keep = ~np.isnan(values)
+    return index[keep], values[keep]
+
+
+def log_likelihoods(ssm, y, u=None):
+    """`log p(y_t | y_{<t})` entry by entry; an entry known exactly beforehand contributes nothing."""
+    y = np.asarray(y, float)
+    j = joint(ssm, len(y), u)
+    scale = np.sqrt(np.diag(j.cov).max(initial=0)) or 1.0
+    cov, mean = j.cov.copy(), j.mean.copy()
+    out = np.zeros(len(y))
+    for t in range(len(y)):
+        for k, i in enumerate(j.y(t)):
+            if np.isnan(y[t, k]):
+                continue
+            variance = cov[i, i]
+            if variance <= (1e-7 * min(scale, np.sqrt(j.cov[i, i]))) ** 2:
+                continue
+            error = y[t, k] - mean[i]
+            out[t] -= 0.5 * (np.log(2 * np.pi * variance) + error**2 / variance)
+            gain = cov[:, i] / variance
+            mean = mean + gain * error
+            cov = cov - np.outer(gain, cov[i])
+    return out
+
+
+def log_likelihood(ssm, y, u=None):
+    """`log p(y_{1:T})` by sequential conditioning in the joint."""
+    return log_likelihoods(ssm, y, u).sum()
+
+
+def states(ssm, y, u=None):
+    """Predicted, filtered and smoothed moments and lag-one covariances, each by conditioning the joint."""
+    y = np.asarray(y, float)
+    steps = len(y)
+    j = joint(ssm, steps, u)
+    out = {name: [] for name in ("predicted", "filtered", "smoothed")}
+    for t in range(steps):
+        for name, stop in (("predicted", t), ("filtered", t + 1), ("smoothed", steps)):
+            out[name].append(condition(j, j.z(t), *seen(j, y, stop)))
+    result = {}
+    for name, pairs in out.items():
+        result[name] = np.stack([m for m, _ in pairs]), np.stack([c for _, c in pairs])
+    cross = []
+    for t in range(steps - 1):
+        both = np.concatenate([j.z(t + 1), j.z(t)])
+        cross.append(condition(j, both, *seen(j, y, steps))[1][: j.n, j.n :])
+    result["cross_cov"] = np.array(cross).reshape(steps - 1, j.n, j.n)
+    return result
+
+
+def forecast(ssm, y, num_steps, u=None):
+    """Moments of the `num_steps` steps after `y`; `u` covers all steps."""
+    y = np.asarray(y, float)
+    j = joint(ssm, len(y) + num_steps, u)
+    index, values = seen(j, y, len(y))
+    future = range(len(y), len(y) + num_steps)
+    state = [condition(j, j.z(t), index, values) for t in future]
+    obs = [condition(j, j.y(t), index, values) for t in future]
+    return tuple(np.stack(x) for x in (*zip(*obs, strict=True), *zip(*state, strict=True)))
+
+
+def joseph_log_likelihood(q, y):
+    """A loop in extended precision with Joseph's form: for long series and ill-conditioned models (no inputs)."""
+    long = np.longdouble
+    A, C = q["A"].astype(long), q["C"].astype(long)
+    Q, R = (q[k].astype(long) @ q[k].astype(long).T for k in ("chol_Q", "chol_R"))
+    m, P = q["m0"].astype(long), q["chol_P0"].astype(long) @ q["chol_P0"].astype(long).T
+    total, eye = long(0), np.eye(len(m), dtype=long)
+    for t, row in enumerate(np.asarray(y, float)):
+        if t:
+            m, P = A @ m, A @ P @ A.T + Q
+        o = np.flatnonzero(~np.isnan(row))
+        if not len(o):
+            continue
+        H, S = C[o], C[o] @ P @ C[o].T + R[np.ix_(o, o)]
+        L = _cholesky(S)
+        e = _solve(L, row[o] - H @ m)
+        total -= (e @ e) / 2 + np.log(np.diag(L)).sum() + len(o) * np.log(2 * long(np.pi)) / 2
+        W = _solve(L, H @ P)
+        K = _solve_transposed(L, W).T
+        m = m + K @ (row[o] - H @ m)
+        J = eye - K @ H
+        P = J @ P @ J.T + K @ R[np.ix_(o, o)] @ K.T
+    return float(total)
+
+
+def _cholesky(S):
+    L = np.zeros_like(S)
+    for i in range(len(S)):
+        for k in range(i + 1):
+            rest = S[i, k] - L[i, :k] @ L[k, :k]
+            L[i, k] = np.sqrt(rest) if i == k else rest / L[k, k]
+    return L
+
+
+def _solve(L, x):
+    out = np.zeros_like(x, dtype=L.dtype)
+    for i in range(len(L)):
+        out[i] = (x[i] - L[i, :i] @ out[:i]) / L[i, i]
+    return out
+
+
+def _solve_transposed(L, x):
+    return _solve(L.T[::-1, ::-1], x[::-1])[::-1]
+
+
+def random_model(rng, n=3, p=2, m=0, steps=None, timed=(), width=None, offsets=False):
+    """Keyword arguments of a random stable `LinearGaussianSSM`, as float64 NumPy arrays."""
+    width = n if width is None else width
+
+    def lead(name):
+        return (steps,) if name in timed else ()
+
+    A = rng.normal(size=(*lead("A"), n, n))
+    A = A * (0.9 / np.abs(np.linalg.eigvals(A)).max(-1))[..., None, None]
+    q = {
+        "m0": rng.normal(size=n),
+        "chol_P0": rng.normal(size=(n, n)),
+        "A": A,
+        "chol_Q": 0.5 * rng.normal(size=(*lead("chol_Q"), n, width)),
+        "C": rng.normal(size=(*lead("C"), p, n)),
+        "chol_R": 0.5 * rng.normal(size=(*lead("chol_R"), p, p)) + 0.3 * np.eye(p),
+    }
+    if offsets:
+        q |= {"b": rng.normal(size=(*lead("b"), n)), "d": rng.normal(size=(*lead("d"), p))}
+    if m:
+        q |= {"B": rng.normal(size=(*lead("B"), n, m)), "D": rng.normal(size=(*lead("D"), p, m))}
+    return q | {"time_varying": tuple(timed)}
+
+
+def with_holes(rng, y, share=0.2):
+    """`y` with a share of its entries, one whole row included, set to NaN."""
+    y = np.array(y, float)
+    y[rng.random(y.shape) < share] = np.nan
+    y[len(y) // 2] = np.nan
+    return y
