@@ -5,10 +5,37 @@ needed) and is laid out to be read at a width of about 900 pixels. Colours are t
 readers can tell apart, and methods differ by line style too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pssm.plot_helpers import (
+    CENTER,
+    FORECAST,
+    GOOD,
+    GREY,
+    INK,
+    LEGEND,
+    PAST,
+    SIGNAL,
+    Z90,
+    blocks,
+    group,
+    limit_x,
+    matrix,
+    method_style,
+    new_figure,
+    positions,
+    runs,
+    scalar_draws,
+    series_parts,
+    shared_range,
+    shown_text,
+    state_moments,
+    tidy,
+    value_limits,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +45,8 @@ else:  # matplotlib is imported when a figure is drawn
 
 __all__ = ["plot_khat", "plot_losses", "plot_posteriors", "plot_states"]
 
-_INK, _GREY, _GRID = "#222222", "#767676", "#e3e3e3"
-_SIGNAL, _FORECAST, _GOOD = "#0072B2", "#D55E00", "#009E73"
-_METHOD_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_METHOD_LINES = ("-", "--", "-.", ":", (0, (7, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_Z50, _Z90 = 0.6744897501960817, 1.6448536269514722
-_WIDTH = 9.0
 _LONG = 250  # a series with more steps than this gets a second panel with its last part
-_MAX_SERIES, _MAX_STATES, _MAX_PARAMETERS = 6, 4, 12
+_MAX_SERIES, _MAX_PARAMETERS = 6, 12
 
 
 # The states, the data and the forecast
@@ -57,86 +78,68 @@ def plot_states(tree: Any, *, title: str = "", ylabel: str = "", time_label: str
         >>> len(plot_states(xr.DataTree.from_dict({"observed_data": y}), ylabel="flow").axes)
         1
     """
-    observed, smoothed, future = (_group(tree, g) for g in ("observed_data", "smoothed_states", "forecast"))
+    observed, smoothed, future = (group(tree, g) for g in ("observed_data", "smoothed_states", "forecast"))
     if observed is None or "y" not in observed:
         raise ValueError("`tree` must have the group `observed_data` with the variable `y`; got none. Nothing to draw.")
-    y = _matrix(observed["y"])
+    y = matrix(observed["y"])
     num_steps, num_series = y.shape
     time = observed["time"].values if "time" in observed.coords else np.arange(num_steps)
     future = future if future is not None and "mean" in future else None
     num_future = 0 if future is None else future["mean"].shape[0]
     horizon = future["horizon"].values if future is not None and "horizon" in future.coords else None
-    x, x_future, dates = _positions(time, num_steps, horizon, num_future)
+    x, x_future, dates = positions(time, num_steps, horizon, num_future)
 
     shown = min(num_series, _MAX_SERIES)
-    names = [_text(s) for s in observed["series"].values] if "series" in observed.coords else []
+    names = [shown_text(s) for s in observed["series"].values] if "series" in observed.coords else []
     names = names or [f"series {j + 1}" for j in range(num_series)]
     if num_series == 1 and ylabel:
-        names = [_text(ylabel)]
+        names = [shown_text(ylabel)]
     units = observed["y"].attrs.get("units")
     tail = min(max(60, num_steps // 8, 4 * num_future), 240) if num_steps > _LONG else 0
-    states = _state_names(smoothed)
+    states = state_moments(smoothed)
 
     heights = [2.9 if shown == 1 else 2.3] * (shown * (2 if tail else 1)) + [1.3] * len(states)
-    figure = _figure(heights, title)
+    figure = new_figure(heights, title)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     panels = iter(axes)
     full = (x[0], (x_future if num_future else x)[-1])
     for j in range(shown):
-        parts = _parts(y, smoothed, future, j)
-        label = names[j] + (f" ({_text(units)})" if units else "")
+        parts = series_parts(y, smoothed, future, j)
+        label = names[j] + (f" ({shown_text(units)})" if units else "")
         for zoom in (False, True) if tail else (False,):
             ax = next(panels)
             start = num_steps - tail if zoom else 0
-            _draw_series(ax, x[start:], x_future, {k: v[start:] if k in _PAST else v for k, v in parts.items()})
-            _limit_x(ax, x[start], full[1])
+            _draw_series(ax, x[start:], x_future, {k: v[start:] if k in PAST else v for k, v in parts.items()})
+            limit_x(ax, x[start], full[1])
             ax.set_ylabel(label, fontsize=11)
-            _tidy(ax, dates)
+            tidy(ax, dates)
             if zoom:
-                ax.set_title(f"the last {tail} steps", loc="left", fontsize=10.5, color=_GREY)
+                ax.set_title(f"the last {tail} steps", loc="left", fontsize=10.5, color=GREY)
             elif tail:
                 ax.axvspan(x[num_steps - tail], full[1], color="#F0E442", alpha=0.22, lw=0, zorder=0)
             if j == 0 and not zoom:
                 _legend_above(ax)
     for k, (name, mean, sd) in enumerate(states):
         ax = next(panels)
-        ax.fill_between(x, mean - _Z90 * sd, mean + _Z90 * sd, color=_GOOD, alpha=0.25, lw=0)
-        ax.plot(x, mean, color=_GOOD, lw=1.6)
+        ax.fill_between(x, mean - Z90 * sd, mean + Z90 * sd, color=GOOD, alpha=0.25, lw=0)
+        ax.plot(x, mean, color=GOOD, lw=1.6)
         ax.set_ylabel(name, fontsize=11)
-        ax.set_ylim(_limits([mean], [mean - _Z90 * sd, mean + _Z90 * sd]))
-        _limit_x(ax, *full)
-        _tidy(ax, dates)
+        ax.set_ylim(value_limits([mean], [mean - Z90 * sd, mean + Z90 * sd]))
+        limit_x(ax, *full)
+        tidy(ax, dates)
         if k == 0:
             total = smoothed["mean"].shape[1]
             note = f" (the first {len(states)} of {total})" if total > len(states) else ""
-            ax.set_title(f"state coordinates with 90 % interval{note}", loc="left", fontsize=10.5, color=_GREY)
+            ax.set_title(f"state coordinates with 90 % interval{note}", loc="left", fontsize=10.5, color=GREY)
         if k < len(states) - 1:
             ax.tick_params(labelbottom=False)
             ax.xaxis.get_offset_text().set_visible(False)
     figure.align_ylabels(axes)
     if not dates:
-        axes[-1].set_xlabel(_text(time_label), fontsize=11)
+        axes[-1].set_xlabel(shown_text(time_label), fontsize=11)
     if num_series > shown:
-        figure.supxlabel(f"{shown} of {num_series} series shown", fontsize=10, color=_GREY, x=0.01, ha="left")
+        figure.supxlabel(f"{shown} of {num_series} series shown", fontsize=10, color=GREY, x=0.01, ha="left")
     return figure
-
-
-_PAST = ("y", "mean", "sd")
-
-
-def _parts(y: np.ndarray, smoothed: Any, future: Any, j: int) -> dict[str, np.ndarray]:
-    """What there is to draw of series `j`: data, signal, forecast."""
-    parts = {"y": y[:, j]}
-    if smoothed is not None and "signal_mean" in smoothed:
-        parts["mean"] = _matrix(smoothed["signal_mean"])[:, j]
-        sd = _matrix(smoothed["signal_sd"])[:, j] if "signal_sd" in smoothed else np.zeros_like(parts["mean"])
-        parts["sd"] = sd
-    if future is not None:
-        mean = parts["future"] = _matrix(future["mean"])[:, j]
-        sd = _matrix(future["sd"])[:, j] if "sd" in future else np.zeros_like(mean)
-        for name, z in (("q05", -_Z90), ("q25", -_Z50), ("q75", _Z50), ("q95", _Z90)):
-            parts[name] = _matrix(future[name])[:, j] if name in future else mean + z * sd
-    return parts
 
 
 def _draw_series(ax: Axes, x: np.ndarray, x_future: np.ndarray, parts: Mapping[str, np.ndarray]) -> None:
@@ -144,30 +147,30 @@ def _draw_series(ax: Axes, x: np.ndarray, x_future: np.ndarray, parts: Mapping[s
     step = np.diff(x).min() if len(x) > 1 else 1.0
     style = {"facecolor": "#f1f1f1", "edgecolor": "#b5b5b5", "hatch": "////", "lw": 0, "zorder": 0, "label": "missing"}
     short = []  # too short to see as a band: a tick at the bottom
-    for start, stop in _runs(np.isnan(y)):
+    for start, stop in runs(np.isnan(y)):
         if (stop - start) * step < 0.006 * (x[-1] - x[0]):
             short += list(x[start:stop])
         else:
             ax.axvspan(x[start] - step / 2, x[stop - 1] + step / 2, **style)
     if short:
-        ticks = {"transform": ax.get_xaxis_transform(), "color": _GREY, "ms": 7, "ls": "", "marker": "|"}
+        ticks = {"transform": ax.get_xaxis_transform(), "color": GREY, "ms": 7, "ls": "", "marker": "|"}
         ax.plot(short, np.full(len(short), 0.02), label="missing", **ticks)
     if "mean" in parts:
         mean, sd = parts["mean"], parts["sd"]
-        extra += [mean - _Z90 * sd, mean + _Z90 * sd]
-        ax.fill_between(x, *extra, color=_SIGNAL, alpha=0.25, lw=0, label="its 90 % interval")
-        ax.plot(x, mean, color=_SIGNAL, lw=1.9, label="smoothed signal")
+        extra += [mean - Z90 * sd, mean + Z90 * sd]
+        ax.fill_between(x, *extra, color=SIGNAL, alpha=0.25, lw=0, label="its 90 % interval")
+        ax.plot(x, mean, color=SIGNAL, lw=1.9, label="smoothed signal")
     size = float(np.clip(60.0 / np.sqrt(max(len(y), 1)), 1.3, 4.6))
-    ax.plot(x, y, "o", ms=size, mfc=_INK, mec="white", mew=0.5 if size > 2.5 else 0, label="data", zorder=3)
+    ax.plot(x, y, "o", ms=size, mfc=INK, mec="white", mew=0.5 if size > 2.5 else 0, label="data", zorder=3)
     core = [y, parts.get("mean", y)]
     if "future" in parts:
         wide, narrow = (parts["q05"], parts["q95"]), (parts["q25"], parts["q75"])
-        ax.fill_between(x_future, *wide, color=_FORECAST, alpha=0.18, lw=0, label="forecast, 90")
-        ax.fill_between(x_future, *narrow, color=_FORECAST, alpha=0.34, lw=0, label="and 50 %")
-        ax.plot(x_future, parts["future"], color=_FORECAST, lw=1.9, ls=(0, (5, 1.5)))
-        ax.axvline((x[-1] + x_future[0]) / 2, color=_GREY, lw=0.9, ls=":")
+        ax.fill_between(x_future, *wide, color=FORECAST, alpha=0.18, lw=0, label="forecast, 90")
+        ax.fill_between(x_future, *narrow, color=FORECAST, alpha=0.34, lw=0, label="and 50 %")
+        ax.plot(x_future, parts["future"], color=FORECAST, lw=1.9, ls=(0, (5, 1.5)))
+        ax.axvline((x[-1] + x_future[0]) / 2, color=GREY, lw=0.9, ls=":")
         core, extra = [*core, parts["future"]], [*extra, *wide]
-    ax.set_ylim(_limits(core, extra))
+    ax.set_ylim(value_limits(core, extra))
 
 
 def _legend_above(ax: Axes) -> None:
@@ -179,27 +182,9 @@ def _legend_above(ax: Axes) -> None:
     entries: dict[str, Any] = {label: by_label[label] for label in order if label in by_label}
     if "and 50 %" in by_label:
         entries["forecast, 90 and 50 %"] = (by_label["forecast, 90"], by_label["and 50 %"])
-    handler = {tuple: HandlerTuple(ndivide=None, pad=0.0)}
-    place = {
-        "loc": "lower left",
-        "bbox_to_anchor": (-0.005, 1.0),
-        "ncols": 5,
-        "handlelength": 1.7,
-        "handler_map": handler,
-    }
-    ax.legend(entries.values(), entries.keys(), **place, **_LEGEND)
-
-
-def _state_names(smoothed: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The first states as (name, mean, sd); none when there is one state only, which the signal already shows."""
-    if smoothed is None or not {"mean", "sd"} <= set(smoothed) or smoothed["mean"].ndim != 2:
-        return []
-    mean, sd = _matrix(smoothed["mean"]), _matrix(smoothed["sd"])
-    if mean.shape[1] < 2:
-        return []
-    names = smoothed["state"].values if "state" in smoothed.coords else np.arange(1, mean.shape[1] + 1)
-    labels = [_text(n, 18) if isinstance(n, str) else f"state {n}" for n in names]
-    return [(labels[k], mean[:, k], sd[:, k]) for k in range(min(mean.shape[1], _MAX_STATES))]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.005, 1.0), "ncols": 5, "handlelength": 1.7}
+    pairs = {tuple: HandlerTuple(ndivide=None, pad=0.0)}
+    ax.legend(entries.values(), entries.keys(), handler_map=pairs, **place, **LEGEND)
 
 
 # Posteriors, method by method
@@ -231,7 +216,7 @@ def plot_posteriors(trees: Mapping[str, Any], parameters: Sequence[str] | None =
     """
     from arviz_stats.base.array import array_stats
 
-    draws = {method: _draws(tree) for method, tree in trees.items()}
+    draws = {method: scalar_draws(tree) for method, tree in trees.items()}
     found = list(dict.fromkeys(name for by_name in draws.values() for name in by_name))
     if parameters is not None:
         wanted = {str(p) for p in parameters}
@@ -244,14 +229,14 @@ def plot_posteriors(trees: Mapping[str, Any], parameters: Sequence[str] | None =
     shown = found[:_MAX_PARAMETERS]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure([2.5] * rows, "")
+    figure = new_figure([2.5] * rows, "")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for ax, name in zip(axes, shown, strict=False):
         having = {m: by_name[name] for m, by_name in draws.items() if name in by_name and by_name[name].size}
         heights = []
         for k, (method, values) in enumerate(having.items()):
-            color, line = _style(list(draws).index(method))
+            color, line = method_style(list(draws).index(method))
             if values.size < 20 or np.ptp(values) <= 1e-12 * np.abs(values).max():
                 curve = ax.axvline(values.mean(), color=color, ls=line, lw=1.8)
             else:
@@ -267,70 +252,40 @@ def plot_posteriors(trees: Mapping[str, Any], parameters: Sequence[str] | None =
             handles.setdefault(method, curve)
         top = min(max(heights), 3.5 * heights[0]) if heights else 1.0
         for k, (method, values) in enumerate(having.items()):
-            color, level = _style(list(draws).index(method))[0], -top * (0.09 * k + 0.07)
+            color, level = method_style(list(draws).index(method))[0], -top * (0.09 * k + 0.07)
             ax.plot(np.quantile(values, [0.05, 0.95]), [level, level], color=color, lw=2.4, solid_capstyle="butt")
             ax.plot(values.mean(), level, "o", color=color, ms=4.6, mec="white", mew=0.8, zorder=5)
         ax.set_ylim(-top * (0.09 * len(having) + 0.05), 1.06 * top)
         if having:
-            ax.set_xlim(_shared_range(list(having.values())))
-        ax.axhline(0.0, color=_GREY, lw=0.8)
-        ax.set_title(_text(name, 30), loc="left", fontsize=11.5, color=_INK)
-        _tidy(ax, False, grid=False)
+            ax.set_xlim(shared_range(list(having.values())))
+        ax.axhline(0.0, color=GREY, lw=0.8)
+        ax.set_title(shown_text(name, 30), loc="left", fontsize=11.5, color=INK)
+        tidy(ax, False, grid=False)
         ax.spines["left"].set_visible(False)
         ax.set_yticks([])
         ax.locator_params(axis="x", nbins=4)
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    labels = [_text(m) for m in handles]
+    labels = [shown_text(m) for m in handles]
     figure.legend(
-        handles.values(), labels, loc="outside upper left", ncols=min(len(labels), 5), handlelength=3.2, **_LEGEND
+        handles.values(), labels, loc="outside upper left", ncols=min(len(labels), 5), handlelength=3.2, **LEGEND
     )
     if len(found) > len(shown):
-        figure.supxlabel(f"{len(shown)} of {len(found)} parameters shown", fontsize=10, color=_GREY, x=0.01, ha="left")
+        figure.supxlabel(f"{len(shown)} of {len(found)} parameters shown", fontsize=10, color=GREY, x=0.01, ha="left")
     return figure
-
-
-def _draws(tree: Any) -> dict[str, np.ndarray]:
-    """The finite draws of every scalar of the group `posterior`, by name: `s`, `phi[0]`, ..."""
-    posterior = _group(tree, "posterior")
-    if posterior is None:
-        return {}
-    result = {}
-    for name, variable in posterior.data_vars.items():
-        inner = [d for d in variable.dims if d not in ("chain", "draw", "sample")]
-        if {"time", "horizon"} & set(inner) or variable.dtype.kind not in "fiub":
-            continue
-        outer = [d for d in variable.dims if d not in inner]
-        shape = [variable.sizes[d] for d in inner]
-        values = variable.transpose(*inner, *outer).values.astype(float).reshape(*shape, -1)
-        for index in np.ndindex(*shape):
-            labels = [posterior[d].values[i] if d in posterior.coords else i for d, i in zip(inner, index, strict=True)]
-            entry = f"{name}[{', '.join(str(v) for v in labels)}]" if inner else str(name)
-            result[entry] = values[index][np.isfinite(values[index])]
-    return result
-
-
-def _shared_range(draws: list[np.ndarray]) -> tuple[float, float]:
-    """A range that shows every method, but does not let a wild one squeeze the reference to a line."""
-    low, high = np.quantile(draws[0], [0.002, 0.998])
-    width = max(high - low, 1e-9 * max(abs(high), 1e-300), np.finfo(float).tiny)
-    lows, highs = zip(*(np.quantile(d, [0.005, 0.995]) for d in draws), strict=True)
-    left, right = min(low, max(min(lows), low - 1.2 * width)), max(high, min(max(highs), high + 1.2 * width))
-    return left - 0.04 * (right - left) - 1e-3 * width, right + 0.04 * (right - left) + 1e-3 * width
 
 
 # How good an approximation is
 
 
-def plot_khat(khats: Mapping[str, Any], *, num_draws: int | None = None) -> Figure:
+def plot_khat(khats: Mapping[str, Any]) -> Figure:
     r"""PSIS k-hat by method, against the thresholds that say whether importance weights can be relied on.
 
-    Below 0.5 the approximation is good; up to `min(1 - 1/log10(num_draws), 0.7)` importance weights correct it; above,
-    they do not, and the approximation is too far from the target.
+    Below 0.5 the approximation is good; up to 0.7 importance weights correct it; above, they do not, and the
+    approximation is too far from the target.
 
     Args:
         khats: by method, one k-hat (a bar) or several, such as one per time step (a cloud with its largest marked).
-        num_draws: number of draws each k-hat was estimated from; lowers the second threshold when small.
 
     Returns:
         The figure.
@@ -342,50 +297,48 @@ def plot_khat(khats: Mapping[str, Any], *, num_draws: int | None = None) -> Figu
     Source:
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling, JMLR 25, section 3.2.4.
     """
-    limit = 0.7 if num_draws is None else float(np.clip(1.0 - 1.0 / np.log10(max(num_draws, 11)), 0.05, 0.7))
-    good = min(0.5, limit)
+    good, limit = 0.5, 0.7
     values = {method: np.atleast_1d(np.asarray(k, dtype=float)).ravel() for method, k in khats.items()}
     finite = np.concatenate([v[np.isfinite(v)] for v in values.values()] or [np.zeros(0)])
     right = float(np.clip(1.15 * finite.max(initial=0.0) + 0.03, 1.1, 2.0))
     left = float(np.clip(finite.min(initial=0.0) - 0.05, -0.6, 0.0))
-    figure = _figure([0.95 + 0.55 * max(len(values), 1)], "")
+    figure = new_figure([0.95 + 0.55 * max(len(values), 1)], "")
     ax = figure.subplots()
     zones = (
-        (left, good, _GOOD, "good"),
+        (left, good, GOOD, "good"),
         (good, limit, "#E69F00", "usable"),
-        (limit, right, _FORECAST, "not reliable"),
+        (limit, right, FORECAST, "not reliable"),
     )
     for start, stop, color, label in zones:
-        if stop > start:
-            ax.axvspan(start, stop, color=color, alpha=0.13, lw=0)
-            ax.text((start + stop) / 2, 1.02, label, transform=ax.get_xaxis_transform(), **_CENTER)
-    for threshold in {good, limit}:
-        ax.axvline(threshold, color=_GREY, lw=1.1, ls="--")
+        ax.axvspan(start, stop, color=color, alpha=0.13, lw=0)
+        ax.text((start + stop) / 2, 1.02, label, transform=ax.get_xaxis_transform(), **CENTER)
+    for threshold in (good, limit):
+        ax.axvline(threshold, color=GREY, lw=1.1, ls="--")
     for row, k in enumerate(values.values()):
         known = np.clip(k[np.isfinite(k)], left, right)
         worst = np.nan if not k.size or np.isnan(k).all() else float(np.nanmax(k))
         if known.size > 1:
             shift = np.linspace(-0.18, 0.18, 7)[np.arange(known.size) % 7]
-            ax.plot(known, row + shift, "o", ms=3.6, color=_SIGNAL, alpha=0.5, mew=0)
+            ax.plot(known, row + shift, "o", ms=3.6, color=SIGNAL, alpha=0.5, mew=0)
         if np.isnan(worst):
-            ax.text(max(left, 0.0) + 0.01, row, "not available", va="center", fontsize=10.5, color=_GREY)
+            ax.text(max(left, 0.0) + 0.01, row, "not available", va="center", fontsize=10.5, color=GREY)
             continue
         end = min(worst, right)
         if k.size == 1:
-            ax.plot([0.0, end], [row, row], color=_SIGNAL, lw=3.0, solid_capstyle="butt")
-        ax.plot(end, row, ">" if worst > right else "D", ms=8, color=_SIGNAL, mec="white", mew=0.8, clip_on=False)
+            ax.plot([0.0, end], [row, row], color=SIGNAL, lw=3.0, solid_capstyle="butt")
+        ax.plot(end, row, ">" if worst > right else "D", ms=8, color=SIGNAL, mec="white", mew=0.8, clip_on=False)
         side = -1 if end > left + 0.93 * (right - left) else 1
         word = "" if k.size == 1 else "largest "
         note = ax.annotate(
             f"{word}{worst:.2f}", (end, row), (side * 9, 0), textcoords="offset points", va="center", fontsize=11
         )
-        note.set(ha="left" if side > 0 else "right", color=_INK, zorder=6)
+        note.set(ha="left" if side > 0 else "right", color=INK, zorder=6)
         note.set_bbox({"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1.2})
-    ax.set_yticks(range(len(values)), [_text(m, 28) for m in values])
+    ax.set_yticks(range(len(values)), [shown_text(m, 28) for m in values])
     ax.set_ylim(len(values) - 0.5, -0.5)
     ax.set_xlim(left, right)
     ax.set_xlabel("PSIS k-hat (smaller is better)", fontsize=11)
-    _tidy(ax, False, grid=False)
+    tidy(ax, False, grid=False)
     return figure
 
 
@@ -406,7 +359,7 @@ def plot_losses(losses: Mapping[str, Any]) -> Figure:
         >>> len(plot_losses({"svi:normal": 640.0 + 9e3 * np.exp(-np.arange(900) / 40)}).axes)
         2
     """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     series = {method: np.asarray(loss, dtype=float).ravel() for method, loss in losses.items()}
     finite = np.concatenate([v[np.isfinite(v)] for v in series.values()] or [np.zeros(0)])
@@ -414,14 +367,14 @@ def plot_losses(losses: Mapping[str, Any]) -> Figure:
     end = np.concatenate([e[np.isfinite(e)] for e in ends] or [np.zeros(0)])
     spread = np.subtract(*np.quantile(end, [0.98, 0.02])) if end.size else 0.0
     dwarfed = bool(finite.size and np.ptp(finite) > 8 * max(spread, 1e-12))
-    figure = _figure([3.4], "")
+    figure = new_figure([3.4], "")
     axes = figure.subplots(1, 2 if dwarfed else 1, squeeze=False, width_ratios=[3, 2] if dwarfed else [1])[0]
     for k, (method, loss) in enumerate(series.items()):
-        color, line = _style(k)
+        color, line = method_style(k)
         bad = int((~np.isfinite(loss)).sum())
-        label = _text(method) + (f" ({bad:,} steps not finite)" if bad else "")
+        label = shown_text(method) + (f" ({bad:,} steps not finite)" if bad else "")
         for ax, start in zip(axes, (0, len(loss) // 2), strict=False):
-            step, low, median, high = _blocks(loss, start)
+            step, low, median, high = blocks(loss, start)
             ax.fill_between(step, low, high, color=color, alpha=0.2, lw=0)
             ax.plot(step, median, color=color, ls=line, lw=1.9, label=label)
     if dwarfed:
@@ -431,143 +384,18 @@ def plot_losses(losses: Mapping[str, Any]) -> Figure:
             axes[0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}" if v < 1e4 else f"{v:,.0f}"))
             axes[0].yaxis.set_minor_formatter(NullFormatter())
         elif finite.min() <= 0 and np.abs(finite).max() > 50 * max(spread, 1e-12):
-            width = max(float(np.abs(end).max(initial=0.0)), spread) / 5 or 1.0
-            powers = 10.0 ** np.arange(np.ceil(np.log10(width)), np.ceil(np.log10(np.abs(finite).max())) + 1)
-            axes[0].set_yscale("asinh", linear_width=width)
-            axes[0].yaxis.set_major_locator(FixedLocator([*-powers[::-1], 0.0, *powers]))
+            axes[0].set_yscale("asinh", linear_width=max(float(np.abs(end).max(initial=0.0)), spread) / 5 or 1.0)
             axes[0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 10 else f"{v:g}"))
-            axes[0].yaxis.set_minor_locator(NullLocator())
-        axes[1].set_title("the last half", loc="left", fontsize=10.5, color=_GREY)
-        axes[1].set_ylim(_limits([np.quantile(end, [0.01, 0.97])], []))
+        axes[1].set_title("the last half", loc="left", fontsize=10.5, color=GREY)
+        axes[1].set_ylim(value_limits([np.quantile(end, [0.01, 0.97])], []))
     for ax in axes:
         ax.set_xlabel("step", fontsize=11)
-        _tidy(ax, False)
+        tidy(ax, False)
         ax.locator_params(axis="x", nbins=5)
         if ax.get_yscale() == "linear":
             ax.ticklabel_format(axis="y", useOffset=False)
     axes[0].set_ylabel("loss (negative ELBO, nats)", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=3.2, **_LEGEND)
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=3.2, **LEGEND)
     return figure
-
-
-def _blocks(loss: np.ndarray, start: int, num_blocks: int = 70) -> tuple[np.ndarray, ...]:
-    """Middle step, 10 % quantile, median and 90 % quantile of `loss[start:]` in blocks; blocks of NaN are left out."""
-    width = max(1, -(-(len(loss) - start) // num_blocks))
-    rows = []
-    for first in range(start, len(loss), width):
-        block = loss[first : first + width]
-        block = block[np.isfinite(block)]
-        if block.size:
-            rows.append((first + (width - 1) / 2, *np.quantile(block, [0.1, 0.5, 0.9])))
-    columns = np.array(rows).reshape(-1, 4).T
-    return columns[0], columns[1], columns[2], columns[3]
-
-
-# What all of them share
-
-_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 10.5, "columnspacing": 1.4, "borderaxespad": 0.2}
-_CENTER: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 10.5, "color": _GREY}
-
-
-def _figure(heights: Sequence[float], title: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    height = min(sum(heights) + 0.5 + (0.3 if title else 0.0), 26.0)
-    figure = Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained", facecolor="white")
-    if title:
-        figure.suptitle(_text(title, 90), x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    return figure
-
-
-def _tidy(ax: Axes, dates: bool, *, grid: bool = True) -> None:
-    ax.set_facecolor("white")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(_GREY)
-    ax.tick_params(labelsize=10.5, color=_GREY, labelcolor=_INK)
-    ax.set_axisbelow(True)
-    if grid:
-        ax.grid(axis="y", color=_GRID, lw=0.8)
-    if dates:
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-        locator = AutoDateLocator(minticks=4, maxticks=9)
-        ax.xaxis.set_major_locator(locator)
-        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-
-
-def _style(k: int) -> tuple[str, Any]:
-    return _METHOD_COLORS[k % len(_METHOD_COLORS)], _METHOD_LINES[k % len(_METHOD_LINES)]
-
-
-def _text(value: object, limit: int = 40) -> str:
-    """A label as matplotlib shows it literally: no mathtext, no control characters, not too long, not hidden."""
-    text = "".join(c if c.isprintable() else " " for c in str(value)).strip()
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    text = text.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def _group(tree: Any, name: str) -> Any:
-    """The group as a Dataset, or None."""
-    return tree[name].to_dataset() if tree is not None and name in tree.children else None
-
-
-def _matrix(variable: Any) -> np.ndarray:
-    values = np.asarray(variable.values, dtype=float)
-    return values[:, None] if values.ndim == 1 else values
-
-
-def _positions(time: np.ndarray, n: int, horizon: Any, h: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Axis positions of the labels in `time` and `horizon`, and whether they are dates.
-
-    Labels that cannot be placed on an axis (words, or out of order) are numbered. A horizon that does not continue the
-    time labels (1, 2, ... after dates) is placed after them, a typical step apart.
-    """
-    x, dates = _numbers(time)
-    if x is None or len(x) != n:
-        x, dates, horizon = np.arange(n, dtype=float), False, None
-    step = float(np.median(np.diff(x))) if n > 1 else 1.0
-    future, future_dates = _numbers(horizon) if horizon is not None else (None, False)
-    if future is None or future_dates != dates or len(future) != h or (h and future[0] <= x[-1]):
-        future = x[-1] + step * np.arange(1, h + 1)
-    return x, future, dates
-
-
-def _numbers(labels: Any) -> tuple[np.ndarray | None, bool]:
-    labels = np.asarray(labels)
-    dates = labels.dtype.kind == "M"
-    if dates:
-        from matplotlib.dates import date2num
-
-        values = np.asarray(date2num(labels), dtype=float)
-    elif labels.dtype.kind in "iuf":
-        values = labels.astype(float)
-    else:
-        return None, False
-    return (values, dates) if np.isfinite(values).all() and (np.diff(values) > 0).all() else (None, False)
-
-
-def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Start and stop of every stretch of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-def _limits(core: Sequence[np.ndarray], extra: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Limits that hold `core`, and `extra` as far as it does not squeeze `core` to less than a quarter of the axis."""
-    inner = np.concatenate([np.asarray(c, dtype=float).ravel() for c in core])
-    inner = inner[np.isfinite(inner)]
-    low, high = (inner.min(), inner.max()) if inner.size else (0.0, 1.0)
-    room = 1.5 * ((high - low) or abs(high) or 1.0)
-    outer = np.concatenate([inner, *(np.asarray(e, dtype=float).ravel() for e in extra)])
-    outer = np.clip(outer[np.isfinite(outer)], low - room, high + room)
-    low, high = (min(low, outer.min()), max(high, outer.max())) if outer.size else (low, high)
-    pad = 0.06 * ((high - low) or abs(high) or 1.0)
-    return float(low - pad), float(high + pad)
-
-
-def _limit_x(ax: Axes, start: float, stop: float) -> None:
-    pad = 0.012 * ((stop - start) or 1.0)
-    ax.set_xlim(start - pad, stop + pad)

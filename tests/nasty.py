@@ -6,6 +6,7 @@ variance given everything before it is zero contributes nothing.
 """
 
 from decimal import Decimal, localcontext
+from functools import cache
 
 import numpy as np
 
@@ -180,6 +181,13 @@ def rounded(case, dtype):
     return case | {"params": params, "y": np.asarray(case["y"], float).astype(dtype), "u": u}
 
 
+@cache
+def truth(name, dtype):
+    """A case rounded to `dtype` and everything exact about it; read only."""
+    made = rounded(CASES[name](), dtype)
+    return made, exact(made)
+
+
 def simulate(rng, params, steps, u=None):
     """One series from the model, in float64 NumPy."""
     timed = params.get("time_varying", ())
@@ -325,9 +333,7 @@ def companion_ar3_exact(rng):
 
 @case
 def companion_ar3_exact_known_start_gap(rng):
-    params, y = _plain(
-        rng, n=3, chol_R=np.zeros((1, 1)), chol_P0=np.zeros((3, 3)), **_companion([0.5, -0.3, 0.2])
-    )
+    params, y = _plain(rng, n=3, chol_R=np.zeros((1, 1)), chol_P0=np.zeros((3, 3)), **_companion([0.5, -0.3, 0.2]))
     y[[0, 6, 7, 12]] = np.nan
     return params, y
 
@@ -347,9 +353,7 @@ def exact_observation(rng):
 @case
 def known_entries(rng):
     """A known start and a sensor seen twice, both without noise: `y_1` and the copies have no density."""
-    params, y = _plain(
-        rng, n=3, chol_P0=np.zeros((3, 3)), chol_R=np.zeros((1, 1)), **_companion([0.5, -0.3, 0.2])
-    )
+    params, y = _plain(rng, n=3, chol_P0=np.zeros((3, 3)), chol_R=np.zeros((1, 1)), **_companion([0.5, -0.3, 0.2]))
     m0 = np.array([0.25, -0.5, 1.0])
     y[0] = m0[0]
     return params | {"m0": m0, "C": np.tile(params["C"], (2, 1)), "chol_R": np.zeros((2, 2))}, np.tile(y, (1, 2))
@@ -382,13 +386,13 @@ def unstable_hidden(rng):
 
 @case
 def many_sensors(rng):
-    params, y = _plain(rng, n=5, p=200, steps=4)
+    params, y = _plain(rng, n=5, p=200, steps=3)
     return params, y, None, {"number": LongDoubles}
 
 
 @case
 def many_states(rng):
-    params, y = _plain(rng, n=50, p=3, steps=8)
+    params, y = _plain(rng, n=50, p=3, steps=5)
     return params, y, None, {"number": LongDoubles}
 
 

@@ -12,7 +12,9 @@ import pytest
 import xarray as xr
 
 from pssm import plots
-from pssm.study.report import _cell, _level, write_report
+from pssm.plot_helpers import positions
+from pssm.study.page import cell_text
+from pssm.study.report import _level, write_report
 
 HOSTILE = "<script>alert('x')</script> \"q\" & \U0001f680 $\\frac{1$ _a\u202e\x00"
 NILE = [
@@ -323,7 +325,7 @@ def test_report_is_replaced_as_a_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("horizon", [np.arange(1, 13), np.arange(12.0), None])
 def test_forecast_follows_the_data_whatever_its_labels(horizon):
     time = np.array(["2001-01-01", "2001-01-02", "2001-01-03"], dtype="datetime64[D]")
-    x, future, dates = plots._positions(time, 3, horizon, 12)
+    x, future, dates = positions(time, 3, horizon, 12)
     assert dates
     assert future[0] == x[-1] + 1
     assert len(future) == 12
@@ -361,7 +363,7 @@ def test_marker_follows_the_verdict_then_the_diagnostics(verdict, diagnostics, l
     ],
 )
 def test_numbers_are_written_to_be_read(column, value, text):
-    assert _cell(column, value) == text
+    assert cell_text(column, value) == text
 
 
 def test_posteriors_keep_the_reference_readable():

@@ -172,7 +172,12 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult
     r, log_liks = scan_filter(ssm, y, u)
     n, n_obs = ssm.n_state, ssm.n_obs
     back_rows = r.turn[:, n_obs:, :n]  # Q21
-    rest = _two_rows(ssm, r)[1][:, n:, :n]  # Q3
+    joint, turn = _two_rows(ssm, r)
+    # A row of Q3 whose pivot is rounding points nowhere: the transition added nothing there.
+    pivots = jnp.diagonal(joint, axis1=1, axis2=2)[:, n:]
+    sizes = jnp.sqrt(jnp.sum(r.new_chol[:-1] ** 2, axis=2))
+    real = pivots > 100 * n * jnp.finfo(y.dtype).eps * sizes
+    rest = jnp.where(real[..., None], turn[:, n:, :n], 0.0)  # Q3
 
     def step(left: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
         new_chol, next_chol, forth, q3, q21 = xs

@@ -95,8 +95,11 @@ def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
         noise = rounding * (jnp.abs(row) + matvec(jnp.abs(q).T, jnp.abs(first)))
         rest = jnp.where(jnp.abs(rest) <= noise, 0.0, rest)
         second = matvec(q, rest)
-        rest = rest - matvec(q.T, second)
-        return first + second, *_normalise(rest)
+        again = rest - matvec(q.T, second)
+        # A second projection that takes most of the rest away has met rounding: a direction made of it would not be
+        # orthogonal to the others.
+        again = jnp.where(jnp.sum(again**2) > 0.01 * jnp.sum(rest**2), again, 0.0)
+        return first + second, *_normalise(again)
 
     if rows <= SMALL:
         q_rows: list[jax.Array] = []
