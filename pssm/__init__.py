@@ -6,8 +6,9 @@ Start with a ready model (`pssm.models.local_level`) and NumPyro's own `MCMC(NUT
 trust. In every series NaN means missing; time is the axis before the last; covariances enter as factors (`chol_Q`).
 """
 
+import importlib
+
 from pssm import datasets as datasets
-from pssm import diagnostics as diagnostics
 from pssm import distributions as distributions
 from pssm import infer as infer
 from pssm import models as models
@@ -28,7 +29,9 @@ from pssm.ssm import SmootherResult as SmootherResult
 
 
 def __getattr__(name: str):
-    """`compare` and `Study` bring pandas and ArviZ with them: imported when first asked for."""
+    """What brings pandas, xarray or ArviZ with it (seconds to import) is imported when first asked for."""
+    if name in ("diagnostics", "plots"):
+        return importlib.import_module(f"pssm.{name}")
     if name in ("compare", "Study"):
         from pssm.study import compare as module
 

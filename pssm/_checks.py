@@ -76,8 +76,8 @@ def check_series(y: ArrayLike, n_obs: int, name: str = "y") -> jax.Array:
     NaN entries are missing. Raises `ValueError` for another shape, for no time steps, and for infinite values; warns
     where the values are 64-bit but would lose their variation in the 32-bit arithmetic that is switched on.
     """
-    _warn_lost_precision(name, y)
     series = as_float(name, y)
+    _warn_lost_precision(name, y)
     if series.ndim == 1 and n_obs == 1:
         series = series[:, None]
     if series.ndim < 2 or series.shape[-1] != n_obs:
@@ -112,3 +112,10 @@ def _warn_lost_precision(name: str, y: ArrayLike) -> None:
             'jax.config.update("jax_enable_x64", True).',
             stacklevel=4,
         )
+
+
+def check_sample_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tuple of whole numbers, none negative."""
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"`sample_shape` must be a tuple of whole numbers, such as (10,); got {shape!r}.")
+    return tuple(check_count("sample_shape", size, least=0) for size in shape)

@@ -139,8 +139,8 @@ def _check_counts(a: argparse.Namespace) -> None:
         value = getattr(a, name)
         if value is not None and value < 1:
             raise UsageError(f"`--{name}` must be at least 1; got {value}.")
-    if a.budget < 0:
-        raise UsageError(f"`--budget` must not be negative; got {a.budget}.")
+    if not 0 <= a.budget < float("inf"):
+        raise UsageError(f"`--budget` must be a number of seconds, 0 or more; got {a.budget}.")
 
 
 def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:

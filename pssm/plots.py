@@ -1,8 +1,7 @@
 """Figures for state-space fits: the states and the forecast, posteriors side by side, k-hat, and SVI losses.
 
-Every function returns a `matplotlib.figure.Figure` that is not registered with pyplot (nothing to close, no display
-needed) and is laid out to be read at a width of about 900 pixels. Colours are the Okabe-Ito set, which colour-blind
-readers can tell apart, and methods differ by line style too.
+Every function returns a `matplotlib.figure.Figure` that is not registered with pyplot, laid out for a width of about
+900 pixels, in the Okabe-Ito colours, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Mapping, Sequence

@@ -84,15 +84,25 @@ class LinearGaussianSSM:
         time_varying: tuple[str, ...] = (),
     ):
         given = dict(m0=m0, chol_P0=chol_P0, A=A, chol_Q=chol_Q, C=C, chol_R=chol_R, b=b, d=d, B=B, D=D)
+        for name in ("m0", "chol_P0", "A", "chol_Q", "C", "chol_R"):
+            if given[name] is None:
+                raise TypeError(f"`{name}` is required; got None.")
         arrays = {name: None if x is None else as_float(name, x) for name, x in given.items()}
         present = {name: x for name, x in arrays.items() if x is not None}
         dtype = jnp.result_type(*present.values())
         self.time_varying = _check_names(time_varying, present)
+        for source in ("A", "C", "chol_Q"):  # the sizes are read off these three
+            if present[source].ndim < 2 + (source in self.time_varying):
+                raise ValueError(
+                    f"`{source}` must have axes ({', '.join(FIELDS[source])}); got shape {present[source].shape}."
+                )
+        if present["A"].shape[-1] != present["A"].shape[-2]:
+            raise ValueError(f"`A` must be square (state, state); got shape {present['A'].shape}.")
         sizes = {name: present[source].shape[axis] for name, source, axis in _SIZES if _has_axes(present, source, axis)}
         for name, x in present.items():
             axes = FIELDS[name]
             expected = tuple(sizes.get(axis, -1) for axis in axes)
-            if x.ndim < len(axes) + (name in self.time_varying) or -1 in expected:
+            if x.ndim < len(axes) + (name in self.time_varying):
                 timed = "time, " if name in self.time_varying else ""
                 raise ValueError(f"`{name}` must have axes ({timed}{', '.join(axes)}); got shape {x.shape}.")
             check_shape(name, x, expected, ", ".join(axes))
@@ -281,8 +291,8 @@ def rebuild(fields: dict[str, Any], time_varying: tuple[str, ...]) -> Any:
 
 
 def _check_names(time_varying: tuple[str, ...], present: dict[str, jax.Array]) -> tuple[str, ...]:
-    if isinstance(time_varying, str):
-        raise TypeError(f"`time_varying` must be a tuple of names; got the string {time_varying!r}. Write (name,).")
+    if not isinstance(time_varying, tuple | list):
+        raise TypeError(f"`time_varying` must be a tuple of names; got {time_varying!r}. Write (name,).")
     for name in time_varying:
         check_choice("time_varying", name, TIME_VARYING)
         if name not in present:
@@ -295,6 +305,12 @@ def _check_lengths(present: dict[str, jax.Array], time_varying: tuple[str, ...])
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
         raise ValueError(f"Time-varying arrays must have one length; got {found} steps.")
+
+
+def check_model(ssm: Any) -> None:
+    """Refuses what is not a `LinearGaussianSSM`."""
+    if not isinstance(ssm, LinearGaussianSSM):
+        raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
 
 
 def check_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None, num_steps: int, name: str = "u") -> Array | None:

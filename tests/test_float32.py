@@ -4,15 +4,16 @@ The oracle sees the inputs as rounded to the precision under test.
 """
 
 import jax
+import nasty
 import numpy as np
 import pytest
 
-import nasty
 import pssm
 from pssm import LinearGaussianSSM
 
 VAGUE = ("vague_1e8", "vague_1e10", "vague_1e8_tiny_r")
-# Known losses: the derivative by these is not below rounding of the inputs, and still off by more than 1e-3 (float64: 1e-6).
+# Known losses: rounding the inputs moves these derivatives by less than 1e-6, and yet they are off by more than 1e-3
+# (float64: 1e-6).
 LOST = {
     ("tiny_r_1e8_wide", np.float32): ("m0", "chol_P0"),
     ("tiny_r_1e12_wide", np.float32): ("m0", "chol_P0", "A", "chol_Q"),
@@ -121,7 +122,7 @@ def test_change_of_units_in_float32(c):
         np.testing.assert_allclose(factor * getattr(scaled, k), g, rtol=1e-3, atol=1e-4 * np.abs(g).max(), err_msg=k)
 
 
-@pytest.mark.parametrize("name", ["missing_rows_and_entries", "known_entries", "companion_ar3_exact_known_start_gap"])
+@pytest.mark.parametrize("name", ["missing_rows_and_entries", "companion_ar3_exact_known_start_gap"])
 def test_square_root_method_has_the_same_gradient(name, x64):
     """The closed-form derivative and the differentiated recursion."""
     case, _ = nasty.truth(name, np.float64)

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import nasty
 import numpy as np
+import oracles
 import pytest
 
-import nasty
-import oracles
 import pssm
 from pssm import LinearGaussianSSM
 
@@ -18,6 +18,7 @@ def model(name, dtype=np.float64):
     return case, LinearGaussianSSM(**case["params"])
 
 
+sample_some = jax.jit(lambda key, ssm, y: pssm.sample_states(key, ssm, y, sample_shape=(50,)))
 forecast = jax.jit(pssm.forecast, static_argnums=2)
 sample_many = jax.jit(lambda key, ssm, y, u: pssm.sample_states(key, ssm, y, u, sample_shape=(20_000,)))
 
@@ -77,7 +78,7 @@ def test_forecast_is_smoothing_of_what_is_missing(x64):
     """Appending rows of NaN and filtering gives the forecast's states."""
     case, ssm = model("missing_rows_and_entries")
     padded = np.concatenate([case["y"], np.full((6, 4), np.nan)])
-    found, whole = pssm.forecast(ssm, case["y"], 6), pssm.kalman_smoother(ssm, padded)
+    found, whole = forecast(ssm, case["y"], 6), jax.jit(pssm.kalman_smoother)(ssm, padded)
     np.testing.assert_allclose(found.state_mean, whole.mean[-6:], atol=1e-13)
     np.testing.assert_allclose(found.state_cov, whole.cov[-6:], atol=1e-13)
 
@@ -90,9 +91,8 @@ def test_forecast_is_differentiable(x64):
     assert g[1, 0] == 0
     np.testing.assert_allclose(g.sum(), 1.0, rtol=1e-6)
 
-
-def test_simulation_follows_the_equations_without_noise(x64, key):
-    """With every noise factor zero the simulation is the recursion of the definition, inputs and time index included."""
+    """With every noise factor zero the simulation is the recursion of the definition, inputs and time included."""
+    """With every noise factor zero the simulation is the recursion of the definition, inputs and time index too."""
     case, ssm = model("everything_varies_in_time")
     still = ssm.replace(chol_P0=0 * ssm.chol_P0, chol_Q=0 * ssm.chol_Q, chol_R=0 * ssm.chol_R)
     params = case["params"] | {k: 0 * case["params"][k] for k in ("chol_P0", "chol_Q", "chol_R")}
@@ -138,7 +138,7 @@ def test_sampled_paths_obey_what_is_exact(name, dtype, key):
     """Lags are lags and noise-free observations are hit, in every draw."""
     with jax.enable_x64(dtype == np.float64):
         case, ssm = model(name, dtype)
-        paths = np.asarray(pssm.sample_states(key, ssm, case["y"], sample_shape=(50,)))
+        paths = np.asarray(sample_some(key, ssm, case["y"]))
         assert paths.dtype == dtype
         tolerance = 1e-5 if dtype == np.float32 else 1e-10
         np.testing.assert_allclose(paths[:, 1:, 1:], paths[:, :-1, :-1], atol=tolerance * np.abs(paths).max())

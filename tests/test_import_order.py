@@ -31,6 +31,7 @@ ORDER = [
     "infer",
     "diagnostics",
     "datasets",
+    "plot_helpers",
     "plots",
     "study",
     "cli",

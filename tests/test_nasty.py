@@ -2,9 +2,9 @@
 
 import jax
 import numpy as np
+import oracles
 import pytest
 
-import oracles
 import pssm
 from pssm import LinearGaussianSSM
 
@@ -30,7 +30,11 @@ def _holes(q, y, *where):
 def _scaled(c_state, c_obs):
     q, y = _random(7, 2, 2, 30)
     c_state, c_obs = np.asarray(c_state) * np.ones(2), np.asarray(c_obs) * np.ones(2)
-    q["m0"], q["chol_P0"], q["chol_Q"] = c_state * q["m0"], c_state[:, None] * q["chol_P0"], c_state[:, None] * q["chol_Q"]
+    q["m0"], q["chol_P0"], q["chol_Q"] = (
+        c_state * q["m0"],
+        c_state[:, None] * q["chol_P0"],
+        c_state[:, None] * q["chol_Q"],
+    )
     q["A"] = c_state[:, None] * q["A"] / c_state
     q["C"] = c_obs[:, None] * q["C"] / c_state
     q["chol_R"] = c_obs[:, None] * q["chol_R"]
@@ -101,7 +105,9 @@ def test_long_series(dtype):
         q, y = _random(14, 2, 1, 10_000)
         ssm = LinearGaussianSSM(**{k: v if k == "time_varying" else np.asarray(v, dtype) for k, v in q.items()})
         exact = oracles.joseph_log_likelihood({k: v for k, v in q.items() if k != "time_varying"}, y)
-        np.testing.assert_allclose(pssm.log_likelihood(ssm, y.astype(dtype)), exact, rtol=1e-5 if dtype == np.float32 else 1e-10)
+        np.testing.assert_allclose(
+            pssm.log_likelihood(ssm, y.astype(dtype)), exact, rtol=1e-5 if dtype == np.float32 else 1e-10
+        )
 
 
 @pytest.mark.parametrize("name", ["P0 = 1e8", "Q = 0", "R = 1e-8, more sensors than states", "duplicated sensors"])
@@ -112,7 +118,9 @@ def test_smoother_in_float32(name):
     y32 = y.astype(np.float32)
     found = pssm.kalman_smoother(ssm32, y32)
     with jax.enable_x64(True):
-        wide = LinearGaussianSSM(**{k: v if k == "time_varying" else np.asarray(getattr(ssm32, k), np.float64) for k, v in q.items()})
+        wide = LinearGaussianSSM(
+            **{k: v if k == "time_varying" else np.asarray(getattr(ssm32, k), np.float64) for k, v in q.items()}
+        )
         exact = pssm.kalman_smoother(wide, y32.astype(np.float64))
         sd = np.sqrt(np.diagonal(np.asarray(exact.cov), axis1=1, axis2=2))
         error = np.abs(np.asarray(found.mean, np.float64) - np.asarray(exact.mean))

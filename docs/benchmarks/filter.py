@@ -105,7 +105,7 @@ def with_statsmodels(q: dict[str, np.ndarray]) -> tuple[float, float]:
 def main() -> None:
     """Prints the table."""
     print(f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, pssm {pssm.__version__}\n")
-    print("| n, p, T | type | library | value us/step | gradient us/step | compile s | x dynamax value / gradient | error |")
+    print("| n, p, T | type | library | value us/step | gradient us/step | compile s | x dynamax | error |")
     print("|---|---|---|---|---|---|---|---|")
     have = {name: importlib.util.find_spec(name) is not None for name in ("dynamax", "statsmodels")}
     for case in CASES:

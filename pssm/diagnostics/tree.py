@@ -102,7 +102,7 @@ def to_datatree(
     if states:
         tree["smoothed_states"] = _state_group(model, draws, args, kwargs, labels)
     if forecast:
-        tree["forecast"] = _forecast_group(model, draws, args, kwargs, forecast, future_time, u_future, key)
+        tree["forecast"] = _forecast_group(model, draws, args, kwargs, forecast, future_time, u_future, key, labels)
     built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
     built.attrs.update(_provenance(fit, observed))
     return built
@@ -242,18 +242,22 @@ def _state_group(model, draws, args, kwargs, labels) -> xr.Dataset:
     }
     n_state = moments.state.mean.shape[1]
     names = labels.get("state", np.arange(n_state))
-    axes = {"time": labels["time"], "state": names, "series": np.arange(moments.signal.mean.shape[1])}
+    axes = {
+        "time": labels["time"],
+        "state": names,
+        "series": labels.get("series", np.arange(moments.signal.mean.shape[1])),
+    }
     return xr.Dataset(data, coords=axes)
 
 
-def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, key) -> xr.Dataset:
+def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, key, labels) -> xr.Dataset:
     f = forecast_draws(model, draws, horizon, *args, u_future=u_future, key=key, **kwargs)
-    labels = np.arange(1, horizon + 1) if future_time is None else np.asarray(future_time)
-    if len(labels) != horizon:
-        raise ValueError(f"`future_time` must have {horizon} labels; got {len(labels)}.")
+    steps = np.arange(1, horizon + 1) if future_time is None else np.asarray(future_time)
+    if len(steps) != horizon:
+        raise ValueError(f"`future_time` must have {horizon} labels; got {len(steps)}.")
     names = [f"q{round(100 * q):02d}" for q in QUANTILES]
     data = {"mean": f.mean, "sd": f.sd, **dict(zip(names, f.quantiles, strict=True))}
-    axes = {"horizon": labels, "series": np.arange(f.mean.shape[1])}
+    axes = {"horizon": steps, "series": labels.get("series", np.arange(f.mean.shape[1]))}
     return xr.Dataset({n: (("horizon", "series"), x) for n, x in data.items()}, coords=axes)
 
 

@@ -27,6 +27,7 @@ from pssm.ssm import (
     ForecastResult,
     LinearGaussianSSM,
     check_inputs,
+    check_model,
     check_num_steps,
 )
 
@@ -98,6 +99,7 @@ def simulate(
         >>> z.shape, y.shape
         ((5, 1), (5, 1))
     """
+    check_model(ssm)
     check_count("num_steps", num_steps)
     check_num_steps(ssm, num_steps, "`num_steps`")
     inputs = check_inputs(ssm, u, num_steps)
@@ -138,6 +140,7 @@ def forecast(
         >>> forecast(model, [1120.0, 1160.0, 963.0], 2).mean.shape
         (2, 1)
     """
+    check_model(ssm)
     check_count("num_steps", num_steps)
     series = check_series(y, ssm.n_obs)
     length = series.shape[-2]
@@ -176,8 +179,7 @@ def prepare(
 ) -> tuple[LinearGaussianSSM, Array, Array | None]:
     """Checks what came in and brings it to one floating-point type."""
     check_choice("method", method, METHODS)
-    if not isinstance(ssm, LinearGaussianSSM):
-        raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
+    check_model(ssm)
     series = check_series(y, ssm.n_obs)
     check_num_steps(ssm, series.shape[-2], "`y`")
     inputs = check_inputs(ssm, u, series.shape[-2])

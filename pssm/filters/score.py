@@ -133,9 +133,7 @@ def _back_update(
     gain_lam = matvec(r.gain.T, lam)
     residual_grad = gain_lam - e
     # Derivative with respect to the stacked factor's first row [C L, chol_R], both of its halves at once.
-    by_top = (
-        e[:, None] * (w_q + lam_q) - gain_lam[:, None] * w_q - root_q - 2 * matmul(r.gain.T, gam_q)
-    )
+    by_top = e[:, None] * (w_q + lam_q) - gain_lam[:, None] * w_q - root_q - 2 * matmul(r.gain.T, gam_q)
     by_c = -residual_grad[:, None] * r.mean + matmul(by_top[:, :n], r.chol.T)
     ce, gain_back = matvec(C.T, e), lam - matvec(C.T, gain_lam)
     new_gam = gam_q - matmul(C.T, matmul(r.gain.T, gam_q))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
 from pssm.filters.kalman import StepRecord, prepare, scan_filter, timed_fields
@@ -93,6 +94,7 @@ def sample_states(
     Source:
         Carter & Kohn 1994; Fruehwirth-Schnatter 1994.
     """
+    sample_shape = check_sample_shape(sample_shape)
     ssm, series, inputs = prepare(ssm, y, u, "auto")
     batch = jnp.broadcast_shapes(ssm.batch_shape, series.shape[:-2], () if inputs is None else inputs.shape[:-2])
     count = 1

@@ -23,6 +23,7 @@ from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.tree import data_digest
 from pssm.infer import posterior_draws
+from pssm.infer.fit import trace_with
 from pssm.study.methods import METHODS, OBJECTIVES, MethodResult, Settings, run_method
 from pssm.study.verdict import judge, parameter_rows
 
@@ -170,8 +171,13 @@ def compare(
     if data.size == 0 or np.isnan(data).all():
         raise ValueError(f"`y` has no observed value (shape {data.shape}).")
     settings = Settings(seed, num_warmup, num_samples, num_chains, svi_steps, horizon, budget, progress)
-    labels = {"time": np.arange(len(data)) if time is None else np.asarray(time), "future_time": future_time}
+    labels = {
+        "time": np.arange(len(data)) if time is None else np.asarray(time),
+        "future_time": future_time,
+        "coords": {"series": [column]} if data.shape[1] == 1 else {},
+    }
     values = jnp.asarray(data)
+    trace_with(function, {}, values)  # options that do not fit fail here, before anything is run or written
     say = _speaker(progress)
 
     results: dict[str, MethodResult] = {}
