@@ -22,10 +22,10 @@ from pssm.filters import log_likelihoods as log_likelihoods
 from pssm.filters import most_likely_states as most_likely_states
 from pssm.filters import sample_states as sample_states
 from pssm.filters import simulate as simulate
-from pssm.ssm import FilterResult as FilterResult
-from pssm.ssm import ForecastResult as ForecastResult
+from pssm.results import FilterResult as FilterResult
+from pssm.results import ForecastResult as ForecastResult
+from pssm.results import SmootherResult as SmootherResult
 from pssm.ssm import LinearGaussianSSM as LinearGaussianSSM
-from pssm.ssm import SmootherResult as SmootherResult
 
 
 def __getattr__(name: str):

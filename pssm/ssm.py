@@ -1,4 +1,4 @@
-"""The vocabulary: the linear-Gaussian state-space model and the results of inference on it.
+"""The vocabulary: the linear-Gaussian state-space model.
 
     z_1 ~ N(m0, P0)
     z_t = A_t z_{t-1} + b_t + B_t u_t + w_t,   w_t ~ N(0, Q_t),   t = 2..T
@@ -9,7 +9,7 @@ normal. The first observation comes from `z_1` itself: no transition stands befo
 acts on the step INTO its time, so entry 0 of `A`, `b`, `B` and `chol_Q` is never used.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -237,8 +237,13 @@ class LinearGaussianSSM:
 
     def steps(self, start: int, stop: int) -> "LinearGaussianSSM":
         """The model with its time-varying arrays cut to `start:stop`."""
-        cut = {name: jnp.take(x, jnp.arange(start, stop), axis=-1 - len(FIELDS[name])) for name, x in self._timed()}
-        return rebuild({**{name: getattr(self, name) for name in FIELDS}, **cut}, self.time_varying)
+        fields = {name: getattr(self, name) for name in FIELDS}
+        cut = {
+            name: jnp.take(x, jnp.arange(start, stop), axis=-1 - len(FIELDS[name]))
+            for name, x in fields.items()
+            if name in self.time_varying
+        }
+        return rebuild({**fields, **cut}, self.time_varying)
 
     def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
         """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
@@ -249,9 +254,6 @@ class LinearGaussianSSM:
         return rebuild(
             {name: getattr(self, name) for name in FIELDS} | {"m0": mean, "chol_P0": chol}, self.time_varying
         )
-
-    def _timed(self) -> list[tuple[str, Array]]:
-        return [(name, getattr(self, name)) for name in self.time_varying]
 
     def __repr__(self) -> str:
         timed = f", time_varying={self.time_varying}" if self.time_varying else ""
@@ -334,70 +336,3 @@ def check_num_steps(ssm: LinearGaussianSSM, num_steps: int, source: str) -> None
     if ssm.num_steps not in (None, num_steps):
         names = ", ".join(f"`{name}`" for name in ssm.time_varying)
         raise ValueError(f"{names} must have {num_steps} time steps, as {source} has; got {ssm.num_steps}.")
-
-
-class FilterResult(NamedTuple):
-    """What the Kalman filter knows at each time. Leading batch axes where the input had them.
-
-    Attributes:
-        log_likelihood: `log p(y_{1:T})`, exact, over the observed entries, `()`.
-        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where nothing is observed.
-        mean: `E[z_t | y_{1:t}]`, `(time, state)`.
-        chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(time, state, state)`.
-        predicted_mean: `E[z_t | y_{1:t-1}]`, `(time, state)`.
-        predicted_chol: factor of `Cov(z_t | y_{1:t-1})`, `(time, state, state)`.
-    """
-
-    log_likelihood: Array
-    log_likelihoods: Array
-    mean: Array
-    chol: Array
-    predicted_mean: Array
-    predicted_chol: Array
-
-    @property
-    def cov(self) -> Array:
-        """`Cov(z_t | y_{1:t})`, `(time, state, state)`."""
-        return outer(self.chol)
-
-    @property
-    def predicted_cov(self) -> Array:
-        """`Cov(z_t | y_{1:t-1})`, `(time, state, state)`."""
-        return outer(self.predicted_chol)
-
-
-class SmootherResult(NamedTuple):
-    """The posterior of the states given the whole series.
-
-    Attributes:
-        mean: `E[z_t | y_{1:T}]`, `(time, state)`.
-        chol: lower-triangular factor of `Cov(z_t | y_{1:T})`, `(time, state, state)`.
-        cross_cov: `Cov(z_{t+1}, z_t | y_{1:T})`, `(time - 1, state, state)`: rows belong to the LATER state.
-        log_likelihood: `log p(y_{1:T})`, `()`.
-    """
-
-    mean: Array
-    chol: Array
-    cross_cov: Array
-    log_likelihood: Array
-
-    @property
-    def cov(self) -> Array:
-        """`Cov(z_t | y_{1:T})`, `(time, state, state)`."""
-        return outer(self.chol)
-
-
-class ForecastResult(NamedTuple):
-    """Moments of the next `horizon` steps given the whole series.
-
-    Attributes:
-        mean: `E[y_{T+h} | y_{1:T}]`, `(horizon, obs)`.
-        cov: `Cov(y_{T+h} | y_{1:T})`, `(horizon, obs, obs)`, observation noise included.
-        state_mean: `E[z_{T+h} | y_{1:T}]`, `(horizon, state)`.
-        state_cov: `Cov(z_{T+h} | y_{1:T})`, `(horizon, state, state)`.
-    """
-
-    mean: Array
-    cov: Array
-    state_mean: Array
-    state_cov: Array

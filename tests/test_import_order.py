@@ -19,6 +19,7 @@ ORDER = [
     "_types",
     "_checks",
     "linalg",
+    "results",
     "ssm",
     "batch",
     "missing",

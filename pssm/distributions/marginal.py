@@ -17,7 +17,8 @@ from pssm.filters import (
     simulate,
 )
 from pssm.linalg import outer
-from pssm.ssm import ForecastResult, LinearGaussianSSM, SmootherResult, check_inputs, check_num_steps
+from pssm.results import ForecastResult, SmootherResult
+from pssm.ssm import LinearGaussianSSM, check_inputs, check_num_steps
 
 
 class _RealOrMissingMatrix(constraints._SingletonConstraint):

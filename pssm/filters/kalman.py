@@ -21,10 +21,9 @@ from pssm.batch import over_batches
 from pssm.linalg import orthogonalise, outer, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
+from pssm.results import FilterResult, ForecastResult
 from pssm.ssm import (
     TRANSITION,
-    FilterResult,
-    ForecastResult,
     LinearGaussianSSM,
     check_inputs,
     check_model,

@@ -21,7 +21,8 @@ from pssm.batch import over_batches
 from pssm.filters.kalman import StepRecord, prepare, scan_filter, timed_fields
 from pssm.linalg import orthogonalise, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
-from pssm.ssm import LinearGaussianSSM, SmootherResult
+from pssm.results import SmootherResult
+from pssm.ssm import LinearGaussianSSM
 
 
 class _Backward(NamedTuple):

@@ -227,7 +227,9 @@ def autoregression(
     data, length = _series(y, num_steps)
     about = _scale(data, location, scale)
     if location is None and data is not None:
-        about = about._replace(location=jnp.nanmean(data))
+        seen = ~jnp.isnan(data)
+        total = jnp.where(seen, data, 0.0).sum()
+        about = about._replace(location=total / jnp.maximum(seen.sum(), 1))
     mean = numpyro.sample("mean", dist.Normal(about.location, about.spread))
     block = components.autoregressive_block(about, order)
     effect, inputs = _regression(u, length, about)

@@ -1,0 +1,73 @@
+"""What filters, smoothers and forecasts return: named tuples of arrays, with covariances made from factors."""
+
+from typing import NamedTuple
+
+from pssm._types import Array
+from pssm.linalg import outer
+
+
+class FilterResult(NamedTuple):
+    """What the Kalman filter knows at each time. Leading batch axes where the input had them.
+
+    Attributes:
+        log_likelihood: `log p(y_{1:T})`, exact, over the observed entries, `()`.
+        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where nothing is observed.
+        mean: `E[z_t | y_{1:t}]`, `(time, state)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(time, state, state)`.
+        predicted_mean: `E[z_t | y_{1:t-1}]`, `(time, state)`.
+        predicted_chol: factor of `Cov(z_t | y_{1:t-1})`, `(time, state, state)`.
+    """
+
+    log_likelihood: Array
+    log_likelihoods: Array
+    mean: Array
+    chol: Array
+    predicted_mean: Array
+    predicted_chol: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:t})`, `(time, state, state)`."""
+        return outer(self.chol)
+
+    @property
+    def predicted_cov(self) -> Array:
+        """`Cov(z_t | y_{1:t-1})`, `(time, state, state)`."""
+        return outer(self.predicted_chol)
+
+
+class SmootherResult(NamedTuple):
+    """The posterior of the states given the whole series.
+
+    Attributes:
+        mean: `E[z_t | y_{1:T}]`, `(time, state)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:T})`, `(time, state, state)`.
+        cross_cov: `Cov(z_{t+1}, z_t | y_{1:T})`, `(time - 1, state, state)`: rows belong to the LATER state.
+        log_likelihood: `log p(y_{1:T})`, `()`.
+    """
+
+    mean: Array
+    chol: Array
+    cross_cov: Array
+    log_likelihood: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:T})`, `(time, state, state)`."""
+        return outer(self.chol)
+
+
+class ForecastResult(NamedTuple):
+    """Moments of the next `horizon` steps given the whole series.
+
+    Attributes:
+        mean: `E[y_{T+h} | y_{1:T}]`, `(horizon, obs)`.
+        cov: `Cov(y_{T+h} | y_{1:T})`, `(horizon, obs, obs)`, observation noise included.
+        state_mean: `E[z_{T+h} | y_{1:T}]`, `(horizon, state)`.
+        state_cov: `Cov(z_{T+h} | y_{1:T})`, `(horizon, state, state)`.
+    """
+
+    mean: Array
+    cov: Array
+    state_mean: Array
+    state_cov: Array
