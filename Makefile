@@ -26,7 +26,7 @@ study: $(STAMP) ## compare the inference methods on the Nile series; report in r
 
 test: export JAX_PLATFORMS = cpu
 test: lint ## lint, then run all tests
-	$(PY) -m pytest -n 2 -q
+	$(PY) -m pytest -n 2 -q -m "not slow"
 
 lint: $(STAMP) ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .
