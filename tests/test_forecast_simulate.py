@@ -91,7 +91,8 @@ def test_forecast_is_differentiable(x64):
     assert g[1, 0] == 0
     np.testing.assert_allclose(g.sum(), 1.0, rtol=1e-6)
 
-    """With every noise factor zero the simulation is the recursion of the definition, inputs and time included."""
+
+def test_simulation_follows_the_equations_without_noise(x64, key):
     """With every noise factor zero the simulation is the recursion of the definition, inputs and time index too."""
     case, ssm = model("everything_varies_in_time")
     still = ssm.replace(chol_P0=0 * ssm.chol_P0, chol_Q=0 * ssm.chol_Q, chol_R=0 * ssm.chol_R)
