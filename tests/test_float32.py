@@ -15,13 +15,8 @@ VAGUE = ("vague_1e8", "vague_1e10", "vague_1e8_tiny_r")
 # Known losses: rounding the inputs moves these derivatives by less than 1e-6, and yet they are off by more than 1e-3
 # (float64: 1e-6).
 LOST = {
-    ("tiny_r_1e8_wide", np.float32): ("m0", "chol_P0"),
-    ("tiny_r_1e12_wide", np.float32): ("m0", "chol_P0", "A", "chol_Q"),
-    ("vague_1e6", np.float32): ("m0",),
-    ("vague_1e8", np.float32): ("m0",),
-    ("vague_1e10", np.float32): ("m0",),
-    ("vague_1e8_tiny_r", np.float32): ("m0",),
-    ("vague_1e10", np.float64): ("m0",),
+    ("tiny_r_1e8_wide", np.float32): ("chol_P0",),
+    ("tiny_r_1e12_wide", np.float32): ("chol_P0", "A", "chol_Q"),
 }
 # Where rounding the inputs to float32 (half a unit in the last place of each) moves the exact answer itself by more:
 # for R = 1e-12 the value by 1e-3 and the gradients by C and chol_R by 0.3; for R = 1e-8 those two by 1e-3.
@@ -68,7 +63,7 @@ def test_value_and_gradient(name, dtype):
         assert not wrong
 
 
-@pytest.mark.xfail(strict=True, reason="the adjoint of the mean cancels: see LOST")
+@pytest.mark.xfail(strict=True, reason="the adjoint of the covariance cancels: see LOST")
 @pytest.mark.parametrize(("name", "dtype"), LOST)
 def test_gradient_that_is_lost(name, dtype):
     with jax.enable_x64(dtype == np.float64):

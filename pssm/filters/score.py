@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pssm._types import Array, ArrayLike, Scalar
 from pssm.batch import over_batches
 from pssm.filters.kalman import StepRecord, prepare, scan_filter, shift, timed_fields
-from pssm.linalg import orthogonalise
+from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -68,26 +68,35 @@ def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tu
         lam <- J' lam + C' e
         gam <- J' gam Q21 + (C' e lam' L+ Q21 + J' lam w' Q11 + C' e w' Q11 - C' S^-T/2 Q11) / 2.
 
-    Nothing is divided by a predicted covariance and no large terms cancel: diffuse starts keep their gradients in
-    float32.
+    Nothing is divided by a predicted covariance. For a wide `P`, `lam` is the small difference of large terms; so
+    `rho = L' lam` is carried beside it, by orthogonal factors alone,
+
+        rho <- Q1' rho,    rho <- Q21' rho + Q11' w
+
+    and the derivative with respect to `m0` is read from it where `chol_P0` is regular.
     """
     _, observed = split_missing(y)
     records, log_liks = scan_filter(ssm, y, u)
     n = ssm.n_state
 
-    def back(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
-        lam, gam = carry
+    def back(carry: tuple[Array, Array, Array], xs: tuple) -> tuple[tuple[Array, Array, Array], tuple]:
+        lam, gam, rho = carry
         r, seen, u_t, u_next, timed = xs
         now = ssm.at(timed)
         grads, u_from_transition, lam, gam = _back_transition(now, r, u_next, lam, gam)
         more, y_grad, u_from_emission, lam, gam = _back_update(now, r, seen, u_t, lam, gam)
-        return (lam, gam), ({**grads, **more}, y_grad, u_from_transition, u_from_emission)
+        rho = matvec(r.turn_next[:, :n].T, rho)
+        rho = matvec(r.turn[:, :n].T, jnp.concatenate([r.whitened, rho]))
+        return (lam, gam, rho), ({**grads, **more}, y_grad, u_from_transition, u_from_emission)
 
-    start = jnp.zeros(n, y.dtype), jnp.zeros((n, n), y.dtype)
+    start = jnp.zeros(n, y.dtype), jnp.zeros((n, n), y.dtype), jnp.zeros(n, y.dtype)
     xs = records, observed, u, shift(u), timed_fields(ssm, ahead=True)
-    (lam, gam), (grads, y_grad, u_transition, u_emission) = jax.lax.scan(back, start, xs, reverse=True)
+    (lam, gam, rho), (grads, y_grad, u_transition, u_emission) = jax.lax.scan(back, start, xs, reverse=True)
 
-    total = {"m0": lam, "chol_P0": 2 * matmul(gam, orthogonalise(ssm.chol_P0)[1])}
+    chol, turn = orthogonalise(ssm.chol_P0)
+    lam = jnp.where(jnp.diagonal(chol) > 0, 0.0, lam)
+    lam = lam + solve_lower(chol, rho - matvec(chol.T, lam), transpose=True)
+    total = {"m0": lam, "chol_P0": 2 * matmul(gam, turn)}
     for name, g in grads.items():
         if name not in ssm.time_varying:
             total[name] = g.sum(0)
