@@ -40,3 +40,29 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
     model, model_axes = rebuild(fields, ssm.time_varying), rebuild(field_axes, ssm.time_varying)
     results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
+
+
+def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, int]) -> Any:
+    """Calls `fn(one)` for every element of `batch`, `one` holding the unbatched arrays of `xs`, by `vmap`.
+
+    Args:
+        fn: takes the dictionary; its results get the batch axes in front.
+        batch: the batch shape that all arrays broadcast to.
+        xs: arrays (or pytrees of arrays, or None) by name. What has no batch axes is shared, not copied.
+        cores: number of core axes of each.
+    """
+    if not batch:
+        return fn(xs)
+    axes, flat = {}, {}
+    for name, x in xs.items():
+        core = cores[name]
+        own = any(leaf.ndim > core for leaf in jax.tree.leaves(x))
+        axes[name] = 0 if own else None
+
+        def flatten(leaf: Array, core: int = core) -> Array:
+            trailing = leaf.shape[leaf.ndim - core :]
+            return jnp.broadcast_to(leaf, batch + trailing).reshape(-1, *trailing)
+
+        flat[name] = jax.tree.map(flatten, x) if own else x
+    out = jax.vmap(fn, in_axes=(axes,))(flat)
+    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), out)

@@ -1,11 +1,13 @@
 """NumPyro distributions over state paths and over series."""
 
+from pssm.distributions.chain import LowRankChain
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
 from pssm.distributions.missing import WithMissing, observe
 from pssm.distributions.state_path import NonCenteredPath, StatePath
 
 __all__ = [
     "LinearGaussianMarginal",
+    "LowRankChain",
     "NonCenteredPath",
     "StatePath",
     "WithMissing",

@@ -14,13 +14,16 @@ from numpyro.infer.reparam import Reparam
 
 from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._types import Array, ArrayLike, Key
-from pssm.linalg import solve_lower, triangularise
+from pssm.batch import map_batch
+from pssm.linalg import Diagonal, solve_lower, triangularise
+from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.small import matvec
 from pssm.ssm import LinearGaussianSSM
 
 LOG_2PI = 1.8378770664093453
 _TIMED = ("transition", "chol_Q", "b", "B")
 _CORE = {"m0": 1, "chol_P0": 2, "transition": 2, "chol_Q": 2, "b": 1, "B": 2, "u": 2}
+_FACTORS = ("chol_P0", "chol_Q")
 
 
 class StatePath(dist.Distribution):
@@ -36,9 +39,10 @@ class StatePath(dist.Distribution):
 
     Args:
         m0: mean of the first state, `(..., state)`.
-        chol_P0: factor of its covariance, `(..., state, state)`.
+        chol_P0: factor of its covariance, `(..., state, state)`, or a `pssm.linalg.Diagonal`.
         transition: `A` of shape `(..., state, state)`, or a function `(z (state,), u (input,) or None) -> (state,)`.
-        chol_Q: factor of the transition noise, `(..., state, noise)`.
+        chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A matrix whose values can be
+            seen to be diagonal (outside of `jit`) is taken as one.
         num_steps: length of the path, at least 1.
         u: inputs `(..., time, input)`.
         b: offset `(..., state)`; with a matrix only.
@@ -64,8 +68,8 @@ class StatePath(dist.Distribution):
     reparametrized_params = ["m0", "chol_P0", "chol_Q", "b", "B"]
 
     m0: Array
-    chol_P0: Array
-    chol_Q: Array
+    chol_P0: Factor
+    chol_Q: Factor
     u: Array | None
     b: Array | None
     B: Array | None
@@ -73,9 +77,9 @@ class StatePath(dist.Distribution):
     def __init__(
         self,
         m0: ArrayLike,
-        chol_P0: ArrayLike,
+        chol_P0: ArrayLike | Diagonal,
         transition: ArrayLike | Callable[[Array, Array | None], Array],
-        chol_Q: ArrayLike,
+        chol_Q: ArrayLike | Diagonal,
         num_steps: int,
         u: ArrayLike | None = None,
         *,
@@ -96,12 +100,16 @@ class StatePath(dist.Distribution):
         given = {"m0": m0, "chol_P0": chol_P0, "chol_Q": chol_Q, "b": b, "B": B, "u": u}
         if self.is_linear:
             given["transition"] = transition
-        arrays = {name: as_float(name, x) for name, x in given.items() if x is not None}
+        arrays: dict[str, Any] = {
+            name: as_factor(name, x) if name in _FACTORS else as_float(name, x)
+            for name, x in given.items()
+            if x is not None
+        }
         if "u" in arrays and arrays["u"].ndim == 1:
             arrays["u"] = arrays["u"][:, None]
         batch = self._check(arrays)
-        dtype = jnp.result_type(*arrays.values())
-        arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+        dtype = jnp.result_type(*jax.tree.leaves(arrays))
+        arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
         for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
             setattr(self, name, arrays.get(name))
         if self.is_linear:
@@ -112,7 +120,7 @@ class StatePath(dist.Distribution):
         self._dynamic, self._static = eqx.partition(function, eqx.is_array)
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
-    def _check(self, arrays: dict[str, Array]) -> tuple[int, ...]:
+    def _check(self, arrays: dict[str, Any]) -> tuple[int, ...]:
         """Shapes of the core axes; returns the batch shape."""
         n = arrays["m0"].shape[-1] if arrays["m0"].ndim else None
         if n is None:
@@ -180,80 +188,83 @@ class StatePath(dist.Distribution):
         The first `state` numbers make `z_1 = m0 + chol_P0 e`, the rest are the transitions' noise in time order.
         """
         batch = jnp.broadcast_shapes(noise.shape[:-1], self.batch_shape)
-        noise = jnp.broadcast_to(noise, (*batch, noise.shape[-1])).reshape(-1, noise.shape[-1])
 
-        def one(e: Array, a: dict[str, Array]) -> Array:
-            first = a["m0"] + matvec(a["chol_P0"], e[: self.n_state])
+        def one(a: dict[str, Any]) -> Array:
+            e = a["noise"]
+            first = a["m0"] + apply_factor(a["chol_P0"], e[: self.n_state])
             later = e[self.n_state :].reshape(self.num_steps - 1, self.chol_Q.shape[-1])
 
             def step(z: Array, xs: tuple) -> tuple[Array, Array]:
-                w, u, timed = xs
-                now = {**a, **timed}
-                z = self._step(now, z, u) + matvec(now["chol_Q"], w)
+                w, timed = xs
+                z = self.step({**a, **timed}, z) + apply_factor(timed.get("chol_Q", a["chol_Q"]), w)
                 return z, z
 
-            xs = later, self._inputs(a), self._timed(a)
-            _, path = jax.lax.scan(step, first, xs, length=self.num_steps - 1)
+            _, path = jax.lax.scan(step, first, (later, self.timed(a)), length=self.num_steps - 1)
             return jnp.concatenate([first[None], path])
 
-        paths = self._map(one, batch, noise)
+        arrays, cores = self.arrays()
+        paths = map_batch(one, batch, {**arrays, "noise": noise}, {**cores, "noise": 1})
         return paths.reshape(*batch, self.num_steps, self.n_state)
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """Log density of paths `(..., time, state)`; all time steps at once, no scan."""
         batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
-        flat = jnp.broadcast_to(value, (*batch, *self.event_shape)).reshape(-1, *self.event_shape)
 
-        def one(z: Array, a: dict[str, Array]) -> Array:
-            first = _normal_log_prob(triangularise(a["chol_P0"]), (z[0] - a["m0"])[:, None])
+        def one(a: dict[str, Any]) -> Array:
+            z = a["z"]
+            first = _normal_log_prob(a["chol_P0"], (z[0] - a["m0"])[:, None])
             if self.num_steps == 1:
                 return first[0]
-            inputs, timed = self._inputs(a), self._timed(a)
-            mean = jax.vmap(lambda x, u, t: self._step({**a, **t}, x, u))(z[:-1], inputs, timed)
-            residual = z[1:] - mean
+            timed = self.timed(a)
+            residual = z[1:] - self.means(a, z)
             if "chol_Q" in timed:
-                later = jax.vmap(lambda c, r: _normal_log_prob(triangularise(c), r[:, None])[0])
+                later = jax.vmap(lambda c, r: _normal_log_prob(c, r[:, None])[0])
                 return first[0] + later(timed["chol_Q"], residual).sum()
-            return first[0] + _normal_log_prob(triangularise(a["chol_Q"]), residual.T).sum()
+            return first[0] + _normal_log_prob(a["chol_Q"], residual.T).sum()
 
-        return self._map(one, batch, flat).reshape(batch)
+        arrays, cores = self.arrays()
+        return map_batch(one, batch, {**arrays, "z": value}, {**cores, "z": 2})
 
-    def _step(self, a: dict[str, Array], z: Array, u: Array | None) -> Array:
+    def means(self, a: dict[str, Any], z: Array) -> Array:
+        """`f(z_{t-1})` for `t = 2..T` of an unbatched path, `(time - 1, state)`."""
+        return jax.vmap(lambda x, t: self.step({**a, **t}, x))(z[:-1], self.timed(a))
+
+    def step(self, a: dict[str, Any], z: Array) -> Array:
+        """`f(z, u)`, one transition; `a` as `arrays` gives it, with `timed`'s entries of the step in place."""
         if not self.is_linear:
-            return self.transition(z, u)
+            return self.transition(z, a.get("u"))
         mean = matvec(a["transition"], z)
         if "b" in a:
             mean = mean + a["b"]
-        return mean if "B" not in a else mean + matvec(a["B"], u)
+        return mean if "B" not in a else mean + matvec(a["B"], a["u"])
 
-    def _inputs(self, a: dict[str, Array]) -> Array | None:
-        return a["u"][1:] if "u" in a else None
+    def timed(self, a: dict[str, Any]) -> dict[str, Any]:
+        """What differs between steps: the arrays of the steps into `t = 2..T`."""
+        names = (*self.time_varying, *(("u",) if "u" in a else ()))
+        return {name: jax.tree.map(lambda x: x[1:], a[name]) for name in names}
 
-    def _timed(self, a: dict[str, Array]) -> dict[str, Array]:
-        return {name: a[name][1:] for name in self.time_varying}
-
-    def _map(self, fn: Callable[[Array, dict[str, Array]], Array], batch: tuple[int, ...], xs: Array) -> Array:
-        """`fn` over a flat batch; arrays that have no batch axes are shared, not copied."""
-        arrays = {name: getattr(self, name) for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u")}
+    def arrays(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """The arrays by name, and the number of core axes of each."""
+        found = {name: getattr(self, name) for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u")}
         if self.is_linear:
-            arrays["transition"] = self.transition
-        arrays = {name: x for name, x in arrays.items() if x is not None}
-        axes = {}
-        for name, x in arrays.items():
-            core = _CORE[name] + (name in self.time_varying)
-            axes[name] = 0 if x.ndim > core else None
-            if x.ndim > core:
-                trailing = x.shape[x.ndim - core :]
-                arrays[name] = jnp.broadcast_to(x, batch + trailing).reshape(-1, *trailing)
-        return jax.vmap(fn, in_axes=(0, axes))(xs, arrays)
+            found["transition"] = self.transition
+        found = {name: x for name, x in found.items() if x is not None}
+        cores = {name: _CORE[name] + (name in self.time_varying) - isinstance(x, Diagonal) for name, x in found.items()}
+        return found, cores
 
 
-def _normal_log_prob(chol: Array, residuals: Array) -> Array:
-    """Log density of the columns of `residuals` `(state, many)` under `N(0, chol chol')`, zero pivots left out."""
-    whitened = solve_lower(chol, residuals)
-    pivots = jnp.diagonal(chol)
-    live = pivots > 0
+def _normal_log_prob(factor: Factor, residuals: Array) -> Array:
+    """Log density of the columns of `residuals` `(state, many)` under `N(0, F F')`, zero pivots left out."""
+    if isinstance(factor, Diagonal):
+        pivots = jnp.abs(factor.scale)
+        live = pivots > 0
+        whitened = residuals / jnp.where(live, pivots, 1.0)[:, None]
+    else:
+        chol = triangularise(factor)
+        whitened = solve_lower(chol, residuals)
+        pivots = jnp.diagonal(chol)
+        live = pivots > 0
     terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0))[:, None] + whitened**2
     return -0.5 * jnp.sum(jnp.where(live[:, None], terms, 0.0), axis=0)
 

@@ -6,6 +6,7 @@ here are written as multiply-and-sum, above it they are ordinary matrix products
 """
 
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 
 from pssm._types import Array, Float
 
@@ -24,3 +25,41 @@ def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner cols"]) -> Floa
     if max(*a.shape, *b.shape) > SMALL:
         return a @ b
     return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
+
+
+def cholesky(a: Float[Array, "rows rows"]) -> Float[Array, "rows rows"]:
+    """Lower Cholesky factor of a positive definite matrix."""
+    rows = a.shape[0]
+    if rows > SMALL:
+        return jnp.linalg.cholesky(a)
+    columns: list[Array] = []
+    for j in range(rows):
+        column = a[:, j]
+        for done in columns:
+            column = column - done * done[j]
+        column = column / jnp.sqrt(column[j])
+        columns.append(jnp.where(jnp.arange(rows) < j, 0.0, column))
+    return jnp.stack(columns, axis=1) if rows else a
+
+
+def cholesky_solve(factor: Float[Array, "rows rows"], x: Float[Array, "rows cols"]) -> Float[Array, "rows cols"]:
+    """`(L L')^{-1} x` for a lower-triangular `L` with a positive diagonal."""
+    rows = factor.shape[0]
+    if rows > SMALL:
+        return jsl.cho_solve((factor, True), x)
+    return substitute(factor.T, substitute(factor, x, reverse=False), reverse=True)
+
+
+def substitute(matrix: Float[Array, "rows rows"], x: Float[Array, "rows cols"], *, reverse: bool) -> Array:
+    """Forward substitution with a lower triangle (`reverse`: backward, with an upper one), row by row.
+
+    The diagonal must not be zero; the other triangle is not read.
+    """
+    rows = matrix.shape[0]
+    solved: dict[int, Array] = {}
+    for i in reversed(range(rows)) if reverse else range(rows):
+        rest = x[i]
+        for j, row in solved.items():
+            rest = rest - matrix[i, j] * row
+        solved[i] = rest / matrix[i, i]
+    return jnp.stack([solved[i] for i in range(rows)]) if rows else x

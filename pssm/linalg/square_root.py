@@ -13,7 +13,7 @@ import numpy as np
 
 from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
-from pssm.linalg.small import SMALL, matmul, matvec
+from pssm.linalg.small import SMALL, matmul, matvec, substitute
 
 
 def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
@@ -55,26 +55,12 @@ def solve_lower(
     live = jnp.diagonal(factor) > 0
     pivots = jnp.where(live, jnp.diagonal(factor), 1.0)
     columns = jnp.where(live[:, None], columns, 0.0)
-    factor = jnp.where(live[:, None], factor, 0.0)
+    triangle = jnp.where(jnp.eye(rows, dtype=bool), pivots, jnp.where(live[:, None], factor, 0.0))
     if rows <= SMALL:
-        solved = _substitute(factor.T if transpose else factor, pivots, columns, reverse=transpose)
+        solved = substitute(triangle.T if transpose else triangle, columns, reverse=transpose)
     else:
-        triangle = jnp.where(jnp.eye(rows, dtype=bool), pivots, factor)
         solved = jsl.solve_triangular(triangle, columns, lower=True, trans=1 if transpose else 0)
     return solved if x.ndim == 2 else solved[:, 0]
-
-
-def _substitute(matrix: jax.Array, pivots: jax.Array, x: jax.Array, *, reverse: bool) -> jax.Array:
-    """Forward (or backward) substitution in scalar operations, one row at a time."""
-    rows = matrix.shape[0]
-    solved: list[jax.Array] = [pivots] * rows  # each overwritten before it is read
-    for i in reversed(range(rows)) if reverse else range(rows):
-        known = range(i + 1, rows) if reverse else range(i)
-        rest = x[i]
-        for j in known:
-            rest = rest - matrix[i, j] * solved[j]
-        solved[i] = rest / pivots[i]
-    return jnp.stack(solved)
 
 
 @jax.custom_jvp

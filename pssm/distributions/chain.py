@@ -1,0 +1,301 @@
+"""The chain posterior: a path prior times one potential per step, normalised step by step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+
+from pssm._checks import as_float, check_shape, is_traced
+from pssm._types import Array, ArrayLike, Key
+from pssm.batch import map_batch
+from pssm.distributions.state_path import StatePath
+from pssm.linalg.low_rank import (
+    Diagonal,
+    Factor,
+    Potential,
+    Update,
+    condition,
+    gaussian_entropy,
+    kl,
+    log_ratio,
+    posterior_covariance,
+    posterior_mean,
+    posterior_sample,
+    posterior_variance,
+)
+from pssm.linalg.small import SMALL, matmul
+
+_CORE = {"K": 3, "k": 2, "diag": 2, "center": 2, "b": 2}
+
+
+class LowRankChain(dist.Distribution):
+    """`q(z_{1:T}) = prod_t p(z_t | z_{t-1}) psi_t(z_t) / Z_t(z_{t-1})`, event shape `(time, state)`.
+
+        psi_t(z) = exp(k_t'x + (K_t b_t)'x - x'(diag(diag_t) + K_t K_t')x / 2),    x = z - center_t
+
+    Each conditional `q(z_t | z_{t-1})` is Gaussian with a covariance that does not depend on `z_{t-1}`; the marginals
+    are free. Draws are whole trajectories, `log_prob` is exact, and so is the expected log ratio to the prior given a
+    path (`kl_given`). With `psi_t(z) = p(y_{t:T} | z)`, the backward message, the chain is the exact posterior; for a
+    linear-Gaussian model that message has this form, with rank `state`. A `diag` beside a small rank is much sharper
+    than the rank alone.
+
+    Cost of a draw or a density: `O(time (state rank + rank^2))` and one transition per step, where the prior's noise
+    is a `Diagonal`; with a general `chol_Q`, `O(time state^2 (state + rank))`.
+
+    Args:
+        prior: the path prior, linear or not.
+        k: slopes, `(..., time, state)`.
+        K: factors, `(..., time, state, rank)`; rank 0 is allowed.
+        diag: diagonal precisions, `(..., time, state)`, not negative; None for none (the published family).
+        center: points that the potentials are written around, `(..., time, state)`; None for zero. A centre near the
+            posterior's mean keeps float32 free of cancellation.
+        b: slopes along the columns of `K`, `(..., time, rank)`; None for zero. `K b` in place of `k` is the tied form.
+
+    Raises:
+        ValueError, TypeError: a shape does not fit the prior; the message names the argument.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> prior = StatePath(jnp.zeros(2), jnp.eye(2), lambda z, u: jnp.tanh(z), 0.1 * jnp.eye(2), num_steps=5)
+        >>> q = LowRankChain(prior, jnp.zeros((5, 2)), jnp.ones((5, 2, 1)), diag=jnp.ones((5, 2)))
+        >>> z = q.sample(jax.random.key(0), (10,))
+        >>> q.log_prob(z).shape, q.kl_given(z).shape, q.entropy().shape
+        ((10,), (10,), ())
+    """
+
+    pytree_data_fields = ("prior", "k", "K", "diag", "center", "b")
+    support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
+    reparametrized_params = ["k", "K", "diag", "center", "b"]
+
+    prior: StatePath
+    k: Array
+    K: Array
+    diag: Array | None
+    center: Array | None
+    b: Array | None
+
+    def __init__(
+        self,
+        prior: StatePath,
+        k: ArrayLike,
+        K: ArrayLike,
+        *,
+        diag: ArrayLike | None = None,
+        center: ArrayLike | None = None,
+        b: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ):
+        if not isinstance(prior, StatePath):
+            raise TypeError(f"`prior` must be a StatePath; got {type(prior).__name__}.")
+        self.prior = prior
+        given = {"k": k, "K": K, "diag": diag, "center": center, "b": b}
+        arrays = {name: as_float(name, x) for name, x in given.items() if x is not None}
+        batch = check_potentials(prior, arrays)
+        for name in given:
+            setattr(self, name, arrays[name].astype(prior.m0.dtype) if name in arrays else None)
+        super().__init__(jnp.broadcast_shapes(prior.batch_shape, batch), prior.event_shape, validate_args=validate_args)
+
+    @property
+    def rank(self) -> int:
+        """Columns of `K`."""
+        return self.K.shape[-1]
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""
+        noise_key, pull_key = jax.random.split(key)
+        num = 1
+        for size in sample_shape:
+            num *= size
+        steps, factors = self.prior.num_steps, (self.prior.chol_P0, self.prior.chol_Q)
+        shape = (*self.batch_shape, num, steps)
+        noise = jax.random.normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.k.dtype)
+        pulls = jax.random.normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.k.dtype)
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            e, w = a["noise"], a["pulls"]
+
+            def draw(update: Update, factor: Factor, mu: Array, e: Array, w: Array) -> Array:
+                return posterior_sample(update, factor, mu, e[: factor.shape[-1]], w[: update.b.shape[-1]])
+
+            z1 = jax.vmap(lambda e, w: draw(first, a["chol_P0"], a["m0"], e, w))(e[:, 0], w[:, 0])
+
+            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+                update, timed, e, w = xs
+                now = {**a, **timed}
+                z = jax.vmap(lambda x, e, w: draw(update, now["chol_Q"], self.prior.step(now, x), e, w))(z, e, w)
+                return z, z
+
+            if self.prior.n_state > SMALL:  # large states: hold one path in memory, not the transition's insides
+                step = jax.checkpoint(step)
+            e, w = (jnp.moveaxis(x[:, 1:], 0, 1) for x in (e, w))
+            _, path = jax.lax.scan(step, z1, (later, self.prior.timed(a), e, w), length=steps - 1)
+            return jnp.concatenate([z1[:, None], jnp.moveaxis(path, 0, 1)], axis=1)
+
+        paths = self._map(one, {"noise": noise, "pulls": pulls}, 3)
+        paths = jnp.moveaxis(paths, len(self.batch_shape), 0)
+        return paths.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def _columns(self, factor: Factor) -> int:
+        """Columns of the update's `K`: a general factor takes the diagonal in as `state` further ones."""
+        extra = 0 if self.diag is None or isinstance(factor, Diagonal) else self.prior.n_state
+        return self.rank + extra
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        """Exact log density of paths `(..., time, state)`; no scan."""
+        return self.prior.log_prob(value) + self.log_ratio(value)
+
+    def log_ratio(self, value: Array) -> Array:
+        """`log q(z) - log p(z)` of paths `(..., time, state)`, without cancellation."""
+        return self._over_steps(log_ratio, value, use_value=True)
+
+    def kl_given(self, value: Array) -> Array:
+        """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`.
+
+        Its expectation under the chain is `KL(q || prior)`.
+        """
+        return self._over_steps(kl, value, use_value=False)
+
+    def entropy(self) -> Array:
+        """Entropy, exact. Directions without noise, of a singular `chol_P0` or `chol_Q`, are left out."""
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            total = gaussian_entropy(a["chol_P0"]) - first.half_logdet - later.half_logdet.sum()
+            timed = self.prior.timed(a)
+            if "chol_Q" in timed:
+                return total + jax.vmap(gaussian_entropy)(timed["chol_Q"]).sum()
+            return total + (self.prior.num_steps - 1) * gaussian_entropy(a["chol_Q"])
+
+        return self._map(one)
+
+    @property
+    def mean(self) -> Array:
+        """Mean path `(..., time, state)`, exact; for a linear transition only (else `moments`)."""
+        return self._linear_moments()[0]
+
+    @property
+    def variance(self) -> Array:
+        """Marginal variances `(..., time, state)`, exact; for a linear transition only (else `moments`)."""
+        return jnp.diagonal(self.covariance(), axis1=-2, axis2=-1)
+
+    def covariance(self) -> Array:
+        """Marginal covariances `(..., time, state, state)`, exact; for a linear transition and small states."""
+        return self._linear_moments()[1]
+
+    def conditional_mean(self, value: Array) -> Array:
+        """`E[z_t | z_{t-1}]` along paths `(..., time, state)`; the first row is the mean of `z_1`."""
+
+        def mean(update: Update, factor: Factor, mu: Array) -> Array:
+            return posterior_mean(update, mu)
+
+        return self._over_steps(mean, value, use_value=False, total=False)
+
+    def moments(self, key: Key, num_samples: int = 1000) -> tuple[Array, Array]:
+        """Mean and variance of every state by Monte Carlo, `(..., time, state)` each.
+
+        Conditional means are averaged and conditional variances added (Rao-Blackwell).
+        """
+        means = self.conditional_mean(self.sample(key, (num_samples,)))
+        return means.mean(0), means.var(0) + self.conditional_variance()
+
+    def conditional_variance(self) -> Array:
+        """Variances of `z_t` given `z_{t-1}`, `(..., time, state)`: the diagonal of `V_t`."""
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            timed = self.prior.timed(a)
+            axes = 0, 0 if "chol_Q" in timed else None
+            rest = jax.vmap(posterior_variance, in_axes=axes)(later, timed.get("chol_Q", a["chol_Q"]))
+            return jnp.concatenate([posterior_variance(first, a["chol_P0"])[None], rest])
+
+        return self._map(one)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _map(self, fn: Any, values: dict[str, Array] | None = None, core: int = 0) -> Any:
+        arrays, cores = self.prior.arrays()
+        for name, own in _CORE.items():
+            arrays[f"psi_{name}"], cores[f"psi_{name}"] = getattr(self, name), own
+        values = values or {}
+        return map_batch(fn, self.batch_shape, {**arrays, **values}, {**cores, **dict.fromkeys(values, core)})
+
+    def _updates(self, a: dict[str, Any]) -> tuple[Update, Update]:
+        """The updates of the first step and, stacked, of the later ones: all at once, before any scan."""
+        potentials = Potential(*(a[f"psi_{name}"] for name in _CORE))
+        first = condition(a["chol_P0"], jax.tree.map(lambda x: x[0], potentials))
+        rest = jax.tree.map(lambda x: x[1:], potentials)
+        timed = "chol_Q" in self.prior.time_varying
+        factor = jax.tree.map(lambda x: x[1:], a["chol_Q"]) if timed else a["chol_Q"]
+        return first, jax.vmap(condition, in_axes=(0 if timed else None, 0))(factor, rest)
+
+    def _over_steps(self, fn: Any, value: Array, *, use_value: bool, total: bool = True) -> Array:
+        """`fn(update, factor, mu_t[, z_t])` for every step of paths `(..., time, state)`; the sum if `total`."""
+        own = len(self.batch_shape)
+        extra = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        extra = extra[: len(extra) - own]
+        num = 1
+        for size in extra:
+            num *= size
+        flat = jnp.broadcast_to(value, (*extra, *self.batch_shape, *self.event_shape))
+        flat = jnp.moveaxis(flat.reshape(num, *self.batch_shape, *self.event_shape), 0, own)
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            timed = self.prior.timed(a)
+
+            def path(z: Array) -> Array:
+                start = fn(first, a["chol_P0"], a["m0"], *([z[0]] if use_value else []))
+                means = self.prior.means(a, z)
+                factor = timed.get("chol_Q", a["chol_Q"])
+                axes = (0, 0 if "chol_Q" in timed else None, 0, *([0] if use_value else []))
+                rest = jax.vmap(fn, in_axes=axes)(later, factor, means, *([z[1:]] if use_value else []))
+                return start + rest.sum(0) if total else jnp.concatenate([start[None], rest])
+
+            return jax.vmap(path)(a["z"])
+
+        out = self._map(one, {"z": flat}, 3)
+        out = jnp.moveaxis(out, own, 0)
+        return out.reshape(*extra, *out.shape[1:])
+
+    def _linear_moments(self) -> tuple[Array, Array]:
+        if not self.prior.is_linear:
+            raise NotImplementedError("Exact moments need a linear transition; use `moments(key, num_samples)`.")
+
+        def one(a: dict[str, Any]) -> tuple[Array, Array]:
+            first, later = self._updates(a)
+            start = posterior_mean(first, a["m0"]), posterior_covariance(first, a["chol_P0"])
+
+            def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+                mean, cov = carry
+                update, timed = xs
+                now = {**a, **timed}
+                moved = update.shrink[:, None] * now["transition"]
+                moved = moved - matmul(update.gain, matmul(update.K.T, moved))
+                mean = posterior_mean(update, self.prior.step(now, mean))
+                carry = mean, matmul(matmul(moved, cov), moved.T) + posterior_covariance(update, now["chol_Q"])
+                return carry, carry
+
+            _, (mean, cov) = jax.lax.scan(step, start, (later, self.prior.timed(a)), length=self.prior.num_steps - 1)
+            return jnp.concatenate([start[0][None], mean]), jnp.concatenate([start[1][None], cov])
+
+        return self._map(one)
+
+
+def check_potentials(prior: StatePath, arrays: dict[str, Array]) -> tuple[int, ...]:
+    """Shapes of potentials for a prior; returns their batch shape."""
+    steps, n = prior.event_shape
+    K = arrays["K"]
+    if K.ndim < 3 or K.shape[-3:-1] != (steps, n):
+        raise ValueError(f"`K` must have shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
+    expected = {"k": (steps, n), "diag": (steps, n), "center": (steps, n), "b": (steps, K.shape[-1])}
+    for name, shape in expected.items():
+        if name in arrays:
+            check_shape(name, arrays[name], shape, "time, rank" if name == "b" else "time, state")
+    if "diag" in arrays and not is_traced(arrays["diag"]) and bool((arrays["diag"] < 0).any()):
+        raise ValueError(f"`diag` must not be negative; its smallest entry is {float(arrays['diag'].min()):.3g}.")
+    return jnp.broadcast_shapes(*(x.shape[: x.ndim - _CORE[name]] for name, x in arrays.items()))

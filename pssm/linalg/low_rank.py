@@ -1,0 +1,243 @@
+"""Diagonal-plus-low-rank algebra: conditioning a Gaussian on a potential of low rank without an n x n matrix.
+
+The Gaussian is `N(mu, Q)` with `Q = F F'`, the potential
+
+    psi(z) = exp(k'x + (K b)'x - x'(diag(delta) + K K')x / 2),    x = z - c,
+
+with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that does not depend on `mu`,
+`V = (Q^{-1} + diag(delta) + K K')^{-1}`. For a diagonal `Q` write `s = 1 / (1 + delta q)`, `Qt = s q` and
+`Y Y' = 1 + K'Qt K` (r x r, eigenvalues at least 1); then
+
+    mean       m = x + Qt K (Y Y')^{-1} (b - K'(x - c)),   x = s mu + (1 - s) c + Qt k
+    step       m - mu = Q w,   w = s (delta (c - mu) + k + K (Y Y')^{-1} (b - K'(x - c)))
+    sample     the same with e ~ N(0, Qt) added to x and N(0, 1) taken from b          (Matheron's rule)
+    log |V|    = log |Q| + sum log s - 2 sum log Y_ii
+
+Nothing is divided by `q`, so noise-free directions are exact; nothing cancels where `K` is large, since `K` meets only
+differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential goes into `K` as
+n further columns: O(n^2 (n + r)), meant for small states.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from pssm._checks import as_float, is_traced
+from pssm._types import Array, Float
+from pssm.linalg.small import cholesky, cholesky_solve, matmul, matvec
+from pssm.linalg.square_root import solve_lower, triangularise
+
+LOG_2PI = 1.8378770664093453
+
+
+class Diagonal(eqx.Module):
+    """A diagonal factor of a covariance, given by its diagonal: `chol_Q=Diagonal(sd)`.
+
+    Use it in place of a matrix where the state is large: no n x n array is made.
+
+    Args:
+        scale: standard deviations, `(..., state)`; zeros are welcome.
+    """
+
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix that this stands for."""
+        return (*self.scale.shape, self.scale.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the matrix that this stands for."""
+        return self.scale.ndim + 1
+
+    def to_matrix(self) -> Array:
+        """The matrix itself, `(..., state, state)`."""
+        return self.scale[..., None] * jnp.eye(self.scale.shape[-1], dtype=self.scale.dtype)
+
+
+Factor = Array | Diagonal
+
+
+def as_factor(name: str, x: Any) -> Factor:
+    """`x` as a factor: a `Diagonal` as it is, and so is a square matrix whose values are there and are diagonal."""
+    if isinstance(x, Diagonal):
+        return Diagonal(as_float(name, x.scale))
+    array = as_float(name, x)
+    if array.shape[-2:] == (1, 1):
+        return Diagonal(array[..., 0])
+    if is_traced(array) or array.ndim < 2 or array.shape[-1] != array.shape[-2]:
+        return array
+    values = np.asarray(array)
+    diagonal = np.diagonal(values, axis1=-2, axis2=-1)
+    if np.count_nonzero(values) != np.count_nonzero(diagonal):
+        return array
+    return Diagonal(jnp.asarray(diagonal))
+
+
+def apply_factor(factor: Factor, x: Float[Array, " noise"]) -> Float[Array, " state"]:
+    """`F x`."""
+    return factor.scale * x if isinstance(factor, Diagonal) else matvec(factor, x)
+
+
+def apply_transpose(factor: Factor, x: Float[Array, "state cols"]) -> Float[Array, "noise cols"]:
+    """`F' x` for the columns of `x`."""
+    return factor.scale[:, None] * x if isinstance(factor, Diagonal) else matmul(factor.T, x)
+
+
+class Potential(NamedTuple):
+    """`psi` of the module's head, one step.
+
+    Attributes:
+        K: `(state, rank)`.
+        k: slope at the centre, `(state,)`.
+        delta: diagonal precision, `(state,)`, not negative; None for none.
+        c: the centre, `(state,)`; None for zero.
+        b: `(rank,)`, the slope along `K`; None for zero.
+    """
+
+    K: Array
+    k: Array
+    delta: Array | None = None
+    c: Array | None = None
+    b: Array | None = None
+
+
+class Update(NamedTuple):
+    """What conditioning `N(mu, F F')` on a potential needs, `mu` apart. Names as in the module's head.
+
+    Attributes:
+        shrink: `s`.
+        offset: `(1 - s) c + Qt k`.
+        c: centre.
+        gain: `Qt K (Y Y')^{-1}`.
+        K: potentials' factor (in the general case with the square roots of `delta` in front).
+        b: slope along `K`.
+        slope: `k`.
+        delta: diagonal precision (zero in the general case).
+        root: `Y`.
+        half_logdet: `(log |Q| - log |V|) / 2`.
+        kl_constant: the part of `KL(N(m, V) || N(mu, Q))` that does not depend on `mu`.
+    """
+
+    shrink: Array
+    offset: Array
+    c: Array
+    gain: Array
+    K: Array
+    b: Array
+    slope: Array
+    delta: Array
+    root: Array
+    half_logdet: Array
+    kl_constant: Array
+
+
+def condition(factor: Factor, p: Potential) -> Update:
+    """Prepares the update of `N(mu, F F')` by a potential; `mu` comes later."""
+    n, rank = p.K.shape
+    c = jnp.zeros_like(p.k) if p.c is None else p.c
+    b = jnp.zeros(rank, p.k.dtype) if p.b is None else p.b
+    delta = jnp.zeros_like(p.k) if p.delta is None else p.delta
+    K = p.K
+    if isinstance(factor, Diagonal):
+        sd = factor.scale
+        shrink = 1.0 / (1.0 + delta * sd**2)
+        log_shrink = -jnp.log1p(delta * sd**2)
+        scaled = (sd * jnp.sqrt(shrink))[:, None] * K
+        loaded = (sd**2 * shrink)[:, None] * K
+        moved = sd**2 * shrink * p.k
+        traced = (sd * shrink)[:, None] * K  # Q^{-1/2} Qt K
+    else:
+        if p.delta is not None:
+            positive = delta > 0
+            extra = jnp.where(positive, jnp.sqrt(jnp.where(positive, delta, 1.0)), 0.0)
+            K = jnp.concatenate([extra[:, None] * jnp.eye(n, dtype=K.dtype), K], axis=1)
+            b = jnp.concatenate([jnp.zeros(n, b.dtype), b])
+            delta = jnp.zeros_like(delta)
+        shrink, log_shrink = jnp.ones_like(p.k), jnp.zeros_like(p.k)
+        scaled = apply_transpose(factor, K)
+        loaded = matmul(factor, scaled)
+        moved = matvec(factor, matvec(factor.T, p.k))
+        traced = scaled
+    root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + matmul(scaled.T, scaled))
+    half_logdet = jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * jnp.sum(log_shrink)
+    removed = jnp.sum(solve_lower(root, traced.T) ** 2)
+    return Update(
+        shrink=shrink,
+        offset=(1.0 - shrink) * c + moved,
+        c=c,
+        gain=cholesky_solve(root, loaded.T).T,
+        K=K,
+        b=b,
+        slope=p.k,
+        delta=delta,
+        root=root,
+        half_logdet=half_logdet,
+        kl_constant=half_logdet + 0.5 * (jnp.sum(shrink - 1.0) - removed),
+    )
+
+
+def posterior_mean(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
+    """Mean `m` of the conditioned Gaussian."""
+    return _absorb(update, update.shrink * mu + update.offset, update.b)
+
+
+def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pull_noise: Array) -> Array:
+    """A draw from the conditioned Gaussian, made of standard normal `noise (noise,)` and `pull_noise (columns of K,)`."""
+    e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
+    return _absorb(update, update.shrink * mu + update.offset + e, update.b - pull_noise)
+
+
+def _absorb(update: Update, x: Array, pull: Array) -> Array:
+    return x + matvec(update.gain, pull - matvec(update.K.T, x - update.c))
+
+
+def posterior_slope(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
+    """`w` with `m - mu = Q w`, without a division by `Q`."""
+    x = update.shrink * mu + update.offset
+    rest = update.b - matvec(update.K.T, x - update.c)
+    a = cholesky_solve(update.root, rest[:, None])[:, 0]
+    return update.shrink * (update.delta * (update.c - mu) + update.slope + matvec(update.K, a))
+
+
+def kl(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
+    """`KL(N(m, V) || N(mu, Q))`."""
+    w = posterior_slope(update, mu)
+    return update.kl_constant + 0.5 * jnp.sum(apply_transpose(factor, w[:, None]) ** 2)
+
+
+def log_ratio(update: Update, factor: Factor, mu: Float[Array, " state"], z: Float[Array, " state"]) -> Array:
+    """`log N(z; m, V) - log N(z; mu, Q)`, finite and exact for a singular `Q` too."""
+    w = posterior_slope(update, mu)
+    step = apply_factor(factor, apply_transpose(factor, w[:, None])[:, 0])
+    rest = z - (mu + step)
+    quadratic = jnp.sum(update.delta * rest**2) + jnp.sum(matvec(update.K.T, rest) ** 2)
+    return update.half_logdet + jnp.vdot(rest, w) + 0.5 * (jnp.vdot(step, w) - quadratic)
+
+
+def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]:
+    """Diagonal of `V`."""
+    if not isinstance(factor, Diagonal):
+        return jnp.diagonal(posterior_covariance(update, factor))
+    noise = factor.scale**2 * update.shrink
+    removed = solve_lower(update.root, (noise[:, None] * update.K).T)
+    return noise - jnp.sum(removed**2, axis=0)
+
+
+def posterior_covariance(update: Update, factor: Factor) -> Float[Array, "state state"]:
+    """`V` as a matrix, in the form that cannot turn negative; for small states and tests."""
+    matrix = factor.to_matrix() if isinstance(factor, Diagonal) else factor
+    n = update.K.shape[0]
+    keep = jnp.eye(n, dtype=matrix.dtype) - matmul(update.gain, update.K.T)
+    root = jnp.concatenate([matmul(keep, jnp.sqrt(update.shrink)[:, None] * matrix), update.gain], axis=1)
+    return matmul(root, root.T)
+
+
+def gaussian_entropy(factor: Factor) -> Array:
+    """Entropy of `N(0, F F')`: `log |2 pi e Q| / 2` over the directions that have noise."""
+    pivots = jnp.abs(factor.scale) if isinstance(factor, Diagonal) else jnp.diagonal(triangularise(factor))
+    live = pivots > 0
+    return jnp.sum(jnp.where(live, 0.5 * (LOG_2PI + 1.0) + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
