@@ -1,13 +1,16 @@
 """NumPyro distributions over state paths and over series."""
 
+from pssm.distributions import kl as _registered  # noqa: F401
 from pssm.distributions.chain import LowRankChain
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
 from pssm.distributions.missing import WithMissing, observe
+from pssm.distributions.moment_matched import LowRankMomentMatched
 from pssm.distributions.state_path import NonCenteredPath, StatePath
 
 __all__ = [
     "LinearGaussianMarginal",
     "LowRankChain",
+    "LowRankMomentMatched",
     "NonCenteredPath",
     "StatePath",
     "WithMissing",

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
@@ -296,6 +297,8 @@ def check_potentials(prior: StatePath, arrays: dict[str, Array]) -> tuple[int, .
     for name, shape in expected.items():
         if name in arrays:
             check_shape(name, arrays[name], shape, "time, rank" if name == "b" else "time, state")
-    if "diag" in arrays and not is_traced(arrays["diag"]) and bool((arrays["diag"] < 0).any()):
-        raise ValueError(f"`diag` must not be negative; its smallest entry is {float(arrays['diag'].min()):.3g}.")
+    if "diag" in arrays and not is_traced(arrays["diag"]):
+        least = np.asarray(arrays["diag"]).min(initial=0.0)
+        if least < 0:
+            raise ValueError(f"`diag` must not be negative; its smallest entry is {least:.3g}.")
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - _CORE[name]] for name, x in arrays.items()))

@@ -1,10 +1,12 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
 
 __all__ = [
     "SVIFit",
+    "TraceConditionalKL_ELBO",
     "elbo",
     "fit_nuts",
     "fit_svi",

@@ -186,7 +186,7 @@ def posterior_mean(update: Update, mu: Float[Array, " state"]) -> Float[Array, "
 
 
 def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pull_noise: Array) -> Array:
-    """A draw from the conditioned Gaussian, made of standard normal `noise (noise,)` and `pull_noise (columns of K,)`."""
+    """A draw from the conditioned Gaussian; `noise (noise,)` and `pull_noise (columns of K,)` are standard normal."""
     e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
     return _absorb(update, update.shrink * mu + update.offset + e, update.b - pull_noise)
 

@@ -1,0 +1,264 @@
+"""Where a guide starts: the mode of the path, and potentials that approximate the backward messages there.
+
+The observations enter through one function only, their log-likelihood as a function of the whole path; its gradient and
+its Hessian, block by block in time, come from automatic differentiation. With the transition linearised along a path
+`z` (`A_t` its Jacobian, `o_t = f(z_{t-1}) - z_t` its residual) and sites `(g_t, W_t)` (gradient and minus the Hessian),
+the messages about the path, `log p(y_{t:T} | z_t + x) = h_t'x - x'J_t x / 2`, go backward
+
+    J_t = W_t + A' (1 + J Q)^{-1} J A,    h_t = g_t + A' (1 + J Q)^{-1} (h - J o)        (J, h, A, Q, o of step t + 1)
+
+and the mean forward, `x_t = mu + Q w`, `mu = o_t + A x_{t-1}`, `w = (1 + J_t Q)^{-1} (h_t - J_t mu)`. This is a
+Gauss-Newton step; on a linear-Gaussian model one step is exact. At the mode, `w_t` is the slope of the message there and
+`J_t` its curvature: what a potential of rank `state` needs. A smaller rank keeps the slope and cuts the curvature, so
+that the conditional means along the mode stay exact.
+
+Source:
+    Iterated smoothing is Gauss-Newton: Bell 1994. Principal factors: Harman 1976, chapter 8.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pssm._types import Array
+from pssm.batch import map_batch
+from pssm.distributions import StatePath
+from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose
+from pssm.linalg.small import cholesky, cholesky_solve, matmul, matvec
+
+DENSE = 64  # states up to this size get messages as matrices
+_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction
+
+
+class PotentialsAtMode(NamedTuple):
+    """Potentials of `LowRankChain`, written around the mode, and the posterior's scale at each step.
+
+    Attributes:
+        center: the mode, `(..., time, state)`.
+        k: slopes there, `(..., time, state)`.
+        K: `(..., time, state, rank)`.
+        diag: `(..., time, state)`.
+        scale: `diag(V_t)^{1/2}`, the conditional standard deviations: a natural unit, `(..., time, state)`.
+    """
+
+    center: Array
+    k: Array
+    K: Array
+    diag: Array
+    scale: Array
+
+
+def mode_potentials(
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    *,
+    rank: int,
+    diagonal: bool = True,
+    start: Array | None = None,
+    num_iters: int = 30,
+) -> PotentialsAtMode:
+    """The mode of the path and potentials of the given rank there.
+
+    Args:
+        prior: the path prior.
+        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch` or `()`; each step's state enters its
+            own summand only.
+        rank: columns of `K`, at most `state`.
+        diagonal: whether a diagonal goes beside them.
+        start: a path to start from; by default the prior's path without noise.
+        num_iters: most Gauss-Newton steps.
+
+    Returns:
+        A `PotentialsAtMode`.
+    """
+    path = find_mode(prior, log_lik, start=start, num_iters=num_iters)
+    step = gauss_newton(prior, log_lik, path)
+    sd = jnp.broadcast_to(noise_scale(prior), path.shape)
+    diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(step.J, 2), _flat(sd, 1)), batch_size=4096)
+    diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
+    return PotentialsAtMode(path + step.move, step.slope, K, diag, jnp.sqrt(step.variance))
+
+
+def _flat(x: Array, core: int) -> Array:
+    return x.reshape(-1, *x.shape[x.ndim - core :])
+
+
+def noise_scale(prior: StatePath) -> Array:
+    """Standard deviations of the noise at every step, `(..., time, state)`; 1 where there is none."""
+
+    def sd(factor: Factor) -> Array:
+        found = jnp.abs(factor.scale) if isinstance(factor, Diagonal) else jnp.sqrt(jnp.sum(factor**2, -1))
+        return jnp.where(found > 0, found, 1.0)
+
+    first, later = sd(prior.chol_P0)[..., None, :], sd(prior.chol_Q)
+    if "chol_Q" in prior.time_varying:
+        later = later[..., 1:, :]
+    else:
+        later = jnp.broadcast_to(later[..., None, :], (*later.shape[:-1], prior.num_steps - 1, prior.n_state))
+    batch = jnp.broadcast_shapes(first.shape[:-2], later.shape[:-2])
+    return jnp.concatenate([jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (first, later)], axis=-2)
+
+
+def find_mode(
+    prior: StatePath, log_lik: Callable[[Array], Array], *, start: Array | None = None, num_iters: int = 30
+) -> Array:
+    """The path of highest posterior density near `start`, by Gauss-Newton with step halving: every step climbs."""
+    if start is None:
+        start = prior.path_from_noise(jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype))
+        shape = jnp.broadcast_shapes(start.shape, jax.eval_shape(log_lik, start).shape + prior.event_shape)
+        start = jnp.broadcast_to(start, shape)
+    tolerance = 1e-8 if start.dtype == jnp.float64 else 1e-5
+
+    def objective(path: Array) -> Array:
+        value = prior.log_prob(path) + log_lik(path)
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+    def cond(state: tuple) -> Array:
+        _, _, count, going = state
+        return going & (count < num_iters)
+
+    def body(state: tuple) -> tuple:
+        path, best, count, _ = state
+        move = gauss_newton(prior, log_lik, path).move
+        move = jnp.where(jnp.isfinite(move), move, 0.0)
+        values = jnp.stack([objective(path + size * move) for size in _STEPS])
+        chosen = jnp.argmax(values, axis=0)
+        value = jnp.max(values, axis=0)
+        better = value > best
+        size = jnp.where(better, jnp.asarray(_STEPS, path.dtype)[chosen], 0.0)
+        gain = jnp.where(better, value - best, 0.0)
+        going = jnp.any(gain > tolerance * (1.0 + jnp.abs(value)))
+        return path + size[..., None, None] * move, jnp.where(better, value, best), count + 1, going
+
+    state = jax.lax.while_loop(cond, body, (start, objective(start), 0, jnp.array(True)))
+    return state[0]
+
+
+class GaussNewton(NamedTuple):
+    """One step from a path: where to move, and the messages about the path.
+
+    Attributes:
+        move: `x`, `(..., time, state)`.
+        slope: `w`, slope of the message at `path + x`, `(..., time, state)`.
+        J: curvature of the messages, `(..., time, state, state)`.
+        variance: diagonal of the conditional covariances `(Q^{-1} + J)^{-1}`, `(..., time, state)`.
+    """
+
+    move: Array
+    slope: Array
+    J: Array
+    variance: Array
+
+
+def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> GaussNewton:
+    """The Gauss-Newton step from `path` and the messages about it."""
+    gradient, curvature = sites(log_lik, path)
+
+    def one(a: dict[str, Any]) -> GaussNewton:
+        z, g, W = a["z"], a["g"], a["W"]
+        timed = prior.timed(a)
+
+        def linearise(x: Array, t: dict[str, Any]) -> tuple[Array, Array]:
+            now = {**a, **t}
+            return prior.step(now, x), jax.jacfwd(lambda s: prior.step(now, s))(x)
+
+        means, A = jax.vmap(linearise)(z[:-1], timed)
+        residual = means - z[1:]
+
+        def back(message: tuple[Array, Array], xs: tuple) -> tuple[tuple, tuple]:
+            J, h = message
+            g, W, A, o, t = xs
+            root, loaded = _through_noise({**a, **t}["chol_Q"], J)
+            J_before = J - matmul(loaded, cholesky_solve(root, loaded.T))
+            h_before = _reduce({**a, **t}["chol_Q"], root, loaded, h - matvec(J, o))
+            J_new = W + matmul(A.T, matmul(J_before, A))
+            message = 0.5 * (J_new + J_new.T), g + matvec(A.T, h_before)
+            return message, message
+
+        last = W[-1], g[-1]
+        _, (J, h) = jax.lax.scan(back, last, (g[:-1], W[:-1], A, residual, timed), reverse=True)
+        J, h = jnp.concatenate([J, last[0][None]]), jnp.concatenate([h, last[1][None]])
+
+        def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
+            root, loaded = _through_noise(factor, J)
+            w = _reduce(factor, root, loaded, h - matvec(J, mu))
+            step = apply_factor(factor, apply_transpose(factor, w[:, None])[:, 0])
+            rows = factor.to_matrix() if isinstance(factor, Diagonal) else factor
+            inner = cholesky_solve(root, rows.T)
+            return mu + step, w, jnp.sum(rows * inner.T, axis=1)
+
+        first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
+
+        def forward(x: Array, xs: tuple) -> tuple[Array, tuple]:
+            J, h, A, o, t = xs
+            found = absorb({**a, **t}["chol_Q"], J, h, o + matvec(A, x))
+            return found[0], found
+
+        _, rest = jax.lax.scan(forward, first[0], (J[1:], h[1:], A, residual, timed))
+        move, slope, variance = (jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True))
+        return GaussNewton(move, slope, J, variance)
+
+    arrays, cores = prior.arrays()
+    batch = path.shape[:-2]
+    values, own = {"z": path, "g": gradient, "W": curvature}, {"z": 2, "g": 2, "W": 3}
+    return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
+
+
+def _through_noise(factor: Factor, J: Array) -> tuple[Array, Array]:
+    """Cholesky factor of `1 + F'J F`, and `J F`."""
+    loaded = J * factor.scale if isinstance(factor, Diagonal) else matmul(J, factor)
+    inner = apply_transpose(factor, loaded)
+    return cholesky(jnp.eye(inner.shape[0], dtype=J.dtype) + 0.5 * (inner + inner.T)), loaded
+
+
+def _reduce(factor: Factor, root: Array, loaded: Array, x: Array) -> Array:
+    """`(1 + J Q)^{-1} x`."""
+    inner = apply_transpose(factor, x[:, None])
+    return x - matvec(loaded, cholesky_solve(root, inner)[:, 0])
+
+
+def sites(log_lik: Callable[[Array], Array], path: Array) -> tuple[Array, Array]:
+    """Gradient and minus the Hessian of the log-likelihood at every step, the latter without negative curvature.
+
+    Each state enters its own summand only, so a Hessian-vector product with the same unit vector at every step gives
+    one column of all blocks.
+    """
+    n = path.shape[-1]
+    slope = jax.grad(lambda z: jnp.sum(log_lik(z)))
+    gradient = slope(path)
+
+    def column(unit: Array) -> Array:
+        return jax.jvp(slope, (path,), (jnp.broadcast_to(unit, path.shape),))[1]
+
+    hessian = jnp.moveaxis(jax.lax.map(column, jnp.eye(n, dtype=path.dtype)), 0, -1)
+    curvature = -0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
+    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+    curvature = jnp.where(jnp.isfinite(curvature), curvature, 0.0)
+    if n == 1:
+        return gradient, jnp.maximum(curvature, 0.0)
+    values, vectors = jnp.linalg.eigh(curvature)
+    return gradient, (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+
+def split(J: Array, sd: Array, rank: int, diagonal: bool, rounds: int = 30) -> tuple[Array, Array]:
+    """`J` as `diag(delta) + K K'` by principal factors in units of the noise `sd`: `(delta, K)`."""
+    n = J.shape[0]
+    whitened = sd[:, None] * J * sd
+    rank = min(rank, n)
+
+    def factors(delta: Array) -> Array:
+        values, vectors = jnp.linalg.eigh(whitened - jnp.diag(delta))
+        return vectors[:, n - rank :] * jnp.sqrt(jnp.maximum(values[n - rank :], 0.0))
+
+    delta = jnp.zeros_like(sd)
+    if diagonal and rank < n:
+        variances = jnp.diagonal(whitened)
+
+        def improve(_: int, delta: Array) -> Array:
+            return jnp.maximum(variances - jnp.sum(factors(delta) ** 2, axis=1), 0.0)
+
+        delta = jax.lax.fori_loop(0, rounds, improve, 0.5 * variances) if rank else variances
+    K = factors(delta)
+    return delta / sd**2, K / sd[:, None]
