@@ -44,7 +44,7 @@ class LowRankMomentMatched(dist.Distribution):
     updates in `rank x rank` algebra. With a backward potential besides (causal form) the recursion filters with
     `(k, K)` alone, and each step's marginal takes in the backward potential without passing it on.
 
-    What it is good for: comparison. Its ELBO, `sum_t E log p(y_t | z_t) - KL(pi_t || prediction_t)`, is a surrogate: with
+    It is here for comparison. Its ELBO, `sum_t E log p(y_t | z_t) - KL(pi_t || prediction_t)`, is a surrogate: with
     exact smoothing marginals it exceeds the log evidence, and fits that maximise it shrink the transition noise.
     `LowRankChain` costs less and gives a bound.
 

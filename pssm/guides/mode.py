@@ -8,9 +8,9 @@ the messages about the path, `log p(y_{t:T} | z_t + x) = h_t'x - x'J_t x / 2`, g
     J_t = W_t + A' (1 + J Q)^{-1} J A,    h_t = g_t + A' (1 + J Q)^{-1} (h - J o)        (J, h, A, Q, o of step t + 1)
 
 and the mean forward, `x_t = mu + Q w`, `mu = o_t + A x_{t-1}`, `w = (1 + J_t Q)^{-1} (h_t - J_t mu)`. This is a
-Gauss-Newton step; on a linear-Gaussian model one step is exact. At the mode, `w_t` is the slope of the message there and
-`J_t` its curvature: what a potential of rank `state` needs. A smaller rank keeps the slope and cuts the curvature, so
-that the conditional means along the mode stay exact.
+Gauss-Newton step; on a linear-Gaussian model one step is exact. At the mode, `w_t` is the slope of the message there
+and `J_t` its curvature: what a potential of rank `state` needs. A smaller rank keeps the slope and cuts the curvature,
+so that the conditional means along the mode stay exact.
 
 Source:
     Iterated smoothing is Gauss-Newton: Bell 1994. Principal factors: Harman 1976, chapter 8.

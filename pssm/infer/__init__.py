@@ -1,16 +1,20 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
 
 __all__ = [
+    "EvidenceBound",
     "SVIFit",
     "TraceConditionalKL_ELBO",
     "elbo",
     "fit_nuts",
     "fit_svi",
     "forecast",
+    "importance_bound",
+    "log_weights",
     "one_step_probabilities",
     "posterior_draws",
     "sample_states",

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import optax
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
+from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
+from pssm.guides import AutoStateSpace
+from pssm.guides.auto import FAMILIES
+from pssm.infer.objective import TraceConditionalKL_ELBO
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
+BOUND = "lower bound on the log evidence (ELBO)"
 
 
 def as_key(key: Key | int) -> Key:
@@ -102,21 +106,38 @@ class SVIFit(SVIRunResult):
         svi: the `SVI` object, with its `model` and `guide`.
         args: the model's positional arguments.
         kwargs: the model's keyword arguments.
+        objective: what minus the loss is, in words: a bound or a surrogate.
         converged: whether the loss had stopped falling.
         message: the same in words, with the numbers.
     """
 
     svi: SVI
+    objective: str = BOUND
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     converged: bool
     message: str
+
+    @classmethod
+    def of(cls, svi: SVI, result: SVIRunResult, *args: Any, **kwargs: Any) -> "SVIFit":
+        """A run of NumPyro's own `svi.run(key, num_steps, *args, **kwargs)` as an `SVIFit`."""
+        fit = cls(*result)
+        fit.svi, fit.args, fit.kwargs = svi, args, kwargs
+        fit.objective = getattr(svi.guide, "objective", BOUND)
+        fit.converged, fit.message = _convergence(np.asarray(result.losses))
+        return fit
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether the objective can exceed the log evidence."""
+        return self.objective.startswith("surrogate")
 
 
 def fit_svi(
     model: Callable[..., Any],
     *args: Any,
     guide: str | AutoGuide | Callable[..., Any] = "mvn",
+    rank: int = 4,
     key: Key | int = 0,
     num_steps: int = 5000,
     learning_rate: float = 0.01,
@@ -133,7 +154,9 @@ def fit_svi(
     Args:
         model: a NumPyro model.
         args: the model's positional arguments.
-        guide: "mvn" (`AutoMultivariateNormal`), "normal" (`AutoNormal`), or any NumPyro guide.
+        guide: "mvn" (`AutoMultivariateNormal`), "normal" (`AutoNormal`), a family of `AutoStateSpace` ("chain",
+            "moment_matched", "diagonal") for a model with `StatePath` sites, or any NumPyro guide.
+        rank: of those families.
         key: random key, or a whole number to make one from.
         num_steps: optimisation steps.
         learning_rate: first step size of Adam; not used with `optimizer`.
@@ -157,11 +180,14 @@ def fit_svi(
     """
     check_count("num_steps", num_steps, least=10)
     if isinstance(guide, str):
-        check_choice("guide", guide, tuple(GUIDES))
-        guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
+        check_choice("guide", guide, (*GUIDES, *FAMILIES))
+        if guide in FAMILIES:
+            guide = AutoStateSpace(model, rank=rank, family=guide)
+        else:
+            guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(100.0), optax.adam(schedule)) if optimizer is None else optimizer
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=8) if loss is None else loss)
+    svi = SVI(model, guide, optimizer, _loss(guide) if loss is None else loss)
     result = svi.run(as_key(key), num_steps, *args, progress_bar=progress_bar, **kwargs)
     losses = np.asarray(result.losses)
     if not np.isfinite(losses).all():
@@ -170,12 +196,18 @@ def fit_svi(
             f"The loss became {losses[step]} at step {step} of {num_steps}. Lower `learning_rate` (now "
             f"{learning_rate}), or look at the model's priors with numpyro.infer.Predictive."
         )
-    fit = SVIFit(*result)
-    fit.svi, fit.args, fit.kwargs = svi, args, kwargs
-    fit.converged, fit.message = _convergence(losses)
+    fit = SVIFit.of(svi, result, *args, **kwargs)
+    if progress_bar:
+        print(f"Objective: {fit.objective}. {fit.message[0].upper()}{fit.message[1:]}")
     if not fit.converged:
         warnings.warn(f"SVI has not converged: {fit.message} Raise `num_steps` (now {num_steps}).", stacklevel=2)
     return fit
+
+
+def _loss(guide: Any) -> ELBO:
+    if not isinstance(guide, AutoStateSpace):
+        return Trace_ELBO(num_particles=8)
+    return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)
 
 
 def _convergence(losses: np.ndarray) -> tuple[bool, str]:
