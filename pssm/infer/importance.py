@@ -118,7 +118,7 @@ def importance_bound(
         FloatingPointError: no draw has a finite weight.
 
     Source:
-        Burda, Grosse & Salakhutdinov 2016; Maddison et al. 2017; twisted particle filters: Guarniero, Johansen & Lee 2017.
+        Burda, Grosse & Salakhutdinov 2016; twisted particle filters: Guarniero, Johansen & Lee 2017.
     """
     check_count("num_particles", num_particles, least=2)
     if fit.surrogate:
