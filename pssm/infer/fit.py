@@ -211,19 +211,19 @@ def _loss(guide: Any) -> ELBO:
 
 
 def _convergence(losses: np.ndarray) -> tuple[bool, str]:
-    """Compares the last tenth of the losses with the tenth before the last fifth.
+    """Compares the last tenth of the losses with the second fifth, where the steps were still large.
 
-    Converged: the loss fell by less than 0.05 nats between the two, or by less than three standard errors of that
-    difference (what is left is noise of the estimate).
+    Near the end the steps are small, and the loss is flat whether or not it has arrived. Converged: since the second
+    fifth the loss fell by less than 0.1 nats, three standard errors of that fall, or 0.3 of the scatter of the loss.
     """
-    tenth = max(len(losses) // 10, 2)
-    late, early = losses[-tenth:], losses[-3 * tenth : -2 * tenth]
+    count = len(losses)
+    early, late = losses[count // 5 : 2 * count // 5], losses[-max(count // 10, 2) :]
     fall = float(early.mean() - late.mean())
-    noise = float(np.sqrt(early.var(ddof=1) / tenth + late.var(ddof=1) / tenth))
-    converged = abs(fall) < max(0.05, 3 * noise)
+    scatter = [float(np.mean(np.diff(x) ** 2) / 2) for x in (early, late)]  # by differences: without the trend
+    noise = float(np.sqrt(scatter[0] / len(early) + scatter[1] / len(late)))
     return (
-        converged,
-        f"between the eighth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g}).",
+        abs(fall) < max(0.1, 3 * noise, 0.3 * np.sqrt(scatter[1])),
+        f"between the second fifth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g}).",
     )
 
 

@@ -230,4 +230,4 @@ def _mixture_quantiles(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     levels = (np.arange(99) + 0.5) / 99
     spread = np.asarray(jax.scipy.special.ndtri(levels)).reshape(-1, *(1,) * mean.ndim)
     values = mean + np.sqrt(variance) * spread
-    return np.quantile(values.reshape(-1, *mean.shape[1:]), QUANTILES, axis=0)
+    return np.quantile(values.reshape(-1, *mean.shape[1:]), QUANTILES, axis=0, method="hazen")
