@@ -4,13 +4,15 @@ import warnings
 from typing import Any
 
 import arviz as az
+import jax
 import numpy as np
 import xarray as xr
 from numpyro.infer import MCMC, NUTS
 
+from pssm._checks import check_count
 from pssm._types import Key
 from pssm.diagnostics.tree import to_datatree
-from pssm.infer.fit import SVIFit, as_key, fit_svi, model_of
+from pssm.infer.fit import GUIDES, SVIFit, as_key, fit_svi, model_of
 
 
 class _Refit(az.SamplingWrapper):
@@ -21,7 +23,7 @@ class _Refit(az.SamplingWrapper):
         super().__init__(model=model, idata_orig=tree)
         self.data, self.rest = np.array(args[0], dtype=float), args[1:]
         self.fit, self.key, self.fits, self.tree = fit, key, 0, tree
-        self.steps = tree["log_likelihood"]["y"]
+        self.seen = tree["log_likelihood"]["time"].values  # positions of the steps with data
         if isinstance(fit, MCMC):
             self.mcmc = MCMC(
                 NUTS(fit.sampler.model, target_accept_prob=fit.sampler._target_accept_prob),
@@ -35,24 +37,20 @@ class _Refit(az.SamplingWrapper):
 
     def sel_observations(self, idx: np.ndarray) -> tuple[Any, Any]:
         kept = self.data.copy()
-        kept[np.asarray(idx)] = np.nan
+        kept[self.seen[np.asarray(idx)]] = np.nan
         return kept, np.asarray(idx)
 
     def sample(self, modified_observed_data: np.ndarray) -> Any:
         self.fits += 1
-        import jax
-
         key = jax.random.fold_in(as_key(self.key), self.fits)
         if isinstance(self.fit, MCMC):
             self.mcmc.run(key, modified_observed_data, *self.rest, **self.kwargs)
             return self.mcmc
-        guide = type(self.fit.svi.guide)
-        name = {"AutoNormal": "normal", "AutoMultivariateNormal": "mvn"}[guide.__name__]
         return fit_svi(
             self.model,
             modified_observed_data,
             *self.rest,
-            guide=name,
+            guide=next(name for name, kind in GUIDES.items() if type(self.fit.svi.guide) is kind),
             key=key,
             num_steps=len(self.fit.losses),
             progress_bar=False,
@@ -88,27 +86,28 @@ def leave_future_out(
     """Expected log predictive density of the next `horizon` observations, each predicted from its past alone.
 
     ArviZ's `lfo_cv`: the posterior of the past is reached by importance weights from an earlier fit, and refitted
-    where those fail. The first positional argument of the model must be the data, `(time, 1)`, with NaN for missing.
+    where those fail. The first positional argument of the model must be the data, `(time,)` or `(time, 1)`, with NaN
+    for missing: steps without data are not counted, neither in the past nor ahead.
 
     Args:
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
         min_observations: size of the first past; half of the series by default.
-        horizon: how many steps ahead.
+        horizon: how many observations ahead.
         key: random key, or a whole number, for the refits.
 
     Returns:
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.
 
     Raises:
-        ValueError: `min_observations` leaves nothing to predict.
+        ValueError: `min_observations` leaves nothing to predict, or the guide is another.
 
     Source:
         Buerkner, Gabry & Vehtari 2020.
     """
+    check_count("horizon", horizon)
+    if isinstance(fit, SVIFit) and type(fit.svi.guide) not in GUIDES.values():
+        raise ValueError(f"`fit` must have a guide among {list(GUIDES)}; got {type(fit.svi.guide).__name__}.")
     tree = to_datatree(fit)
-    tree["log_likelihood"] = (
-        tree["log_likelihood"].to_dataset().assign_coords(time=np.arange(tree["log_likelihood"].sizes["time"]))
-    )
     length = tree["log_likelihood"].sizes["time"]
     least = length // 2 if min_observations is None else min_observations
     if not 1 <= least < length - horizon + 1:

@@ -44,8 +44,9 @@ def to_datatree(
     """A fit as an ArviZ DataTree; no axis is ever guessed or left unnamed.
 
     Groups: `posterior` (chain, draw, ...), `sample_stats` (NUTS), `log_likelihood` with one entry for each time step
-    (`log p(y_t | y_{1:t-1}, parameters)` where the states are integrated out), `observed_data`, and on demand
-    `smoothed_states` and `forecast`. Draws of an SVI fit are one chain, so that every ArviZ function takes the tree.
+    at which something was observed (`log p(y_t | y_{1:t-1}, parameters)` where the states are integrated out),
+    `observed_data`, and on demand `smoothed_states` and `forecast`. Draws of an SVI fit are one chain, so that every
+    ArviZ function takes the tree.
 
     Args:
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
@@ -53,7 +54,8 @@ def to_datatree(
             its states integrated out where the fit sampled them.
         time: labels of the time steps; 0, 1, ... by default.
         dims: names of the axes of sites, over those worked out from plates, paths and series.
-        coords: labels of axes, by axis name.
+        coords: labels of axes, by axis name. Those of `state` are taken from a site with
+            `infer={"state_names": (...)}`, as pssm's models have it.
         log_likelihood: add the pointwise log-likelihood.
         states: add smoothed states and signal (models with a `LinearGaussianMarginal`).
         forecast: number of steps of the forecast to add, 0 for none.
@@ -80,12 +82,13 @@ def to_datatree(
     fitted, args, kwargs = model_of(fit)
     draws = posterior_draws(fit, num_samples=num_samples, key=key)
     first = {name: x[0, 0] for name, x in draws.items()}
-    named = _site_dims(trace_with(fitted, first, *args, **kwargs), draws)
+    fitted_trace = trace_with(fitted, first, *args, **kwargs)
     model = fitted if model is None else model
-    trace = trace_with(model, first, *args, **kwargs)
-    named = {**named, **_site_dims(trace, {}), **(dims or {})}
+    trace = fitted_trace if model is fitted else trace_with(model, first, *args, **kwargs)
+    named = {**_site_dims(fitted_trace, draws), **_site_dims(trace, {})}
+    named |= _checked_dims(dims or {}, named)
     observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-    labels = _labels(observed, time, coords or {})
+    labels = _labels(observed, time, {**_state_names(fitted_trace), **_state_names(trace), **(coords or {})})
     tree = {"posterior": _dataset(draws, named, labels, lead=("chain", "draw"), drop=("_base",))}
     if isinstance(fit, MCMC):
         extra = fit.get_extra_fields(group_by_chain=True)
@@ -103,6 +106,10 @@ def to_datatree(
         tree["smoothed_states"] = _state_group(model, draws, args, kwargs, labels)
     if forecast:
         tree["forecast"] = _forecast_group(model, draws, args, kwargs, forecast, future_time, u_future, key, labels)
+    axes = sorted({str(name) for data in tree.values() for name in data.dims} - {"chain", "draw"})
+    for name in coords or {}:
+        if name not in axes:
+            raise ValueError(f"`coords` has labels for {name!r}, which is no axis of this fit. Its axes: {axes}.")
     built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
     built.attrs.update(_provenance(fit, observed))
     return built
@@ -175,6 +182,23 @@ def _site_dims(trace: dict[str, Any], draws: dict[str, np.ndarray]) -> dict[str,
     return named
 
 
+def _checked_dims(dims: dict[str, tuple[str, ...]], named: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    for name, axes in dims.items():
+        if name not in named:
+            raise ValueError(f"`dims` names {name!r}, which is no site of this fit. Its sites: {sorted(named)}.")
+        if len(axes) != len(named[name]):
+            raise ValueError(f"`dims` for {name!r} must have {len(named[name])} names; got {tuple(axes)}.")
+    return {name: tuple(axes) for name, axes in dims.items()}
+
+
+def _state_names(trace: dict[str, Any]) -> dict[str, ArrayLike]:
+    """The labels of the states that a model gives one of its sites."""
+    for site in trace.values():
+        if "state_names" in (site.get("infer") or {}):
+            return {"state": np.asarray(site["infer"]["state_names"])}
+    return {}
+
+
 def _labels(observed: dict[str, Any], time: ArrayLike | None, coords: dict[str, ArrayLike]) -> dict[str, np.ndarray]:
     labels = {name: np.asarray(x) for name, x in coords.items()}
     if time is not None:
@@ -229,25 +253,25 @@ def _log_likelihood(model, draws, observed, named, labels, args, kwargs) -> xr.D
     flat = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))(flatten_draws(draws))
     arrays = {n: np.asarray(x).reshape(chains, count, *x.shape[1:]) for n, x in flat.items()}
     dims = {n: named[n][: x.ndim - 2] for n, x in arrays.items()}
-    return _dataset(arrays, dims, labels, lead=("chain", "draw"))
+    group = _dataset(arrays, dims, labels, lead=("chain", "draw"))
+    series = [np.asarray(s["value"]) for s in observed.values() if _is_series(s)]
+    if not series:
+        return group
+    # A step without data scores 0 for every draw, which `az.loo` refuses and counts as a data point.
+    seen = np.any([~np.isnan(np.moveaxis(x, -2, 0)).reshape(x.shape[-2], -1).all(1) for x in series], axis=0)
+    return group.isel(time=seen) if seen.any() else group
 
 
 def _state_group(model, draws, args, kwargs, labels) -> xr.Dataset:
     moments = smoothed_states(model, draws, *args, **kwargs)
     data = {
-        "mean": (("time", "state"), moments.state.mean),
-        "sd": (("time", "state"), moments.state.sd),
-        "signal_mean": (("time", "series"), moments.signal.mean),
-        "signal_sd": (("time", "series"), moments.signal.sd),
+        "mean": moments.state.mean,
+        "sd": moments.state.sd,
+        "signal_mean": moments.signal.mean,
+        "signal_sd": moments.signal.sd,
     }
-    n_state = moments.state.mean.shape[1]
-    names = labels.get("state", np.arange(n_state))
-    axes = {
-        "time": labels["time"],
-        "state": names,
-        "series": labels.get("series", np.arange(moments.signal.mean.shape[1])),
-    }
-    return xr.Dataset(data, coords=axes)
+    dims = {n: ("time", "series" if n.startswith("signal") else "state") for n in data}
+    return _dataset(data, dims, labels, lead=())
 
 
 def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, key, labels) -> xr.Dataset:
@@ -257,8 +281,7 @@ def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, 
         raise ValueError(f"`future_time` must have {horizon} labels; got {len(steps)}.")
     names = [f"q{round(100 * q):02d}" for q in QUANTILES]
     data = {"mean": f.mean, "sd": f.sd, **dict(zip(names, f.quantiles, strict=True))}
-    axes = {"horizon": steps, "series": labels.get("series", np.arange(f.mean.shape[1]))}
-    return xr.Dataset({n: (("horizon", "series"), x) for n, x in data.items()}, coords=axes)
+    return _dataset(data, dict.fromkeys(data, ("horizon", "series")), {**labels, "horizon": steps}, lead=())
 
 
 def data_digest(arrays: dict[str, Any]) -> str:

@@ -235,7 +235,7 @@ def autoregression(
     effect, inputs = _regression(u, length, about)
     if states == "marginal":
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
-        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data)
+        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer={"state_names": block.names})
         return
     shift = mean if effect is None else mean + inputs @ effect[0]
     _sampled_autoregression(data, length, block, jnp.broadcast_to(shift, (length,)))
@@ -244,7 +244,8 @@ def autoregression(
 def _sampled_autoregression(data: Array | None, length: int, block: Block, shift: Array) -> None:
     """Observed values enter as they are, missing ones are drawn: `x_t = mean_t + sigma e_t` with `e_t` a site."""
     order = block.m0.shape[0]
-    noise = numpyro.sample("z_base", dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1))
+    normal = dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1)
+    noise = numpyro.sample("z_base", normal, infer={"state_names": block.names})
     sigma = block.chol_Q[0, 0]
     values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
     seen = ~jnp.isnan(values)
@@ -279,14 +280,16 @@ def _fit(y, num_steps, u, states, location, scale, make_blocks, *, constant=Fals
     offset = numpyro.sample("mean", dist.Normal(about.location, 10 * about.spread))[None] if constant else None
     effect, inputs = _regression(u, length, about)
     ssm = LinearGaussianSSM(*block[:5], sigma_obs * jnp.ones((1, 1)), d=offset, D=effect)
+    named = {"state_names": block.names}  # for the axes of results, see `pssm.diagnostics.to_datatree`
     if states == "marginal":
-        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data)
+        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer=named)
         return
     path = StatePath.from_ssm(ssm, length)
     if ssm.chol_Q.shape[-1] < ssm.n_state:  # a path without a density of its own: sample the noise that drives it
-        z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
+        with numpyro.handlers.infer_config(config_fn=lambda site: named):
+            z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     else:
-        z = numpyro.sample("z", path)
+        z = numpyro.sample("z", path, infer=named)
     mean = z @ ssm.C.T
     mean = mean if offset is None else mean + offset
     mean = mean if effect is None else mean + inputs @ effect.T
