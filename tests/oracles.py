@@ -221,3 +221,90 @@ def with_holes(rng, y, share=0.2):
     y[rng.random(y.shape) < share] = np.nan
     y[len(y) // 2] = np.nan
     return y
+
+
+def conditioned(mu, F, K, k, delta=None, c=None, b=None):
+    """`N(mu, F F')` times `exp((k + K b)'x - x'(diag(delta) + K K')x / 2)`, `x = z - c`, in the noise that drives it.
+
+    Returns the mean, the covariance, the divergence from `N(mu, F F')`, and the log density ratio as a function of `z`.
+    With `z = mu + F e` and `e` standard normal the posterior of `e` is regular, whatever the rank of `F`.
+    """
+    n, rank = K.shape
+    c = np.zeros(n) if c is None else c
+    J = K @ K.T + np.diag(np.zeros(n) if delta is None else delta)
+    slope = k + K @ (np.zeros(rank) if b is None else b)
+
+    def log_psi(z):
+        return slope @ (z - c) - 0.5 * (z - c) @ J @ (z - c)
+
+    cov = np.linalg.inv(np.eye(F.shape[1]) + F.T @ J @ F)
+    pull = F.T @ (slope - J @ (mu - c))
+    step = cov @ pull
+    logdet = np.linalg.slogdet(cov)[1]
+    log_z = log_psi(mu) + 0.5 * (pull @ step + logdet)
+    kl = 0.5 * (np.trace(cov) - len(cov) + step @ step - logdet)
+    return mu + F @ step, F @ cov @ F.T, kl, lambda z: log_psi(z) - log_z
+
+
+def backward_messages(ssm, y, u=None):
+    """`log p(y_{t:T} | z_t) = h'z - z'J z / 2` up to a constant: `h (T, n)`, `J (T, n, n)`; needs a regular `R`."""
+    q, timed = parameters(ssm)
+    y = np.asarray(y, float)
+
+    def at(name, t):
+        return q[name][t] if name in timed else q[name]
+
+    n = q["A"].shape[-1]
+    h, J = np.zeros((len(y), n)), np.zeros((len(y), n, n))
+    for t in reversed(range(len(y))):
+        o = ~np.isnan(y[t])
+        shift = np.zeros(len(o)) if q["d"] is None else at("d", t)
+        shift = shift if q["D"] is None else shift + at("D", t) @ u[t]
+        C, R = at("C", t)[o], (at("chol_R", t) @ at("chol_R", t).T)[np.ix_(o, o)]
+        J[t], h[t] = C.T @ np.linalg.solve(R, C), C.T @ np.linalg.solve(R, (y[t] - shift)[o])
+        if t + 1 < len(y):
+            A, F = at("A", t + 1), at("chol_Q", t + 1)
+            offset = np.zeros(n) if q["b"] is None else at("b", t + 1)
+            offset = offset if q["B"] is None else offset + at("B", t + 1) @ u[t + 1]
+            through = A.T @ np.linalg.inv(np.eye(n) + J[t + 1] @ F @ F.T)
+            J[t] += through @ J[t + 1] @ A
+            h[t] += through @ (h[t + 1] - J[t + 1] @ offset)
+    return h, J
+
+
+def root(J):
+    """`K` with `K K' = J`, for a stack of positive semi-definite matrices."""
+    values, vectors = np.linalg.eigh(0.5 * (J + np.swapaxes(J, -1, -2)))
+    return vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
+
+
+def chain_joint(ssm, potentials):
+    """Mean and covariance of the stacked path under a chain of potentials `(K, k, delta, c, b)`; model without inputs.
+
+    Every step is conditioned by `conditioned` at the origin and at the unit vectors: the mean is affine.
+    """
+    q, _ = parameters(ssm)
+    n, steps = len(q["m0"]), len(potentials[0])
+    offset = np.zeros(n) if q["b"] is None else q["b"]
+    mean, cov = np.zeros(steps * n), np.zeros((steps * n, steps * n))
+    for t in range(steps):
+        own = [None if x is None else x[t] for x in potentials]
+        now, before, past = slice(t * n, (t + 1) * n), slice((t - 1) * n, t * n), slice(0, t * n)
+        if t == 0:
+            mean[now], cov[now, now] = conditioned(q["m0"], q["chol_P0"], *own)[:2]
+            continue
+        start, noise = conditioned(offset, q["chol_Q"], *own)[:2]
+        M = np.stack([conditioned(offset + a, q["chol_Q"], *own)[0] - start for a in q["A"].T], axis=1)
+        mean[now] = start + M @ mean[before]
+        cov[now, past] = M @ cov[before, past]
+        cov[past, now] = cov[now, past].T
+        cov[now, now] = M @ cov[before, before] @ M.T + noise
+    return mean, cov
+
+
+def gaussian_kl(mean, cov, other_mean, other_cov):
+    """`KL(N(mean, cov) || N(other_mean, other_cov))`."""
+    apart = mean - other_mean
+    solved = np.linalg.solve(other_cov, np.column_stack([cov, apart]))
+    logdets = np.linalg.slogdet(other_cov)[1] - np.linalg.slogdet(cov)[1]
+    return 0.5 * (np.trace(solved[:, :-1]) - len(cov) + apart @ solved[:, -1] + logdets)
