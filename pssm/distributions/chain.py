@@ -1,5 +1,6 @@
 """The chain posterior: a path prior times one potential per step, normalised step by step."""
 
+import math
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ class LowRankChain(dist.Distribution):
 
     pytree_data_fields = ("prior", "k", "K", "diag", "center", "b")
     support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
-    reparametrized_params = ["k", "K", "diag", "center", "b"]
+    reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
 
     prior: StatePath
     k: Array
@@ -106,39 +107,44 @@ class LowRankChain(dist.Distribution):
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""
+        return self.sample_with_kl(key, sample_shape)[0]
+
+    def sample_with_kl(self, key: Key, sample_shape: tuple[int, ...] = ()) -> tuple[Array, Array]:
+        """`sample` and `kl_given` of the same draws; the transition is evaluated once."""
         noise_key, pull_key = jax.random.split(key)
-        num = 1
-        for size in sample_shape:
-            num *= size
+        num = math.prod(sample_shape)
         steps, factors = self.prior.num_steps, (self.prior.chol_P0, self.prior.chol_Q)
-        shape = (*self.batch_shape, num, steps)
+        shape = (*self.batch_shape, steps, num)
         noise = jax.random.normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.k.dtype)
         pulls = jax.random.normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.k.dtype)
 
-        def one(a: dict[str, Any]) -> Array:
+        def one(a: dict[str, Any]) -> tuple[Array, Array]:
             first, later = self._updates(a)
             e, w = a["noise"], a["pulls"]
 
             def draw(update: Update, factor: Factor, mu: Array, e: Array, w: Array) -> Array:
                 return posterior_sample(update, factor, mu, e[: factor.shape[-1]], w[: update.b.shape[-1]])
 
-            z1 = jax.vmap(lambda e, w: draw(first, a["chol_P0"], a["m0"], e, w))(e[:, 0], w[:, 0])
+            z1 = jax.vmap(lambda e, w: draw(first, a["chol_P0"], a["m0"], e, w))(e[0], w[0])
+            start_kl = kl(first, a["chol_P0"], a["m0"])
 
-            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+            def step(z: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
                 update, timed, e, w = xs
                 now = {**a, **timed}
-                z = jax.vmap(lambda x, e, w: draw(update, now["chol_Q"], self.prior.step(now, x), e, w))(z, e, w)
-                return z, z
+                mu = jax.vmap(lambda x: self.prior.step(now, x))(z)
+                z = jax.vmap(lambda m, e, w: draw(update, now["chol_Q"], m, e, w))(mu, e, w)
+                return z, (z, jax.vmap(lambda m: kl(update, now["chol_Q"], m))(mu))
 
             if self.prior.n_state > SMALL:  # large states: hold one path in memory, not the transition's insides
                 step = jax.checkpoint(step)
-            e, w = (jnp.moveaxis(x[:, 1:], 0, 1) for x in (e, w))
-            _, path = jax.lax.scan(step, z1, (later, self.prior.timed(a), e, w), length=steps - 1)
-            return jnp.concatenate([z1[:, None], jnp.moveaxis(path, 0, 1)], axis=1)
+            _, (path, kls) = jax.lax.scan(step, z1, (later, self.prior.timed(a), e[1:], w[1:]), length=steps - 1)
+            return jnp.concatenate([z1[:, None], jnp.moveaxis(path, 0, 1)], axis=1), start_kl + kls.sum(0)
 
-        paths = self._map(one, {"noise": noise, "pulls": pulls}, 3)
-        paths = jnp.moveaxis(paths, len(self.batch_shape), 0)
-        return paths.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+        paths, kls = self._map(one, {"noise": noise, "pulls": pulls}, 3)
+        own = len(self.batch_shape)
+        paths, kls = jnp.moveaxis(paths, own, 0), jnp.moveaxis(kls, own, 0)
+        batch = (*sample_shape, *self.batch_shape)
+        return paths.reshape(*batch, *self.event_shape), kls.reshape(batch)
 
     def _columns(self, factor: Factor) -> int:
         """Columns of the update's `K`: a general factor takes the diagonal in as `state` further ones."""
@@ -239,9 +245,7 @@ class LowRankChain(dist.Distribution):
         own = len(self.batch_shape)
         extra = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
         extra = extra[: len(extra) - own]
-        num = 1
-        for size in extra:
-            num *= size
+        num = math.prod(extra)
         flat = jnp.broadcast_to(value, (*extra, *self.batch_shape, *self.event_shape))
         flat = jnp.moveaxis(flat.reshape(num, *self.batch_shape, *self.event_shape), 0, own)
 

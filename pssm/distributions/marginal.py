@@ -65,7 +65,7 @@ class LinearGaussianMarginal(dist.Distribution):
     pytree_data_fields = ("ssm", "u")
     pytree_aux_fields = ("num_steps",)
     support = real_or_missing_matrix  # pyright: ignore[reportAssignmentType]
-    reparametrized_params = ["ssm"]
+    reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
     understands_missing = True
 
     def __init__(

@@ -14,7 +14,7 @@ from pssm.batch import map_batch
 from pssm.distributions.chain import check_potentials
 from pssm.distributions.state_path import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose
-from pssm.linalg.small import SMALL, cholesky, cholesky_solve, matmul, matvec
+from pssm.linalg.small import SMALL, cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
 
 
@@ -80,7 +80,7 @@ class LowRankMomentMatched(dist.Distribution):
     pytree_data_fields = ("prior", "moments", "factors")
     pytree_aux_fields = ("num_samples",)
     support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
-    reparametrized_params = ["k", "K"]
+    reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
 
     def __init__(
         self,
@@ -222,8 +222,7 @@ class LowRankMomentMatched(dist.Distribution):
 class _Updated(NamedTuple):
     mean: Array
     cut: Array
-    root: Array
-    loaded: Array
+    gain: Array
     kl: Array
     logdet: Array
 
@@ -238,16 +237,16 @@ def _update(
     if cut is not None:
         by_cut = matmul(cut.T, K)
         loaded, gram = loaded - matmul(cut, by_cut), gram - matmul(by_cut.T, by_cut)
-    eye = jnp.eye(K.shape[1], dtype=K.dtype)
-    root = cholesky(eye + gram)
-    new_cut = solve_lower(root, loaded.T).T
+    root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + gram)
+    inverse = invert_lower(root)
     # P k, then the tied part; the slope of the update is w with step = P w.
     moved = _apply_covariance(factor, spread, cut, k)
-    a = cholesky_solve(root, (b - matvec(K.T, mean + moved - c))[:, None])[:, 0]
+    a = matvec(inverse.T, matvec(inverse, b - matvec(K.T, mean + moved - c)))
     step = moved + matvec(loaded, a)
     log_root = jnp.sum(jnp.log(jnp.diagonal(root)))
-    kl = log_root + 0.5 * (jnp.sum(solve_lower(root, eye) ** 2) - K.shape[1] + jnp.vdot(step, k + matvec(K, a)))
-    return _Updated(mean + step, new_cut, root, loaded, kl, -2 * log_root)
+    kl = log_root + 0.5 * (jnp.sum(inverse**2) - K.shape[1] + jnp.vdot(step, k + matvec(K, a)))
+    cut = matmul(loaded, inverse.T)
+    return _Updated(mean + step, cut, matmul(cut, inverse), kl, -2 * log_root)
 
 
 def _apply_columns(factor: Factor, x: Array) -> Array:
@@ -267,8 +266,7 @@ def _prior_draws(factor: Factor, spread: Array, noise: Array, weights: Array) ->
 def _draws(updated: _Updated, mean: Array, centred: Array, K: Array, noise: Array) -> Array:
     """Matheron: draws from the prediction become draws from the update, exactly."""
     rest = matmul(centred, K) + noise
-    correction = cholesky_solve(updated.root, rest.T)
-    return updated.mean + centred - matmul(updated.loaded, correction).T
+    return updated.mean + centred - matmul(updated.gain, rest.T).T
 
 
 def _gaussian_kl(

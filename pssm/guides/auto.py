@@ -151,8 +151,7 @@ class AutoStateSpace(AutoGuide):
                     given = jax.lax.stop_gradient(self._at_mode(name, run, frozen, start, self.mode_iters)._asdict())
                 prior, mask = unwrap(run.trace(values)[name]["fn"])
                 q = self._posterior(prior, given)
-                q = q if mask is None else q.mask(mask)
-                values[name] = result[name] = numpyro.sample(name, q, infer={"prior_from_model": True})
+                values[name] = result[name] = _sample_path(name, q, mask)
         return result
 
     @property
@@ -283,6 +282,19 @@ class AutoStateSpace(AutoGuide):
         """
         draws = self.sample_posterior(jax.random.key(0), params, *args, sample_shape=(num_samples,), **kwargs)
         return {name: jnp.quantile(x, jnp.asarray(quantiles), axis=0) for name, x in draws.items()}
+
+
+def _sample_path(name: str, q: dist.Distribution, mask: Any) -> Array:
+    """Samples the site; a chain's KL of the draw comes with it, for `TraceConditionalKL_ELBO`."""
+    infer: dict[str, Any] = {"prior_from_model": True}
+    key = numpyro.prng_key() if isinstance(q, LowRankChain) else None
+    masked = q if mask is None else q.mask(mask)
+    if key is None or not isinstance(q, LowRankChain):
+        return numpyro.sample(name, masked, infer=infer)
+    z, kl = q.sample_with_kl(key)
+    infer["draw"] = z, kl
+    with handlers.substitute(data={name: z}):
+        return numpyro.sample(name, masked, infer=infer)
 
 
 class ModelRun:

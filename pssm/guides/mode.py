@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
-from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose
-from pssm.linalg.small import cholesky, cholesky_solve, matmul, matvec
+from pssm.linalg.low_rank import Diagonal, Factor
+from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 
 DENSE = 64  # states up to this size get messages as matrices
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction
@@ -170,11 +170,11 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         def back(message: tuple[Array, Array], xs: tuple) -> tuple[tuple, tuple]:
             J, h = message
             g, W, A, o, t = xs
-            root, loaded = _through_noise({**a, **t}["chol_Q"], J)
-            J_before = J - matmul(loaded, cholesky_solve(root, loaded.T))
-            h_before = _reduce({**a, **t}["chol_Q"], root, loaded, h - matvec(J, o))
-            J_new = W + matmul(A.T, matmul(J_before, A))
-            message = 0.5 * (J_new + J_new.T), g + matvec(A.T, h_before)
+            factor = _matrix({**a, **t}["chol_Q"])
+            reduce, spread, _ = _through_noise(factor, J)
+            h_before = matvec(reduce, h - matvec(J, o))
+            J_before = matmul(matmul(reduce, J), reduce.T) + matmul(spread, spread.T)
+            message = W + matmul(A.T, matmul(J_before, A)), g + matvec(A.T, h_before)
             return message, message
 
         last = W[-1], g[-1]
@@ -182,12 +182,10 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         J, h = jnp.concatenate([J, last[0][None]]), jnp.concatenate([h, last[1][None]])
 
         def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
-            root, loaded = _through_noise(factor, J)
-            w = _reduce(factor, root, loaded, h - matvec(J, mu))
-            step = apply_factor(factor, apply_transpose(factor, w[:, None])[:, 0])
-            rows = factor.to_matrix() if isinstance(factor, Diagonal) else factor
-            inner = cholesky_solve(root, rows.T)
-            return mu + step, w, jnp.sum(rows * inner.T, axis=1)
+            rows = _matrix(factor)
+            reduce, _, inverse = _through_noise(rows, J)
+            w = matvec(reduce, h - matvec(J, mu))
+            return mu + matvec(rows, matvec(rows.T, w)), w, jnp.sum(matmul(rows, inverse.T) ** 2, axis=1)
 
         first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
 
@@ -206,17 +204,17 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
     return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
 
 
-def _through_noise(factor: Factor, J: Array) -> tuple[Array, Array]:
-    """Cholesky factor of `1 + F'J F`, and `J F`."""
-    loaded = J * factor.scale if isinstance(factor, Diagonal) else matmul(J, factor)
-    inner = apply_transpose(factor, loaded)
-    return cholesky(jnp.eye(inner.shape[0], dtype=J.dtype) + 0.5 * (inner + inner.T)), loaded
+def _through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
+    """`G = (1 + J Q)^{-1}`, `S` with `G J = G J G' + S S'` (nothing cancels), and the inverse of `chol(1 + F'J F)`."""
+    loaded = matmul(J, factor)
+    inner = matmul(factor.T, loaded)
+    inverse = invert_lower(cholesky(jnp.eye(inner.shape[0], dtype=J.dtype) + 0.5 * (inner + inner.T)))
+    spread = matmul(matmul(loaded, inverse.T), inverse)
+    return jnp.eye(J.shape[0], dtype=J.dtype) - matmul(spread, factor.T), spread, inverse
 
 
-def _reduce(factor: Factor, root: Array, loaded: Array, x: Array) -> Array:
-    """`(1 + J Q)^{-1} x`."""
-    inner = apply_transpose(factor, x[:, None])
-    return x - matvec(loaded, cholesky_solve(root, inner)[:, 0])
+def _matrix(factor: Factor) -> Array:
+    return factor.to_matrix() if isinstance(factor, Diagonal) else factor
 
 
 def sites(log_lik: Callable[[Array], Array], path: Array) -> tuple[Array, Array]:

@@ -97,7 +97,9 @@ def _kl(site: dict[str, Any], own: dict[str, Any], *, in_order: bool) -> Array:
     """KL of a latent site: given the path's draw, in closed form, or the draw's own log ratio."""
     q, mask = unwrap(own["fn"])
     if isinstance(q, LowRankChain):
-        value = q.kl_given(own["value"])
+        draw, value = own["infer"].get("draw", (None, None))
+        if draw is not own["value"]:  # the site's value has been replaced
+            value = q.kl_given(own["value"])
         if not own["infer"].get("prior_from_model"):  # the guide's prior may be another one
             p, _ = unwrap(site["fn"])
             value = value + q.prior.log_prob(own["value"]) - p.log_prob(own["value"])

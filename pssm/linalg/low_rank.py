@@ -26,8 +26,8 @@ import numpy as np
 
 from pssm._checks import as_float, is_traced
 from pssm._types import Array, Float
-from pssm.linalg.small import cholesky, cholesky_solve, matmul, matvec
-from pssm.linalg.square_root import solve_lower, triangularise
+from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
+from pssm.linalg.square_root import triangularise
 
 LOG_2PI = 1.8378770664093453
 
@@ -117,7 +117,7 @@ class Update(NamedTuple):
         b: slope along `K`.
         slope: `k`.
         delta: diagonal precision (zero in the general case).
-        root: `Y`.
+        inverse: `Y^{-1}`.
         half_logdet: `(log |Q| - log |V|) / 2`.
         kl_constant: the part of `KL(N(m, V) || N(mu, Q))` that does not depend on `mu`.
     """
@@ -130,7 +130,7 @@ class Update(NamedTuple):
     b: Array
     slope: Array
     delta: Array
-    root: Array
+    inverse: Array
     half_logdet: Array
     kl_constant: Array
 
@@ -152,8 +152,8 @@ def condition(factor: Factor, p: Potential) -> Update:
         traced = (sd * shrink)[:, None] * K  # Q^{-1/2} Qt K
     else:
         if p.delta is not None:
-            positive = delta > 0
-            extra = jnp.where(positive, jnp.sqrt(jnp.where(positive, delta, 1.0)), 0.0)
+            # The offset changes no value; it keeps the derivative with respect to `delta` right where that is zero.
+            extra = jnp.sqrt(delta + 1e6 * jnp.finfo(delta.dtype).tiny)
             K = jnp.concatenate([extra[:, None] * jnp.eye(n, dtype=K.dtype), K], axis=1)
             b = jnp.concatenate([jnp.zeros(n, b.dtype), b])
             delta = jnp.zeros_like(delta)
@@ -163,18 +163,19 @@ def condition(factor: Factor, p: Potential) -> Update:
         moved = matvec(factor, matvec(factor.T, p.k))
         traced = scaled
     root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + matmul(scaled.T, scaled))
+    inverse = invert_lower(root)
     half_logdet = jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * jnp.sum(log_shrink)
-    removed = jnp.sum(solve_lower(root, traced.T) ** 2)
+    removed = jnp.sum(matmul(traced, inverse.T) ** 2)
     return Update(
         shrink=shrink,
         offset=(1.0 - shrink) * c + moved,
         c=c,
-        gain=cholesky_solve(root, loaded.T).T,
+        gain=matmul(loaded, matmul(inverse.T, inverse)),
         K=K,
         b=b,
         slope=p.k,
         delta=delta,
-        root=root,
+        inverse=inverse,
         half_logdet=half_logdet,
         kl_constant=half_logdet + 0.5 * (jnp.sum(shrink - 1.0) - removed),
     )
@@ -199,7 +200,7 @@ def posterior_slope(update: Update, mu: Float[Array, " state"]) -> Float[Array, 
     """`w` with `m - mu = Q w`, without a division by `Q`."""
     x = update.shrink * mu + update.offset
     rest = update.b - matvec(update.K.T, x - update.c)
-    a = cholesky_solve(update.root, rest[:, None])[:, 0]
+    a = matvec(update.inverse.T, matvec(update.inverse, rest))
     return update.shrink * (update.delta * (update.c - mu) + update.slope + matvec(update.K, a))
 
 
@@ -223,8 +224,8 @@ def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]
     if not isinstance(factor, Diagonal):
         return jnp.diagonal(posterior_covariance(update, factor))
     noise = factor.scale**2 * update.shrink
-    removed = solve_lower(update.root, (noise[:, None] * update.K).T)
-    return noise - jnp.sum(removed**2, axis=0)
+    removed = matmul(noise[:, None] * update.K, update.inverse.T)
+    return noise - jnp.sum(removed**2, axis=1)
 
 
 def posterior_covariance(update: Update, factor: Factor) -> Float[Array, "state state"]:
