@@ -10,6 +10,7 @@ import importlib
 
 from pssm import datasets as datasets
 from pssm import distributions as distributions
+from pssm import guides as guides
 from pssm import infer as infer
 from pssm import models as models
 from pssm._version import __version__ as __version__
