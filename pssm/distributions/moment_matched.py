@@ -77,7 +77,7 @@ class LowRankMomentMatched(dist.Distribution):
         in `rank x rank` matrices and do not divide by the transition noise.
     """
 
-    pytree_data_fields = ("prior", "moments", "factors")
+    pytree_data_fields = ("prior", "moments")
     pytree_aux_fields = ("num_samples",)
     support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
@@ -102,10 +102,9 @@ class LowRankMomentMatched(dist.Distribution):
         arrays = {n: as_float(n, x).astype(prior.m0.dtype) for n, x in given.items() if x is not None}
         batch = jnp.broadcast_shapes(prior.batch_shape, check_potentials(prior, arrays))
         if backward is not None:
-            names = {"k_back": backward[0], "K_back": backward[1]}
-            arrays |= {n: as_float("backward", x).astype(prior.m0.dtype) for n, x in names.items()}
-            check_shape("backward", arrays["k_back"], prior.event_shape, "time, state")
-            check_shape("backward", arrays["K_back"][..., 0], prior.event_shape, "time, state, of each column")
+            back = _check_backward(prior, backward)
+            batch = jnp.broadcast_shapes(batch, back["k_back"].shape[:-2], back["K_back"].shape[:-3])
+            arrays |= back
         cores = {"k": 2, "K": 3, "center": 2, "b": 2, "k_back": 2, "K_back": 3}
         own, own_cores = prior.arrays()
         sizes = max(prior.chol_P0.shape[-1], prior.chol_Q.shape[-1]), arrays["K"].shape[-1]
@@ -219,6 +218,18 @@ class LowRankMomentMatched(dist.Distribution):
         )
 
 
+def _check_backward(prior: StatePath, backward: Any) -> dict[str, Array]:
+    """The backward potentials by name, their shapes checked."""
+    if not isinstance(backward, tuple | list) or len(backward) != 2:
+        raise TypeError(f"`backward` must be a pair (k, K); got {type(backward).__name__}.")
+    k, K = (as_float("backward", x).astype(prior.m0.dtype) for x in backward)
+    check_shape("backward", k, prior.event_shape, "time, state")
+    if K.ndim < 3 or K.shape[-3:-1] != prior.event_shape:
+        steps, n = prior.event_shape
+        raise ValueError(f"`backward` must hold a K of shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
+    return {"k_back": k, "K_back": K}
+
+
 class _Updated(NamedTuple):
     mean: Array
     cut: Array
@@ -272,10 +283,13 @@ def _draws(updated: _Updated, mean: Array, centred: Array, K: Array, noise: Arra
 def _gaussian_kl(
     factor: Factor, spread: Array, cut: Array, logdet: Array, mean: Array, target_mean: Array, target_spread: Array
 ) -> Array:
-    """`KL(N(mean, P) || N(target_mean, Q + M M'))`, `P = Q + spread spread' - cut cut'`; needs a regular `Q`.
+    """`KL(N(mean, P) || N(target_mean, Q + M M'))`, `P = Q + spread spread' - cut cut'`.
 
-    `logdet` is `log |P| - log |Q + spread spread'|`. Matrices are num_samples x num_samples.
+    `logdet` is `log |P| - log |Q + spread spread'|`. The matrices are num_samples x num_samples, which needs a regular
+    `Q`, or state x state where that is no larger: there a singular `Q` is made up for by the particles.
     """
+    if spread.shape[0] <= spread.shape[1]:
+        return _small_gaussian_kl(factor, spread, cut, logdet, mean - target_mean, target_spread)
     chol = None if isinstance(factor, Diagonal) else triangularise(factor)
 
     def whiten(x: Array) -> Array:
@@ -294,3 +308,22 @@ def _gaussian_kl(
     difference = whiten((mean - target_mean)[:, None])
     logdets = 2 * jnp.sum(jnp.log(jnp.diagonal(root))) - 2 * jnp.sum(jnp.log(jnp.diagonal(own_root))) - logdet
     return 0.5 * (trace - n + inverse_square(difference) + logdets)
+
+
+def _small_gaussian_kl(
+    factor: Factor, spread: Array, cut: Array, logdet: Array, apart: Array, target_spread: Array
+) -> Array:
+    """`_gaussian_kl` with state x state factors; directions that neither Gaussian has are left out."""
+    matrix = factor.to_matrix() if isinstance(factor, Diagonal) else factor
+    own = triangularise(jnp.concatenate([matrix, spread], axis=1))
+    target = triangularise(jnp.concatenate([matrix, target_spread], axis=1))
+
+    def size(x: Array) -> Array:
+        return jnp.sum(solve_lower(target, x) ** 2)
+
+    def half_logdet(root: Array) -> Array:
+        pivots = jnp.diagonal(root)
+        return jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)))
+
+    trace = size(own) - size(cut) - jnp.sum(jnp.diagonal(target) > 0)
+    return 0.5 * (trace + size(apart[:, None]) - logdet) + half_logdet(target) - half_logdet(own)
