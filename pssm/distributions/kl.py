@@ -11,7 +11,7 @@ from pssm.batch import map_batch
 from pssm.distributions.chain import LowRankChain
 from pssm.distributions.moment_matched import LowRankMomentMatched
 from pssm.distributions.state_path import StatePath
-from pssm.linalg.low_rank import Diagonal, Factor, gaussian_entropy, posterior_covariance, posterior_mean
+from pssm.linalg.low_rank import Factor, as_matrix, gaussian_entropy, posterior_covariance, posterior_mean
 from pssm.linalg.small import matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
 
@@ -67,10 +67,10 @@ def _paths(q: StatePath, p: StatePath) -> Array:
 
         def step(t: dict[str, Any]) -> tuple[Array, Array, Array]:
             now = {**a, **t}
-            return now["transition"], q.step(now, zero), outer(_matrix(now["chol_Q"]))
+            return now["transition"], q.step(now, zero), outer(as_matrix(now["chol_Q"]))
 
         once = jax.vmap(step)(timed) if timed else jax.tree.map(lambda x: jnp.stack([x] * steps), step({}))
-        start = jnp.zeros_like(once[0][0]), a["m0"], outer(_matrix(a["chol_P0"]))
+        start = jnp.zeros_like(once[0][0]), a["m0"], outer(as_matrix(a["chol_P0"]))
         M, m, V = (jnp.concatenate([x[None], y]) for x, y in zip(start, once, strict=True))
         noise = timed["chol_Q"] if "chol_Q" in timed else a["chol_Q"]
         later = jax.vmap(gaussian_entropy)(noise).sum() if "chol_Q" in timed else steps * gaussian_entropy(noise)
@@ -81,10 +81,6 @@ def _paths(q: StatePath, p: StatePath) -> Array:
     return -entropy - _expected_log_prob(p, M, m, V, q.batch_shape)
 
 
-def _matrix(factor: Factor) -> Array:
-    return factor.to_matrix() if isinstance(factor, Diagonal) else factor
-
-
 def _expected_log_prob(p: StatePath, M: Array, m: Array, V: Array, q_batch: tuple[int, ...]) -> Array:
     """`E log p(z)` for `z_t = M_t z_{t-1} + m_t + N(0, V_t)` (`M_1 = 0`) under a linear path prior."""
     batch = jnp.broadcast_shapes(q_batch, p.batch_shape)
@@ -92,7 +88,7 @@ def _expected_log_prob(p: StatePath, M: Array, m: Array, V: Array, q_batch: tupl
     def one(a: dict[str, Any]) -> Array:
         def term(factor: Factor, mean: Array, cov: Array) -> Array:
             """`E log N(r; 0, F F')` for a residual with this mean and covariance, directions without noise left out."""
-            chol = triangularise(_matrix(factor))
+            chol = triangularise(as_matrix(factor))
             pivots = jnp.diagonal(chol)
             live = pivots > 0
             white = solve_lower(chol, jnp.concatenate([mean[:, None], solve_lower(chol, cov).T], axis=1))

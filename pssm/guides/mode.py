@@ -12,11 +12,14 @@ Gauss-Newton step; on a linear-Gaussian model one step is exact. At the mode, `w
 and `J_t` its curvature: what a potential of rank `state` needs. A smaller rank keeps the slope and cuts the curvature,
 so that the conditional means along the mode stay exact.
 
+For large states `matrix_free.py` does the same without n x n arrays.
+
 Source:
     Iterated smoothing is Gauss-Newton: Bell 1994. Principal factors: Harman 1976, chapter 8.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +28,11 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
-from pssm.linalg.low_rank import Diagonal, Factor
+from pssm.guides.matrix_free import gauss_newton_matrix_free
+from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 
-DENSE = 64  # states up to this size get messages as matrices
+DENSE = 64  # states up to this size get messages as matrices, larger ones (with diagonal noise) as low-rank forms
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction
 
 
@@ -73,8 +77,15 @@ def mode_potentials(
     Returns:
         A `PotentialsAtMode`.
     """
-    path = find_mode(prior, log_lik, start=start, num_iters=num_iters)
-    step = gauss_newton(prior, log_lik, path)
+    if prior.n_state > DENSE and isinstance(prior.chol_P0, Diagonal) and isinstance(prior.chol_Q, Diagonal):
+        sd = noise_scale(prior)
+        step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
+        path = find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters)
+        last = step(path)
+        return PotentialsAtMode(path + last.move, last.slope, last.K, last.delta, jnp.sqrt(last.variance))
+    newton = partial(gauss_newton, prior, log_lik)
+    path = find_mode(prior, log_lik, lambda z: newton(z).move, start=start, num_iters=num_iters)
+    step = newton(path)
     sd = jnp.broadcast_to(noise_scale(prior), path.shape)
     diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(step.J, 2), _flat(sd, 1)), batch_size=4096)
     diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
@@ -102,9 +113,14 @@ def noise_scale(prior: StatePath) -> Array:
 
 
 def find_mode(
-    prior: StatePath, log_lik: Callable[[Array], Array], *, start: Array | None = None, num_iters: int = 30
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    direction: Callable[[Array], Array],
+    *,
+    start: Array | None = None,
+    num_iters: int = 30,
 ) -> Array:
-    """The path of highest posterior density near `start`, by Gauss-Newton with step halving: every step climbs."""
+    """The path of highest posterior density near `start`, by steps along `direction(path)`; every step climbs."""
     if start is None:
         start = prior.path_from_noise(jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype))
         shape = jnp.broadcast_shapes(start.shape, jax.eval_shape(log_lik, start).shape + prior.event_shape)
@@ -121,7 +137,7 @@ def find_mode(
 
     def body(state: tuple) -> tuple:
         path, best, count, _ = state
-        move = gauss_newton(prior, log_lik, path).move
+        move = direction(path)
         move = jnp.where(jnp.isfinite(move), move, 0.0)
         values = jnp.stack([objective(path + size * move) for size in _STEPS])
         chosen = jnp.argmax(values, axis=0)
@@ -170,7 +186,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         def back(message: tuple[Array, Array], xs: tuple) -> tuple[tuple, tuple]:
             J, h = message
             g, W, A, o, t = xs
-            factor = _matrix({**a, **t}["chol_Q"])
+            factor = as_matrix({**a, **t}["chol_Q"])
             reduce, spread, _ = _through_noise(factor, J)
             h_before = matvec(reduce, h - matvec(J, o))
             J_before = matmul(matmul(reduce, J), reduce.T) + matmul(spread, spread.T)
@@ -182,7 +198,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         J, h = jnp.concatenate([J, last[0][None]]), jnp.concatenate([h, last[1][None]])
 
         def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
-            rows = _matrix(factor)
+            rows = as_matrix(factor)
             reduce, _, inverse = _through_noise(rows, J)
             w = matvec(reduce, h - matvec(J, mu))
             return mu + matvec(rows, matvec(rows.T, w)), w, jnp.sum(matmul(rows, inverse.T) ** 2, axis=1)
@@ -211,10 +227,6 @@ def _through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
     inverse = invert_lower(cholesky(jnp.eye(inner.shape[0], dtype=J.dtype) + 0.5 * (inner + inner.T)))
     spread = matmul(matmul(loaded, inverse.T), inverse)
     return jnp.eye(J.shape[0], dtype=J.dtype) - matmul(spread, factor.T), spread, inverse
-
-
-def _matrix(factor: Factor) -> Array:
-    return factor.to_matrix() if isinstance(factor, Diagonal) else factor
 
 
 def sites(log_lik: Callable[[Array], Array], path: Array) -> tuple[Array, Array]:

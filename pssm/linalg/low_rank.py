@@ -77,6 +77,11 @@ def as_factor(name: str, x: Any) -> Factor:
     return Diagonal(jnp.asarray(diagonal))
 
 
+def as_matrix(factor: Factor) -> Array:
+    """The factor as a matrix `(..., state, noise)`."""
+    return factor.to_matrix() if isinstance(factor, Diagonal) else factor
+
+
 def apply_factor(factor: Factor, x: Float[Array, " noise"]) -> Float[Array, " state"]:
     """`F x`."""
     return factor.scale * x if isinstance(factor, Diagonal) else matvec(factor, x)
@@ -230,7 +235,7 @@ def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]
 
 def posterior_covariance(update: Update, factor: Factor) -> Float[Array, "state state"]:
     """`V` as a matrix, in the form that cannot turn negative; for small states and tests."""
-    matrix = factor.to_matrix() if isinstance(factor, Diagonal) else factor
+    matrix = as_matrix(factor)
     n = update.K.shape[0]
     keep = jnp.eye(n, dtype=matrix.dtype) - matmul(update.gain, update.K.T)
     root = jnp.concatenate([matmul(keep, jnp.sqrt(update.shrink)[:, None] * matrix), update.gain], axis=1)
