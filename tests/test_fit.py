@@ -6,9 +6,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDiagonalNormal
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
+from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
+from numpyro.primitives import mutable as numpyro_mutable
 
 from pssm import datasets, models
 from pssm.infer import elbo, fit_nuts, fit_svi, posterior_draws
@@ -151,6 +152,41 @@ def test_own_guide_optimiser_and_loss_are_used():
     )
     assert fit.svi.guide is guide
     assert float(posterior_draws(fit, num_samples=500)["mu"].mean()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:SVI has not converged")
+def test_compiled_start_is_numpyros_start():
+    fit = fit_svi(normal_mean, MEAN_DATA, guide="normal", num_steps=20, progress_bar=False)
+    guide = AutoNormal(normal_mean, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
+    own = SVI(normal_mean, guide, fit.svi.optim, fit.svi.loss).run(jax.random.key(0), 20, MEAN_DATA, progress_bar=False)
+    np.testing.assert_allclose(fit.losses, own.losses, rtol=1e-5)
+    for name, value in own.params.items():
+        np.testing.assert_allclose(fit.params[name], value, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:SVI has not converged")
+def test_parameters_bounded_by_what_the_model_computes_and_mutable_sites():
+    def model(y, power):
+        top = numpyro.param("top", 1.0, constraint=dist.constraints.interval(0.0, jnp.max(y) ** int(power)))
+        count = numpyro_mutable("count", {"calls": jnp.zeros(())})
+        count["calls"] = count["calls"] + 1.0
+        mu = numpyro.sample("mu", dist.Normal(0.0, top))
+        numpyro.sample("y", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    fit = fit_svi(model, MEAN_DATA, "2", guide="normal", loss=Trace_ELBO(), num_steps=20, progress_bar=False)
+    assert 0 < fit.params["top"] < 4.0
+    assert fit.state.mutable_state["count"]["calls"] > 20
+    assert np.isfinite(posterior_draws(fit, num_samples=5)["mu"]).all()
+
+
+def test_start_that_cannot_be_compiled_is_run_as_ever():
+    def model(y):
+        top = numpyro.param("top", lambda key: float(jax.random.uniform(key)) + 1.0)
+        mu = numpyro.sample("mu", dist.Normal(0.0, top))
+        numpyro.sample("y", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    fit = fit_svi(model, MEAN_DATA, guide="mvn", num_steps=1000, progress_bar=False)
+    assert fit.losses[-1] < fit.losses[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*transitions diverged")

@@ -11,7 +11,8 @@ import numpyro
 import optax
 from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
-from numpyro.infer.svi import SVIRunResult
+from numpyro.infer.svi import SVIRunResult, SVIState
+from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
@@ -188,7 +189,8 @@ def fit_svi(
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(100.0), optax.adam(schedule)) if optimizer is None else optimizer
     svi = SVI(model, guide, optimizer, _loss(guide) if loss is None else loss)
-    result = svi.run(as_key(key), num_steps, *args, progress_bar=progress_bar, **kwargs)
+    state = _start(svi, as_key(key), args, kwargs)
+    result = svi.run(as_key(key), num_steps, *args, progress_bar=progress_bar, init_state=state, **kwargs)
     losses = np.asarray(result.losses)
     if not np.isfinite(losses).all():
         step = int(np.argmin(np.isfinite(losses)))
@@ -202,6 +204,31 @@ def fit_svi(
     if not fit.converged:
         warnings.warn(f"SVI has not converged: {fit.message} Raise `num_steps` (now {num_steps}).", stacklevel=2)
     return fit
+
+
+def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState | None:
+    """The state of `svi.init`, compiled as one program: NumPyro compiles its operations one by one, hundreds of them.
+
+    What a guide keeps of its first call must not come from inside a compilation. Of the known guides that is the
+    prototype, made here before; for others, and where something cannot be compiled: None, and `svi.run` does it all.
+    """
+    guide = svi.guide
+    if type(guide) not in (*GUIDES.values(), AutoStateSpace):
+        return None
+    with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
+        if guide.prototype_trace is None:
+            guide._setup_prototype(*args, **kwargs)
+        inner = guide._globals if isinstance(guide, AutoStateSpace) else None
+        if inner is not None and type(inner) not in GUIDES.values():
+            return None
+        if inner is not None and inner.prototype_trace is None:
+            inner._setup_prototype(*args, **kwargs)
+    try:
+        state = jax.jit(lambda key: svi.init(key, *args, **kwargs))(key)
+    except jax.errors.JAXTypeError:
+        return None
+    kept = jax.tree.leaves(svi.constrain_fn.args)  # bounds of parameters that the model computes
+    return state if all(not_jax_tracer(x) for x in kept) else None
 
 
 def _loss(guide: Any) -> ELBO:
