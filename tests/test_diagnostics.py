@@ -7,12 +7,14 @@ import numpyro
 import numpyro.distributions as dist
 import oracles
 import pytest
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
 from numpyro.infer.autoguide import AutoDelta
 from scipy import stats
 
 from pssm import LinearGaussianSSM
-from pssm.diagnostics import khat, leave_future_out, log_evidence
+from pssm.diagnostics import khat, leave_future_out, log_evidence, to_datatree
+from pssm.diagnostics.bound import _pareto_shape
+from pssm.diagnostics.crossval import _Refit
 from pssm.distributions import LinearGaussianMarginal
 from pssm.infer import SVIFit, fit_nuts, fit_svi
 
@@ -76,6 +78,19 @@ def test_khat_of_a_guide_with_lighter_tails_than_the_posterior_is_above_one_half
     assert khat(guided(1.0, df=2.0)) > 0.5
 
 
+@pytest.mark.parametrize("num_particles", [100, 4000])
+def test_khat_of_an_exact_guide_is_zero(num_particles):
+    assert khat(guided(1.0), num_particles=num_particles) == 0.0
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 0.0), (1e-5, 0.0), (0.5, None), (np.nan, np.inf)])
+def test_weights_equal_up_to_rounding_have_no_tail(noise, expected):
+    # log weights near -600 in float32: their last digit is 6e-5
+    log_weights = (-600 + noise * np.random.default_rng(0).normal(size=2000)).astype(np.float32)
+    found = _pareto_shape(log_weights)
+    assert found == expected if expected is not None else 0 != found < 0.5
+
+
 def test_khat_is_low_where_the_guide_is_right(svi):
     assert khat(svi, num_particles=1000) < 0.5
     assert khat(svi, num_particles=1000, key=3) == khat(svi, num_particles=1000, key=3)
@@ -136,6 +151,25 @@ def test_leave_future_out_of_an_svi_fit(svi):
     found = leave_future_out(svi, min_observations=10)
     exact = oracles.log_likelihoods(AVERAGED, CALM)
     np.testing.assert_allclose(found.elpd_i, exact[found.elpd_i["time"].values], atol=0.1)
+
+
+def test_refits_keep_the_settings_of_the_fit(svi, monkeypatch):
+    mcmc = MCMC(
+        NUTS(shifted, target_accept_prob=0.7, dense_mass=True, max_tree_depth=3, init_strategy=init_to_median),
+        **{"num_warmup": 20, "num_samples": 10, **QUIET},
+    )
+    mcmc.run(jax.random.key(0), CALM)
+    refit = _Refit(mcmc, to_datatree(mcmc), 0).mcmc
+    assert refit is not mcmc
+    assert (refit.num_warmup, refit.num_samples, refit.num_chains) == (20, 10, 1)
+    for name in ("_target_accept_prob", "_dense_mass", "_max_tree_depth", "_init_strategy"):
+        assert getattr(refit.sampler, name) == getattr(mcmc.sampler, name), name
+    asked = {}
+    monkeypatch.setattr("pssm.diagnostics.crossval.fit_svi", lambda *args, **options: asked.update(options))
+    _Refit(svi, to_datatree(svi, num_samples=5), 0).sample(CALM)
+    assert asked["num_steps"] == 1500
+    assert asked["guide"] == "normal"
+    assert (asked["optimizer"], asked["loss"]) == (svi.svi.optim, svi.svi.loss)
 
 
 def test_wrong_settings_of_leave_future_out_are_named(svi):

@@ -1,9 +1,14 @@
 """What a fit is worth: labelled results, importance diagnostics, cross-validation."""
 
+from typing import TYPE_CHECKING
+
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+if TYPE_CHECKING:
+    from pssm.diagnostics.crossval import leave_future_out
+
+__all__ = [
     "Evidence",
     "khat",
     "leave_future_out",

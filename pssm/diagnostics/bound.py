@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import psis_diagnostic
 from numpyro.infer.util import initialize_model, unconstrain_fn
 
 from pssm._types import Key
 from pssm.infer.fit import SVIFit, as_key
+from pssm.infer.importance import log_weights
 
 
 def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float:
-    """Pareto shape of the importance ratios `p(theta, y) / q(theta)` of a guide, by NumPyro's `psis_diagnostic`.
+    """Pareto shape of the importance ratios `p(theta, y) / q(theta)` of a guide.
 
     Below 0.5 the guide is close to the posterior, below 0.7 importance weights can still correct it, above 0.7 they
     cannot, and above 1 the guide misses part of the posterior.
@@ -26,16 +26,28 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
         num_particles: number of draws from the guide.
 
     Returns:
-        The estimate of k.
+        The estimate of k. It is 0 where the largest weights are equal up to rounding, as those of an exact guide are:
+        they have no tail to fit, and moments of every order, which is what k <= 0 says. It is infinite where a weight
+        is not a number.
 
     Source:
-        Yao, Vehtari, Simpson & Gelman 2018; Vehtari et al. 2024.
+        Yao, Vehtari, Simpson & Gelman 2018; Vehtari, Simpson, Gelman, Yao & Gabry 2024, algorithm 1.
     """
-    params = fit.svi.get_params(fit.state)
-    value = psis_diagnostic(
-        as_key(key), params, fit.svi.model, fit.svi.guide, *fit.args, num_particles=num_particles, **fit.kwargs
-    )
-    return float(value)
+    return _pareto_shape(log_weights(fit, key=key, num_particles=num_particles))
+
+
+def _pareto_shape(log_weights: np.ndarray) -> float:
+    """The shape of the tail of weights, by ArviZ; 0 where that tail is flat."""
+    from arviz_stats.base.array import array_stats
+
+    count = int(np.ceil(min(0.2 * len(log_weights), 3 * np.sqrt(len(log_weights)))))
+    tail = np.sort(log_weights)[-count - 1 :]
+    if not np.isfinite(tail[-1]):
+        return float("inf")
+    rounding = 16 * np.finfo(log_weights.dtype).eps * abs(float(tail[-1]))
+    if tail[-1] - tail[0] <= max(rounding, 1e-3):
+        return 0.0
+    return float(array_stats.psislw(-log_weights.astype(np.float64))[1])  # takes minus the log ratio
 
 
 class Evidence(NamedTuple):
@@ -93,11 +105,8 @@ def log_evidence(
     constant = float(gammaln((freedom + size) / 2) - gammaln(freedom / 2)) - 0.5 * size * np.log(freedom * np.pi)
     log_q = constant - np.log(np.diag(root)).sum() - 0.5 * (freedom + size) * np.log1p((standard**2).sum(1) / freedom)
     potential = jax.jit(lambda zs: jax.lax.map(lambda z: info.potential_fn(unravel(z)), zs, batch_size=200))
-    log_weights = -np.asarray(potential(jnp.asarray(proposed, flat.dtype)), dtype=np.float64) - log_q
-    top = log_weights.max()
-    weights = np.exp(log_weights - top)
+    log_ratios = -np.asarray(potential(jnp.asarray(proposed, flat.dtype)), dtype=np.float64) - log_q
+    top = log_ratios.max()
+    weights = np.exp(log_ratios - top)
     error = weights.std(ddof=1) / np.sqrt(num_particles) / weights.mean()
-    from arviz_stats.base.array import array_stats
-
-    _, shape = array_stats.psislw(-log_weights)  # takes minus the log ratio
-    return Evidence(float(top + np.log(weights.mean())), float(error), float(shape))
+    return Evidence(float(top + np.log(weights.mean())), float(error), _pareto_shape(log_ratios))

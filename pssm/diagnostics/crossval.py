@@ -25,8 +25,15 @@ class _Refit(az.SamplingWrapper):
         self.fit, self.key, self.fits, self.tree = fit, key, 0, tree
         self.seen = tree["log_likelihood"]["time"].values  # positions of the steps with data
         if isinstance(fit, MCMC):
+            kernel = fit.sampler
             self.mcmc = MCMC(
-                NUTS(fit.sampler.model, target_accept_prob=fit.sampler._target_accept_prob),
+                NUTS(
+                    kernel.model,
+                    target_accept_prob=kernel._target_accept_prob,
+                    dense_mass=kernel._dense_mass,
+                    max_tree_depth=kernel._max_tree_depth,
+                    init_strategy=kernel._init_strategy,
+                ),
                 num_warmup=fit.num_warmup,
                 num_samples=fit.num_samples,
                 num_chains=fit.num_chains,
@@ -53,6 +60,8 @@ class _Refit(az.SamplingWrapper):
             guide=next(name for name, kind in GUIDES.items() if type(self.fit.svi.guide) is kind),
             key=key,
             num_steps=len(self.fit.losses),
+            optimizer=self.fit.svi.optim,
+            loss=self.fit.svi.loss,
             progress_bar=False,
             **self.kwargs,
         )
