@@ -203,7 +203,8 @@ def within_budget(
 ) -> tuple[Settings, str, bool]:
     """Settings cut so that the method is expected to stay within the budget: `(settings, what was cut, possible)`.
 
-    The expectation is the measured time of one gradient times a typical number of gradients.
+    The expectation is the measured time of one gradient times a typical number of gradients. With the path among
+    NUTS's unknowns that number grows with its length, up to NUTS's limit (1023 for each draw).
     """
     if settings.budget is None:
         return settings, "", True
@@ -227,7 +228,8 @@ def within_budget(
             f"Steps cut from {settings.svi_steps} to {steps} by the budget.",
             True,
         )
-    leapfrogs = 100 if name == "nuts:states" else 12
+    unknowns = sum(int(np.size(x)) for x in z.values())
+    leapfrogs = min(max(unknowns, 100), 1023) if name == "nuts:states" else 12
     per_iteration = leapfrogs * each * settings.num_chains
     total = settings.num_warmup + settings.num_samples
     if total * per_iteration <= settings.budget:
