@@ -1,11 +1,14 @@
 """Observed sites whose NaN entries are missing, for any NumPyro distribution."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import validate_sample
 
 from pssm._checks import as_float, check_finite, is_traced
@@ -91,6 +94,15 @@ class WithMissing(dist.Distribution):
     def log_prob(self, value: Array) -> Array:
         """Log density of the entries that are there, `batch_shape`."""
         return _log_prob(self.base, value)
+
+
+@promote_batch_shape.register
+def _promote(d: WithMissing) -> WithMissing:
+    """For NumPyro's `scan`, which stacks the distributions of a site along time."""
+    stacked = copy.copy(d)
+    stacked.base = promote_batch_shape(d.base)
+    stacked._batch_shape = stacked.base.batch_shape
+    return stacked
 
 
 def _understands_missing(d: dist.Distribution) -> bool:

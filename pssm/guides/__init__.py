@@ -1,5 +1,6 @@
-"""Guides for models with state paths."""
+"""Guides for SVI: the structured low-rank posterior for any model with a state path."""
 
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 
-__all__ = ["AutoStateSpace"]
+__all__ = ["AutoScanStateSpace", "AutoStateSpace", "scan_path"]
