@@ -3,28 +3,31 @@
 from functools import partial
 
 import arviz as az
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.infer.svi import SVIRunResult
 from scipy import stats
 
 from pssm import LinearGaussianSSM, datasets, log_likelihoods, models, observe
 from pssm.diagnostics import load_tree, save_tree, to_datatree
 from pssm.diagnostics.tree import data_digest
 from pssm.distributions import LinearGaussianMarginal
-from pssm.infer import fit_nuts, fit_svi, posterior_draws, smoothed_states
+from pssm.infer import SVIFit, fit_nuts, posterior_draws, smoothed_states
 from pssm.infer import forecast as forecast_draws
 
-pytestmark = pytest.mark.filterwarnings("ignore:SVI has not converged", "ignore:.*transitions diverged")
+pytestmark = pytest.mark.filterwarnings("ignore:.*transitions diverged")
 STEPS, HORIZON = 40, 3
 NILE = datasets.load("nile")
 Y, YEARS = NILE.y[:STEPS].copy(), np.arange(1871, 1871 + STEPS)
 Y[[7, 20, 21]] = np.nan
 QUIET = {"progress_bar": False}
-TINY = {"num_steps": 30, **QUIET}
 LABELS = {"time": YEARS, "future_time": YEARS[-1] + 1 + np.arange(HORIZON), "coords": {"series": ["flow"]}}
 STATE_MODELS = {
     "regular noise": (models.local_linear_trend, ["level", "slope"]),
@@ -33,14 +36,24 @@ STATE_MODELS = {
 }
 
 
+def at_start(model, *args, guide=None, **kwargs):
+    """The result of SVI before its first step, by default with the prior as the guide: a tree needs only draws."""
+    prior = handlers.block(model, hide_fn=lambda site: site.get("is_observed", False))
+    svi = SVI(model, prior if guide is None else guide(model), numpyro.optim.Adam(0.01), Trace_ELBO())
+    state = svi.init(jax.random.key(0), *args, **kwargs)
+    return SVIFit.of(svi, SVIRunResult(svi.get_params(state), state, np.zeros(20)), *args, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def nuts():
-    return fit_nuts(models.local_linear_trend, Y, num_warmup=100, num_samples=60, num_chains=2, **QUIET)
+    settings = {"num_warmup": 100, "num_samples": 60, "num_chains": 2, "max_tree_depth": 6}
+    return fit_nuts(models.local_linear_trend, Y, **settings, **QUIET)
 
 
 @pytest.fixture(scope="module")
 def svi():
-    return fit_svi(partial(models.structural, ar=2), Y, u=np.arange(2.0 * STEPS).reshape(-1, 2), **TINY)
+    u = np.arange(2.0 * STEPS).reshape(-1, 2)
+    return at_start(partial(models.structural, ar=2), Y, guide=AutoMultivariateNormal, u=u)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +152,7 @@ def test_log_likelihood_is_that_of_each_step_given_its_past(nuts, tree):
 def test_plates_name_their_axes_and_series_theirs():
     y = np.random.default_rng(0).poisson(3.0, (5, 4, 3)).astype(float)
     y[1, 2, 0] = np.nan
-    fit = fit_svi(trails, y, guide="normal", **TINY)
+    fit = at_start(trails, y)
     tree = to_datatree(fit, num_samples=10, dims={"first": ("part",)}, coords={"part": list("abc"), "trial": range(5)})
     assert axes(tree["posterior"]) == {
         "weights": ("chain", "draw", "group", "weights_dim_1"),
@@ -157,7 +170,7 @@ def test_plates_name_their_axes_and_series_theirs():
 @pytest.mark.parametrize("case", ["singular noise", "autoregression"])
 def test_sampled_states_carry_the_names_of_their_components(case):
     model, names = STATE_MODELS[case]
-    fit = fit_svi(model, Y, guide="normal", states="sampled", **TINY)
+    fit = at_start(model, Y, states="sampled")
     group = to_datatree(fit, num_samples=5, log_likelihood=False)["posterior"]
     assert group["state"].values.tolist() == names
     assert group["z"].dims == ("chain", "draw", "time", "state")
@@ -173,7 +186,7 @@ def test_models_that_integrate_their_states_out_name_them(case):
 
 
 def test_states_of_sampled_paths_come_from_the_model_that_integrates_them_out():
-    fit = fit_svi(partial(models.local_linear_trend, states="sampled"), Y, guide="normal", **TINY)
+    fit = at_start(partial(models.local_linear_trend, states="sampled"), Y)
     tree = to_datatree(fit, model=models.local_linear_trend, states=True, num_samples=5)
     assert tree["posterior"]["z"].dims == ("chain", "draw", "time", "state")
     assert tree["posterior"]["state"].values.tolist() == ["level", "slope"]
@@ -188,7 +201,7 @@ def test_states_without_names_are_numbered_and_given_names_win(svi):
         ssm = LinearGaussianSSM(jnp.zeros(2), 1e3 * eye, eye, sigma * eye, jnp.ones((1, 2)), 100 * jnp.eye(1))
         numpyro.sample("y", LinearGaussianMarginal(ssm, len(y)), obs=y)
 
-    fit = fit_svi(plain, Y, guide="normal", **TINY)
+    fit = at_start(plain, Y)
     options = {"states": True, "num_samples": 5, "log_likelihood": False}
     assert to_datatree(fit, **options)["smoothed_states"]["state"].values.tolist() == [0, 1]
     named = to_datatree(svi, coords={"state": list("uvw")}, **options)
