@@ -308,3 +308,32 @@ def gaussian_kl(mean, cov, other_mean, other_cov):
     solved = np.linalg.solve(other_cov, np.column_stack([cov, apart]))
     logdets = np.linalg.slogdet(other_cov)[1] - np.linalg.slogdet(cov)[1]
     return 0.5 * (np.trace(solved[:, :-1]) - len(cov) + apart @ solved[:, -1] + logdets)
+
+
+def grid_posterior(grid, first, kernel, emission):
+    """Evidence, smoothed means and standard deviations of a scalar model, by sums over an even grid.
+
+    `first (G,)`, `kernel (G, G)` (to, from) and `emission (T, G)` are log densities; the tails must be negligible.
+    """
+    width = grid[1] - grid[0]
+    kernel = np.exp(kernel) * width
+    steps = len(emission)
+    filtered, total = np.zeros((steps, len(grid))), 0.0
+    density = np.exp(first)
+    for t in range(steps):
+        density = density if t == 0 else kernel @ filtered[t - 1]
+        top = emission[t].max()
+        density = density * np.exp(emission[t] - top)
+        size = density.sum() * width
+        total += np.log(size) + top
+        filtered[t] = density / size
+    after = np.ones(len(grid))
+    mean, sd = np.zeros(steps), np.zeros(steps)
+    for t in reversed(range(steps)):
+        weights = filtered[t] * after
+        weights = weights / weights.sum()
+        mean[t] = weights @ grid
+        sd[t] = np.sqrt(weights @ (grid - mean[t]) ** 2)
+        after = kernel.T @ (after * np.exp(emission[t] - emission[t].max()))
+        after = after / after.max()
+    return total, mean, sd
