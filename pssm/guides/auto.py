@@ -1,5 +1,6 @@
 """`AutoStateSpace`: a guide for any NumPyro model that has `StatePath` sites."""
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -157,6 +158,19 @@ class AutoStateSpace(AutoGuide):
     @property
     def _latent(self) -> list[str]:
         return [n for n, s in self.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
+
+    @property
+    def path_params(self) -> set[str]:
+        """Names of the paths' own parameters."""
+        return {
+            f"{name}_{self.prefix}_{part}" for name in self._paths for part in ("center", "scale", "k", "K", "diag")
+        }
+
+    def at_mode(self) -> "AutoStateSpace":
+        """This guide, once run, with a chain whose potentials are found at the mode for whatever it is called with."""
+        guide = copy.copy(self)
+        guide.family, guide.potentials, guide.mode_iters = "chain", "mode", 1
+        return guide
 
     def _posterior(self, prior: StatePath, given: dict[str, Array]) -> dist.Distribution:
         k, K, diag = given["k"], given["K"], given.get("diag")

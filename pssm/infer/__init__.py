@@ -1,5 +1,6 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
+from pssm.infer.causal import causal_draws
 from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
@@ -9,6 +10,7 @@ __all__ = [
     "EvidenceBound",
     "SVIFit",
     "TraceConditionalKL_ELBO",
+    "causal_draws",
     "elbo",
     "fit_nuts",
     "fit_svi",

@@ -1,0 +1,73 @@
+"""Filter mode of a guide: the states given the observations up to some step, and nothing of what comes after."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pssm._checks import as_float
+from pssm._types import Array, ArrayLike, Key
+from pssm.guides import AutoStateSpace
+from pssm.infer.fit import SVIFit, as_key
+
+
+def causal_draws(
+    fit: SVIFit, origins: ArrayLike, *, num_samples: int = 200, key: Key | int = 0, batch_size: int = 8
+) -> dict[str, np.ndarray]:
+    """Draws of the latent sites given `y[:origin]` only, for every origin.
+
+    The observations from `origin` on are made NaN and the path's potentials are found again at the mode, so nothing of
+    the future can reach them: in the path `(time, state)` of a draw, row `origin - 1` is a filtered state, and the rows
+    from `origin` on are a forecast by the model's own transition. (The rows of a smoothed path are neither: they have
+    seen all observations.) The other latent sites keep the fit's posterior, given the whole series.
+
+    Args:
+        fit: from `fit_svi`, with an `AutoStateSpace` guide; the model's first argument is the data, `(time, ...)` with
+            NaN for missing.
+        origins: how many observations are known, each from 0 to `time`.
+        num_samples: draws for every origin.
+        key: random key, or a whole number.
+        batch_size: origins that run at once.
+
+    Returns:
+        Arrays by site, `(origin, draw, ...)`.
+
+    Raises:
+        TypeError: the guide is not an `AutoStateSpace`.
+        ValueError: an origin outside of the series, or a model whose first argument is no data array.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from pssm.distributions import StatePath, observe
+        >>> from pssm.infer import fit_svi
+        >>> def model(y):
+        ...     z = numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), 0.9 * jnp.eye(1), 0.5 * jnp.eye(1), len(y)))
+        ...     observe("y", dist.Normal(z, 1.0).to_event(2), y)
+        >>> fit = fit_svi(model, jnp.ones((20, 1)), guide="chain", rank=1, num_steps=100, progress_bar=False)
+        >>> causal_draws(fit, [5, 10])["z"].shape
+        (2, 200, 20, 1)
+    """
+    guide = fit.svi.guide
+    if not isinstance(guide, AutoStateSpace):
+        raise TypeError(f"`fit` must have an AutoStateSpace guide; got {type(guide).__name__}.")
+    if not fit.args or jnp.ndim(fit.args[0]) == 0:
+        raise ValueError("`fit`: the model's first argument must be the data, an array with a time axis in front.")
+    y = as_float("y", fit.args[0])
+    steps = y.shape[0]
+    known = np.asarray(origins)
+    if known.ndim != 1 or known.size == 0 or known.min() < 0 or known.max() > steps:
+        raise ValueError(
+            f"`origins` must be a list of numbers from 0 to {steps} (the steps of the data); got {origins}."
+        )
+    at_mode = guide.at_mode()
+    params = {n: x for n, x in fit.svi.get_params(fit.state).items() if n not in guide.path_params}
+
+    def one(xs: tuple[Array, Array]) -> dict[str, Array]:
+        origin, own_key = xs
+        seen = jnp.arange(steps).reshape(-1, *(1,) * (y.ndim - 1)) < origin
+        past = jnp.where(seen, y, jnp.nan)
+        args = (past, *fit.args[1:])
+        return at_mode.sample_posterior(own_key, params, *args, sample_shape=(num_samples,), **fit.kwargs)
+
+    keys = jax.random.split(as_key(key), known.size)
+    run = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=min(batch_size, known.size)))
+    return {name: np.asarray(x) for name, x in run((jnp.asarray(known), keys)).items()}
