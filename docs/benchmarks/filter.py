@@ -1,11 +1,12 @@
 """Log-likelihood and its gradient: pssm beside dynamax and statsmodels, in one run.
 
-    uv pip install --group peers && python docs/benchmarks/filter.py
+    uv pip install -e . --group peers && python docs/benchmarks/filter.py   # in an environment of its own
 
 Prints a table in Markdown: microseconds per time step (median of 7, after compiling), compile seconds, and the ratio to
 dynamax's sequential filter. A peer that is not installed is left out. Errors are against pssm in float64.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -104,10 +105,12 @@ def with_statsmodels(q: dict[str, np.ndarray]) -> tuple[float, float]:
 
 def main() -> None:
     """Prints the table."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, pssm {pssm.__version__}\n")
+    have = {name: importlib.util.find_spec(name) is not None for name in ("dynamax", "statsmodels")}
+    versions = {"jax": jax.__version__, "numpy": np.__version__, "pssm": pssm.__version__}
+    versions |= {name: importlib.metadata.version(name) for name, here in have.items() if here}
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(' '.join(v) for v in versions.items())}\n")
     print("| n, p, T | type | library | value us/step | gradient us/step | compile s | x dynamax | error |")
     print("|---|---|---|---|---|---|---|---|")
-    have = {name: importlib.util.find_spec(name) is not None for name in ("dynamax", "statsmodels")}
     for case in CASES:
         n, p, steps = case
         q = problem(*case)
