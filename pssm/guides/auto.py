@@ -20,6 +20,8 @@ from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.mode import PotentialsAtMode, mode_potentials, noise_scale
 
 FAMILIES = ("chain", "moment_matched", "diagonal")
+BOUND = "lower bound on the log evidence (ELBO)"
+SURROGATE = "surrogate: the published moment-matched objective, which can exceed the log evidence"
 
 
 class AutoStateSpace(AutoGuide):
@@ -97,9 +99,7 @@ class AutoStateSpace(AutoGuide):
     @property
     def objective(self) -> str:
         """What an ELBO with this guide is, in words."""
-        if self.family == "moment_matched":
-            return "surrogate: the published moment-matched objective, which can exceed the log evidence"
-        return "lower bound on the log evidence (ELBO)"
+        return SURROGATE if self.family == "moment_matched" else BOUND
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         key = numpyro.prng_key()

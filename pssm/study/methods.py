@@ -16,16 +16,20 @@ from numpyro.infer.util import initialize_model
 
 from pssm.diagnostics import khat, to_datatree
 from pssm.distributions import NonCenteredPath, StatePath
+from pssm.guides.auto import BOUND, FAMILIES, SURROGATE
 from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi, one_step_probabilities, posterior_draws
 from pssm.infer.fit import trace_with
 from pssm.infer.predict import marginal_site
 
-GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"}
+PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
+GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES
 METHODS = ("nuts", "nuts:states", *GUIDE_NAMES)
+DEFAULT_METHODS = ("nuts", "nuts:states", "svi:mvn", "svi:normal")
 OBJECTIVES = (
     {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"}
     | {"nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"}
-    | dict.fromkeys(GUIDE_NAMES, "lower bound on the log evidence (ELBO)")
+    | dict.fromkeys(GUIDE_NAMES, BOUND)
+    | {"svi:moment_matched": SURROGATE}
 )
 
 
@@ -108,8 +112,8 @@ def run_method(
     """
     result = MethodResult(name, objective=OBJECTIVES[name])
     fitted_model = model
-    if name == "nuts:states":
-        sampled = sampled_model(model, y, **kwargs)
+    if name == "nuts:states" or name in PATH_GUIDES:
+        sampled = (path_model if name in PATH_GUIDES else sampled_model)(model, y, **kwargs)
         if sampled is None:
             result.status, result.note = "skipped", "the model has no sampled form (no `states` option, no StatePath)"
             return result
@@ -137,8 +141,11 @@ def run_method(
     )
     if isinstance(fit, SVIFit):
         result.losses = np.asarray(fit.losses)
-        value, error = elbo(fit, key=settings.seed + 1, num_particles=1000)
-        result.diagnostics = {"elbo": value, "elbo_se": error, "khat": khat(fit, num_particles=1000)}
+        if not fit.surrogate:
+            value, error = elbo(fit, key=settings.seed + 1, num_particles=1000)
+            result.diagnostics = {"elbo": value, "elbo_se": error, "khat": khat(fit, num_particles=1000)}
+        else:
+            result.note = f"Its objective ended at {-result.losses[-len(result.losses) // 10 :].mean():.2f}: no bound."
         if not fit.converged:
             result.note = f"{result.note} Not converged: {fit.message}".strip()
     else:
@@ -184,6 +191,17 @@ def sampled_model(model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[
     if not paths and "z" not in trace:
         return None
     return numpyro.handlers.reparam(model, config={n: NonCenteredPath() for n in paths}) if paths else model
+
+
+def path_model(model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """The model with its path as a `StatePath` site, or None where it has no such form.
+
+    A path whose noise is singular is sampled through that noise, and has none.
+    """
+    if "states" in inspect.signature(model).parameters:
+        model = partial(model, states="sampled")
+    trace = trace_with(model, {}, y, **kwargs)
+    return model if any(s["type"] == "sample" and _is_path(s["fn"]) for s in trace.values()) else None
 
 
 def _is_path(fn: Any) -> bool:

@@ -134,12 +134,12 @@ def _agreement(own: pd.DataFrame) -> str:
 
 
 def _judge_guide(guide: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
-    k = numbers["khat"]
-    weights = f"k-hat {k:.2f}"
+    k = numbers.get("khat", np.nan)
+    weights = "no k-hat: its objective is a surrogate" if np.isnan(k) else f"k-hat {k:.2f}"
     if not reference or not own["sd_ratio"].notna().any():
         if k < KHAT_GOOD:
             return "good", f"{guide} passes its own check ({weights}); no exact method ran beside it."
-        level = "check" if k < KHAT_MAX else "bad"
+        level = "bad" if k >= KHAT_MAX else "check"
         return level, f"{guide} is doubtful ({weights}), and no exact method ran beside it."
     spread = own.loc[(own["sd_ratio"] - 1).abs().idxmax()]
     centre = own.loc[own["error_in_sds"].abs().idxmax()]
