@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.mode import PotentialsAtMode, mode_potentials, noise_scale
+from pssm.guides.mode import PotentialsAtMode, mode_path, noise_scale, potentials_at
 
 FAMILIES = ("chain", "moment_matched", "diagonal")
 BOUND = "lower bound on the log evidence (ELBO)"
@@ -42,7 +42,7 @@ class AutoStateSpace(AutoGuide):
         diagonal: whether a diagonal goes beside them: much sharper at small rank. Not for "moment_matched".
         family: "chain", "moment_matched" or "diagonal" (a chain of rank 0).
         potentials: "free" (trained parameters, started at the mode) or "mode" (found again at every evaluation for the
-            current values of the other sites; no gradient flows through them, nothing of them is trained).
+            current values of the other sites; nothing of them is trained, gradients flow through the mode).
         global_guide: makes the guide of the other latent sites, from a model: an AutoGuide class or a function.
         num_samples: particles inside "moment_matched".
         mode_iters: Gauss-Newton steps at every evaluation with `potentials="mode"`.
@@ -147,9 +147,7 @@ class AutoStateSpace(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 given = self._parameters(name, run, values)
                 if self.potentials == "mode":
-                    frozen = jax.lax.stop_gradient(values)
-                    start = given["center"]
-                    given = jax.lax.stop_gradient(self._at_mode(name, run, frozen, start, self.mode_iters)._asdict())
+                    given = self._at_mode(name, run, values, given["center"], self.mode_iters)._asdict()
                 prior, mask = unwrap(run.trace(values)[name]["fn"])
                 q = self._posterior(prior, given)
                 values[name] = result[name] = _sample_path(name, q, mask)
@@ -249,9 +247,14 @@ class AutoStateSpace(AutoGuide):
     def _at_mode(
         self, name: str, run: "ModelRun", values: dict[str, Array], start: Array | None, num_iters: int
     ) -> PotentialsAtMode:
-        prior, _ = unwrap(run.trace(values)[name]["fn"])
-        log_lik = run.log_lik(name, values)
-        return mode_potentials(prior, log_lik, rank=self.rank, diagonal=self.diagonal, start=start, num_iters=num_iters)
+        options = {"rank": self.rank, "diagonal": self.diagonal}
+
+        def parts(values: dict[str, Array]) -> tuple[StatePath, Callable[[Array], Array]]:
+            return unwrap(run.trace(values)[name]["fn"])[0], run.log_lik(name, values)
+
+        # The search itself has no gradient; the last step, at the mode, has the mode's.
+        path = mode_path(*parts(jax.lax.stop_gradient(values)), start=start, num_iters=num_iters, **options)
+        return potentials_at(*parts(values), jax.lax.stop_gradient(path), **options)
 
     def _frames(self, name: str) -> list[Any]:
         return self.prototype_trace[name]["cond_indep_stack"]

@@ -142,7 +142,7 @@ def _compress(
     diagonal: bool,
     rounds: int = ROUNDS,
 ) -> tuple[Array, Array]:
-    """`split` of matrices known by their products with columns `(..., state, many)`: `(delta, K)`."""
+    """`split` of matrices known by their products with columns `(..., state, many)`: `(delta, K)`, no gradient."""
     unit = sd[..., None]
 
     def whitened(columns: Array) -> Array:
@@ -172,4 +172,4 @@ def _compress(
 
     if diagonal:
         delta = jax.lax.fori_loop(0, rounds, lambda _, delta: rest_of_diagonal(factors(delta)), delta)
-    return delta / sd**2, factors(delta) / unit
+    return jax.lax.stop_gradient((delta / sd**2, factors(delta) / unit))

@@ -77,19 +77,53 @@ def mode_potentials(
     Returns:
         A `PotentialsAtMode`.
     """
-    if prior.n_state > DENSE and isinstance(prior.chol_P0, Diagonal) and isinstance(prior.chol_Q, Diagonal):
+    path = mode_path(prior, log_lik, rank=rank, diagonal=diagonal, start=start, num_iters=num_iters)
+    return potentials_at(prior, log_lik, path, rank=rank, diagonal=diagonal)
+
+
+def mode_path(
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    *,
+    rank: int,
+    diagonal: bool = True,
+    start: Array | None = None,
+    num_iters: int = 30,
+) -> Array:
+    """The path of highest posterior density near `start`; arguments as in `mode_potentials`."""
+    if _is_large(prior):
         sd = noise_scale(prior)
         step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
-        path = find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters)
-        last = step(path)
-        return PotentialsAtMode(path + last.move, last.slope, last.K, last.delta, jnp.sqrt(last.variance))
-    newton = partial(gauss_newton, prior, log_lik)
-    path = find_mode(prior, log_lik, lambda z: newton(z).move, start=start, num_iters=num_iters)
-    step = newton(path)
-    sd = jnp.broadcast_to(noise_scale(prior), path.shape)
-    diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(step.J, 2), _flat(sd, 1)), batch_size=4096)
-    diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
-    return PotentialsAtMode(path + step.move, step.slope, K, diag, jnp.sqrt(step.variance))
+    else:
+        step = partial(gauss_newton, prior, log_lik)
+    return find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters)
+
+
+def potentials_at(
+    prior: StatePath, log_lik: Callable[[Array], Array], path: Array, *, rank: int, diagonal: bool = True
+) -> PotentialsAtMode:
+    """The potentials at a path that is the mode, up to one more step.
+
+    With the path held fixed the step's derivatives are those of the mode (implicit differentiation), so gradients by
+    the parameters of `prior` and `log_lik` flow through the centre and the slope. They do not flow through the
+    curvatures, whose derivatives the step at a mode does not need.
+    """
+    sd = jax.lax.stop_gradient(noise_scale(prior))
+    if _is_large(prior):
+        found = gauss_newton_matrix_free(prior, log_lik, path, sd=sd, rank=rank, diagonal=diagonal)
+        K, diag = found.K, found.delta
+    else:
+        found = gauss_newton(prior, log_lik, path)
+        J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
+        diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
+        diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
+    K, diag, scale = jax.lax.stop_gradient((K, diag, jnp.sqrt(found.variance)))
+    return PotentialsAtMode(path + found.move, found.slope, K, diag, scale)
+
+
+def _is_large(prior: StatePath) -> bool:
+    factors = prior.chol_P0, prior.chol_Q
+    return prior.n_state > DENSE and all(isinstance(f, Diagonal) for f in factors)
 
 
 def _flat(x: Array, core: int) -> Array:
@@ -171,6 +205,7 @@ class GaussNewton(NamedTuple):
 def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> GaussNewton:
     """The Gauss-Newton step from `path` and the messages about it."""
     gradient, curvature = sites(log_lik, path)
+    curvature = jax.lax.stop_gradient(curvature)
 
     def one(a: dict[str, Any]) -> GaussNewton:
         z, g, W = a["z"], a["g"], a["W"]

@@ -12,11 +12,12 @@ import numpy as np
 import numpyro
 import xarray as xr
 from numpyro.infer import MCMC
+from numpyro.infer.autoguide import AutoMultivariateNormal
 from numpyro.infer.util import initialize_model
 
 from pssm.diagnostics import khat, to_datatree
 from pssm.distributions import NonCenteredPath, StatePath
-from pssm.guides.auto import BOUND, FAMILIES, SURROGATE
+from pssm.guides.auto import BOUND, FAMILIES, SURROGATE, AutoStateSpace
 from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi, one_step_probabilities, posterior_draws
 from pssm.infer.fit import trace_with
 from pssm.infer.predict import marginal_site
@@ -160,10 +161,13 @@ def run_method(
 
 def _fit(name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwargs: Any) -> MCMC | SVIFit:
     if name in GUIDE_NAMES:
+        guide: Any = name.removeprefix("svi:")
+        if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
+            guide = AutoStateSpace(model, rank=4, potentials="mode", global_guide=AutoMultivariateNormal)
         return fit_svi(
             model,
             y,
-            guide=name.removeprefix("svi:"),
+            guide=guide,
             key=settings.seed,
             num_steps=settings.svi_steps,
             progress_bar=settings.progress,
