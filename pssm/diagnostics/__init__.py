@@ -3,13 +3,16 @@
 from typing import TYPE_CHECKING
 
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
+from pssm.diagnostics.gap import BoundGap, bound_gap
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
 if TYPE_CHECKING:
     from pssm.diagnostics.crossval import leave_future_out
 
 __all__ = [
+    "BoundGap",
     "Evidence",
+    "bound_gap",
     "khat",
     "leave_future_out",
     "load_tree",

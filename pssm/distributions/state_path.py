@@ -108,7 +108,7 @@ class StatePath(dist.Distribution):
         if "u" in arrays and arrays["u"].ndim == 1:
             arrays["u"] = arrays["u"][:, None]
         batch = self._check(arrays)
-        dtype = jnp.result_type(*jax.tree.leaves(arrays))
+        dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(*jax.tree.leaves(arrays)))
         arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
         for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
             setattr(self, name, arrays.get(name))

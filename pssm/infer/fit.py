@@ -244,6 +244,8 @@ def _convergence(losses: np.ndarray) -> tuple[bool, str]:
     fifth the loss fell by less than 0.1 nats, three standard errors of that fall, or 0.3 of the scatter of the loss.
     """
     count = len(losses)
+    if count < 10:
+        return False, f"{count} steps are too few to tell."
     early, late = losses[count // 5 : 2 * count // 5], losses[-max(count // 10, 2) :]
     fall = float(early.mean() - late.mean())
     scatter = [float(np.mean(np.diff(x) ** 2) / 2) for x in (early, late)]  # by differences: without the trend

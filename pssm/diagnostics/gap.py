@@ -1,0 +1,127 @@
+"""How far a bound is below the log evidence."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.svi import SVIRunResult
+
+from pssm._types import Key
+from pssm.diagnostics.bound import log_evidence
+from pssm.distributions import StatePath
+from pssm.guides import AutoStateSpace
+from pssm.guides.auto import unwrap
+from pssm.guides.mode import DENSE
+from pssm.infer.fit import SVIFit, as_key, elbo, posterior_draws, trace_with
+from pssm.infer.importance import importance_bound, log_weights
+from pssm.infer.predict import marginal_site
+
+EXACT, ESTIMATE, AT_LEAST = "exact", "estimate", "at least"
+
+
+class BoundGap(NamedTuple):
+    """Log evidence and bound of a fit, in nats.
+
+    Attributes:
+        gap: `evidence - bound`; negative for a surrogate that exceeds the evidence.
+        bound: the ELBO, or a surrogate's objective.
+        evidence: `log p(y)`, or what stands for it.
+        standard_error: of `gap`.
+        kind: "exact" (linear-Gaussian: the evidence is known), "estimate" (importance sampling over a few parameters),
+            or "at least" (the evidence is unknown; a tighter bound stands for it, so the gap is larger).
+    """
+
+    gap: float
+    bound: float
+    evidence: float
+    standard_error: float
+    kind: str
+
+    def __float__(self) -> float:
+        return self.gap
+
+
+def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> BoundGap:
+    """What a fit's bound lacks to the log evidence: the exact one where it exists, else the best one at hand.
+
+    The evidence is exact where the states are all that is latent and the model is linear-Gaussian: draws from the
+    full-rank chain at the mode then have equal weights, which is also how that is found out. With a
+    `LinearGaussianMarginal` and a handful of parameters it is estimated by importance sampling (`log_evidence`).
+
+    Args:
+        fit: from `fit_svi`.
+        key: random key, or a whole number.
+        num_particles: draws for the bound and for the evidence.
+
+    Returns:
+        A `BoundGap`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from pssm.distributions import StatePath, observe
+        >>> from pssm.infer import fit_svi
+        >>> def model(y):
+        ...     z = numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), 0.9 * jnp.eye(1), 0.5 * jnp.eye(1), len(y)))
+        ...     observe("y", dist.Normal(z, 1.0).to_event(2), y)
+        >>> fit = fit_svi(model, jnp.ones((20, 1)), guide="chain", rank=1, num_steps=100, progress_bar=False)
+        >>> found = bound_gap(fit, num_particles=500)
+        >>> found.kind, abs(found.gap) < 0.1
+        ('exact', True)
+    """
+    bound_key, evidence_key = jax.random.split(as_key(key))
+    bound, error = (
+        _objective(fit, bound_key, num_particles)
+        if fit.surrogate
+        else elbo(fit, key=bound_key, num_particles=num_particles)
+    )
+    evidence, evidence_error, kind = _evidence(fit, evidence_key, num_particles)
+    return BoundGap(evidence - bound, bound, evidence, float(np.hypot(error, evidence_error)), kind)
+
+
+def _objective(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float]:
+    """Mean and standard error of minus the loss at the fitted parameters, for a guide with particles of its own."""
+    params = fit.svi.get_params(fit.state)
+    count = max(num_particles // 25, 10)
+
+    def one(k: Any) -> Any:
+        return -jnp.asarray(fit.svi.loss.loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs))
+
+    values = np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks))(jax.random.split(key, count)))
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(count))
+
+
+def _evidence(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float, str]:
+    params = fit.svi.get_params(fit.state)
+    model = handlers.substitute(fit.svi.model, data=params)
+    trace = trace_with(model, {}, *fit.args, **fit.kwargs)
+    latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    paths = [s for s in latent.values() if isinstance(unwrap(s["fn"])[0], StatePath)]
+    if latent and len(paths) == len(latent):
+        weights = _full_rank_weights(fit, model, key)
+        scale = max(1.0, float(np.abs(weights).max()))
+        if np.ptp(weights) < (1e-8 if weights.dtype == np.float64 else 3e-5) * scale:
+            return float(weights.mean()), 0.0, EXACT
+    if latent and marginal_site(trace) is not None:
+        draws = posterior_draws(fit, num_samples=4000, key=key)
+        found = log_evidence(model, draws, *fit.args, key=key, num_particles=num_particles, **fit.kwargs)
+        if found.khat < 0.7:
+            return found.log_evidence, found.standard_error, ESTIMATE
+    if fit.surrogate:
+        raise ValueError(
+            "`fit` has a surrogate objective and a model whose evidence is unknown: there is nothing to compare. "
+            'Fit the same model with family="chain" and compare with its `importance_bound`.'
+        )
+    best = importance_bound(fit, key=key, num_particles=5 * num_particles)
+    return best.value, best.standard_error, AT_LEAST
+
+
+def _full_rank_weights(fit: SVIFit, model: Any, key: Key) -> np.ndarray:
+    """`log p(y, z) - log q(z)` of a few draws from the chain at the mode, with full rank (up to `DENSE`)."""
+    svi = SVI(model, AutoStateSpace(model, rank=DENSE, potentials="mode", mode_iters=1), optax.sgd(0.0), Trace_ELBO())
+    state = svi.init(key, *fit.args, **fit.kwargs)
+    start = SVIRunResult(svi.get_params(state), state, np.zeros(10))
+    return log_weights(SVIFit.of(svi, start, *fit.args, **fit.kwargs), key=key, num_particles=20)
