@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--budget",
         type=float,
-        default=300.0,
-        help="seconds each method may be expected to take; default 300; 0: no limit",
+        default=120.0,
+        help="seconds each method may be expected to take; default 120; 0: no limit",
     )
     compare.add_argument("--x64", action="store_true", help="64-bit arithmetic")
     compare.add_argument("--quiet", action="store_true", help="no progress bars")
