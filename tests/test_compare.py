@@ -282,6 +282,15 @@ def test_a_method_that_cannot_be_cut_enough_is_skipped(nile, a_gradient_takes, n
     assert "budget" in note
 
 
+@pytest.mark.parametrize(("length", "samples"), [(50, 1000), (2000, 244)])
+def test_a_long_path_costs_nuts_more_gradients(a_gradient_takes, length, samples):
+    a_gradient_takes(1e-3)  # 2000 iterations of 4 chains: 100 gradients each, or 1023 for a long path
+    y = jnp.zeros((length, 1))
+    settings, _, possible = within_budget("nuts:states", random_level, y, Settings(budget=1000.0))
+    assert possible
+    assert settings.num_samples == pytest.approx(samples, abs=1)
+
+
 @pytest.mark.parametrize("name", ["nuts", "svi:normal"])
 def test_what_fits_is_not_cut(nile, a_gradient_takes, name):
     a_gradient_takes(1e-6)
@@ -376,3 +385,15 @@ def test_data_without_a_value(y):
 def test_an_option_that_the_model_does_not_have(nile):
     with pytest.raises(TypeError, match="perid"):
         pssm.compare("local_level", nile, ["nuts"], perid=12, **SHORT)
+
+
+@pytest.mark.parametrize("method", ["svi:diagonal", pytest.param("svi:moment_matched", marks=pytest.mark.slow)])
+def test_a_path_guide_runs_where_there_is_a_path(nile, method):
+    run = {"svi_steps": 300, "leave_future_out": False, "progress": False}
+    row = pssm.compare("local_level", nile[:20], [method], horizon=0, **run).table.loc[0]
+    assert row["status"] == "done"
+    is_bound = method == "svi:diagonal"
+    assert ("lower bound" if is_bound else "surrogate") in row["objective"]
+    assert np.isfinite(row["elbo"]) == np.isfinite(row["khat"]) == is_bound, "a surrogate is not shown as a bound"
+    skipped = pssm.compare("autoregression", nile[:20], [method], order=2, **run)
+    assert skipped.table.loc[0, "status"] == "skipped"

@@ -26,6 +26,7 @@ from pssm.linalg.low_rank import (
     posterior_covariance,
     posterior_mean,
     posterior_sample,
+    posterior_transition,
     posterior_variance,
 )
 from pssm.linalg.small import SMALL, matmul
@@ -279,8 +280,7 @@ class LowRankChain(dist.Distribution):
                 mean, cov = carry
                 update, timed = xs
                 now = {**a, **timed}
-                moved = update.shrink[:, None] * now["transition"]
-                moved = moved - matmul(update.gain, matmul(update.K.T, moved))
+                moved = posterior_transition(update, now["transition"])
                 mean = posterior_mean(update, self.prior.step(now, mean))
                 carry = mean, matmul(matmul(moved, cov), moved.T) + posterior_covariance(update, now["chol_Q"])
                 return carry, carry

@@ -11,7 +11,14 @@ from pssm.batch import map_batch
 from pssm.distributions.chain import LowRankChain
 from pssm.distributions.moment_matched import LowRankMomentMatched
 from pssm.distributions.state_path import StatePath
-from pssm.linalg.low_rank import Factor, as_matrix, gaussian_entropy, posterior_covariance, posterior_mean
+from pssm.linalg.low_rank import (
+    Factor,
+    as_matrix,
+    gaussian_entropy,
+    posterior_covariance,
+    posterior_mean,
+    posterior_transition,
+)
 from pssm.linalg.small import matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
 
@@ -31,26 +38,24 @@ def _chain(q: LowRankChain, p: StatePath) -> Array:
     if not (q.prior.is_linear and p.is_linear) or p.n_state > CLOSED_FORM:
         raise NotImplementedError("no closed form for a nonlinear transition: log q - log p of a draw is used")
 
-    def conditionals(a: dict[str, Any]) -> tuple[Array, Array, Array, Array]:
-        """`(M_t, m_t, V_t)` of `z_t = M_t z_{t-1} + m_t + N(0, V_t)`, and minus the entropy."""
+    def conditionals(a: dict[str, Any]) -> tuple[Array, Array, Array]:
+        """`(M_t, m_t, V_t)` of `z_t = M_t z_{t-1} + m_t + N(0, V_t)`."""
         first, later = q._updates(a)
         timed = q.prior.timed(a)
         zero = jnp.zeros_like(a["m0"])
 
         def step(update: Any, t: dict[str, Any]) -> tuple[Array, Array, Array]:
             now = {**a, **t}
-            moved = update.shrink[:, None] * now["transition"]
-            moved = moved - matmul(update.gain, matmul(update.K.T, moved))
             mean = posterior_mean(update, q.prior.step(now, zero))
-            return moved, mean, posterior_covariance(update, now["chol_Q"])
+            return posterior_transition(update, now["transition"]), mean, posterior_covariance(update, now["chol_Q"])
 
         start = jnp.zeros((zero.size, zero.size), zero.dtype), posterior_mean(first, a["m0"])
         start = (*start, posterior_covariance(first, a["chol_P0"]))
-        rest = jax.vmap(step)(later, timed) if timed else jax.vmap(lambda x: step(x, {}))(later)
+        rest = jax.vmap(step)(later, timed)
         M, m, V = (jnp.concatenate([x[None], y]) for x, y in zip(start, rest, strict=True))
-        return M, m, V, jnp.zeros(())
+        return M, m, V
 
-    M, m, V, _ = q._map(conditionals)
+    M, m, V = q._map(conditionals)
     return -q.entropy() - _expected_log_prob(p, M, m, V, q.batch_shape)
 
 

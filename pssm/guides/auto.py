@@ -1,6 +1,7 @@
 """`AutoStateSpace`: a guide for any NumPyro model that has `StatePath` sites."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -275,15 +276,12 @@ class AutoStateSpace(AutoGuide):
         """
         if not args and not kwargs:
             args, kwargs = self._call
-        num = 1
-        for size in sample_shape:
-            num *= size
 
         def one(key: Key) -> dict[str, Array]:
             with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
                 return self(*args, **kwargs)
 
-        draws = jax.jit(jax.vmap(one))(jax.random.split(rng_key, num))
+        draws = jax.jit(jax.vmap(one))(jax.random.split(rng_key, math.prod(sample_shape)))
         return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in draws.items()}
 
     def median(self, params: dict[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:

@@ -17,11 +17,10 @@ from numpyro.util import not_jax_tracer
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
 from pssm.guides import AutoStateSpace
-from pssm.guides.auto import FAMILIES
+from pssm.guides.auto import BOUND, FAMILIES
 from pssm.infer.objective import TraceConditionalKL_ELBO
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
-BOUND = "lower bound on the log evidence (ELBO)"
 
 
 def as_key(key: Key | int) -> Key:

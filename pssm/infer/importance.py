@@ -14,6 +14,7 @@ from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
 from pssm.guides.auto import ModelRun, unwrap
 from pssm.infer.fit import SVIFit, as_key
+from pssm.infer.objective import site_log_prob
 from pssm.linalg.low_rank import Factor, Update, log_ratio, posterior_sample
 
 
@@ -72,18 +73,13 @@ def _weight(model_trace: dict[str, Any], guide_trace: dict[str, Any], skip: str 
             ratio = ratio if mask is None else jnp.where(mask, ratio, 0.0)
             total = total - jnp.sum(scale_and_mask(ratio, own["scale"]))
             continue
-        total = total + _log_prob(site)
+        total = total + site_log_prob(site)
         if own is not None and not site["is_observed"]:
-            total = total - _log_prob(own)
+            total = total - site_log_prob(own)
     for name, own in guide_trace.items():
         if own["type"] == "sample" and name not in model_trace and name != skip:
-            total = total - _log_prob(own)
+            total = total - site_log_prob(own)
     return total
-
-
-def _log_prob(site: dict[str, Any]) -> Array:
-    intermediates = (site["intermediates"],) if site["intermediates"] else ()
-    return jnp.sum(scale_and_mask(site["fn"].log_prob(site["value"], *intermediates), site["scale"]))
 
 
 def importance_bound(
@@ -156,7 +152,7 @@ def _particle_bound(fit: SVIFit, key: Key, num_particles: int, block: int, num_o
         )
         # log_lik holds every other site of the model, so the outer weight needs only what the guide drew them with.
         drawn = sum(
-            (_log_prob(s) for n, s in guide_trace.items() if s["type"] == "sample" and n != name), jnp.zeros(())
+            (site_log_prob(s) for n, s in guide_trace.items() if s["type"] == "sample" and n != name), jnp.zeros(())
         )
         value, ess = guided_filter(filter_key, chain, log_lik, num_particles, block)
         return value - drawn, ess

@@ -82,14 +82,14 @@ def _elbo(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> Array:
         if site["type"] != "sample":
             continue
         if site["is_observed"]:
-            total = total + _log_prob(site)
+            total = total + site_log_prob(site)
             continue
         own = guide_trace[name]
         total = total - _kl(site, own, in_order=before <= set(guide_order[: guide_order.index(name)]))
         before.add(name)
     for name, site in guide_trace.items():
         if site["type"] == "sample" and name not in model_trace:  # auxiliary
-            total = total - _log_prob(site)
+            total = total - site_log_prob(site)
     return total
 
 
@@ -113,9 +113,10 @@ def _kl(site: dict[str, Any], own: dict[str, Any], *, in_order: bool) -> Array:
             return jnp.sum(scale_and_mask(kl_divergence(own["fn"], site["fn"]), own["scale"]))
         except NotImplementedError:
             pass
-    return _log_prob(own) - _log_prob(site)
+    return site_log_prob(own) - site_log_prob(site)
 
 
-def _log_prob(site: dict[str, Any]) -> Array:
+def site_log_prob(site: dict[str, Any]) -> Array:
+    """Log density of a site of a trace, summed, with its scale and mask."""
     intermediates = (site["intermediates"],) if site["intermediates"] else ()
     return jnp.sum(scale_and_mask(site["fn"].log_prob(site["value"], *intermediates), site["scale"]))

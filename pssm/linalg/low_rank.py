@@ -201,6 +201,12 @@ def _absorb(update: Update, x: Array, pull: Array) -> Array:
     return x + matvec(update.gain, pull - matvec(update.K.T, x - update.c))
 
 
+def posterior_transition(update: Update, A: Float[Array, "state state"]) -> Float[Array, "state state"]:
+    """`dm / dz` where `mu = A z + ...`."""
+    moved = update.shrink[:, None] * A
+    return moved - matmul(update.gain, matmul(update.K.T, moved))
+
+
 def posterior_slope(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
     """`w` with `m - mu = Q w`, without a division by `Q`."""
     x = update.shrink * mu + update.offset
