@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help study test lint docs bench clean FORCE
+.PHONY: help study test slow lint docs bench clean FORCE
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
@@ -25,8 +25,12 @@ study: $(STAMP) ## compare the inference methods on the Nile series; report in r
 	.venv/bin/pssm compare nile --out results/nile --force
 
 test: export JAX_PLATFORMS = cpu
-test: lint ## lint, then run all tests
+test: lint ## lint, then run all tests but the slow ones
 	$(PY) -m pytest -n 2 -q -m "not slow"
+
+slow: export JAX_PLATFORMS = cpu
+slow: $(STAMP) ## the tests that take longest, which `make test` leaves out
+	$(PY) -m pytest -n 2 -q -m slow
 
 lint: $(STAMP) ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .

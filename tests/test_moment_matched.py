@@ -73,7 +73,11 @@ def close(found, expected, **kw):
 KINDS = ["diagonal", "general", "timed", "companion", "companion-diagonal", "known start"]
 
 
-@pytest.mark.parametrize(("kind", "form"), [(k, "plain") for k in KINDS] + [("general", "tied"), ("timed", "tied")])
+QUICK = [("general", "tied"), ("timed", "plain"), ("companion", "plain")]
+REST = [(kind, "plain") for kind in KINDS if (kind, "plain") not in QUICK] + [("timed", "tied")]
+
+
+@pytest.mark.parametrize(("kind", "form"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
 def test_every_step_is_the_dense_one(kind, form, key):
     ssm, _, u = make_model(kind)
     parts = draw_parts(np.random.default_rng(1), form)
@@ -110,7 +114,13 @@ def test_every_causal_step_is_the_dense_one(kind, num_samples, key):
         close(found["kl"][t], oracles.gaussian_kl(mean, cov, target, target_root @ target_root.T), rtol=1e-8)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("general", "tied"), ("general", "causal"), ("companion", "plain")])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("general", "causal"),
+        *(pytest.param(k, f, marks=pytest.mark.slow) for k, f in [("general", "tied"), ("companion", "plain")]),
+    ],
+)
 def test_particles_are_draws_from_the_marginals(kind, form, key):
     ssm, _, _ = make_model(kind)
     found = as_numpy(report(StatePath.from_ssm(ssm, STEPS), draw_parts(np.random.default_rng(1), form), key, 1000))
@@ -336,7 +346,9 @@ def scalar(point, key):
     return sum(jnp.sum(jnp.cos(found[name])) for name in found)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("general", "tied"), ("companion", "causal")])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("companion", "causal"), pytest.param("general", "tied", marks=pytest.mark.slow)]
+)
 def test_gradients_are_finite_differences(form, kind, key):
     rng = np.random.default_rng(0)
     ssm, _, _ = make_model(kind)
