@@ -13,7 +13,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.chain import check_potentials
 from pssm.distributions.state_path import StatePath
-from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose
+from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose, as_matrix
 from pssm.linalg.small import SMALL, cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
 
@@ -189,7 +189,7 @@ class LowRankMomentMatched(dist.Distribution):
     def covariance(self) -> Array:
         """Marginal covariances `P_t`, `(..., time, state, state)`; for small states."""
         m = self.moments
-        noise = self._noise(lambda f: outer(f.to_matrix() if isinstance(f, Diagonal) else f), 2)
+        noise = self._noise(lambda f: outer(as_matrix(f)), 2)
         return noise + outer(m.spread) - outer(m.cut)
 
     def _noise(self, of: Callable[[Factor], Array], core: int) -> Array:
@@ -314,7 +314,7 @@ def _small_gaussian_kl(
     factor: Factor, spread: Array, cut: Array, logdet: Array, apart: Array, target_spread: Array
 ) -> Array:
     """`_gaussian_kl` with state x state factors; directions that neither Gaussian has are left out."""
-    matrix = factor.to_matrix() if isinstance(factor, Diagonal) else factor
+    matrix = as_matrix(factor)
     own = triangularise(jnp.concatenate([matrix, spread], axis=1))
     target = triangularise(jnp.concatenate([matrix, target_spread], axis=1))
 

@@ -1,15 +1,10 @@
 """The exact filter in square-root form, and what needs nothing but a forward pass: simulation and forecasts.
 
-One step, with `L` a factor of the predicted covariance, stacks the observation above the state and triangularises:
-
-    [ C L   chol_R ]        [ S^1/2   0  ]     S = C P C' + R,  K = Kbar S^-1/2 the Kalman gain
-    [   L     0    ]  --->  [ Kbar    L+ ]     L+ a factor of the filtered covariance
-
-Missing entries are rows of zeros in the first line: their pivot in `S^1/2` is zero and is skipped, and so is an entry
-that was known exactly before it was seen. Nothing is subtracted from a covariance, so none can turn negative, and
-float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12).
+Covariances and gains come first, in `covariance.py`, and do not see the data. The means follow here, each step no more
+than a few products of a matrix and a vector.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,12 +13,12 @@ import jax.numpy as jnp
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.linalg import orthogonalise, outer, solve_lower, triangularise
+from pssm.filters.covariance import Gains, gains, timed_fields
+from pssm.linalg import outer, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.results import FilterResult, ForecastResult
 from pssm.ssm import (
-    TRANSITION,
     LinearGaussianSSM,
     check_inputs,
     check_model,
@@ -31,7 +26,6 @@ from pssm.ssm import (
 )
 
 METHODS = ("auto", "sequential", "square_root")
-LOG_2PI = 1.8378770664093453
 
 
 def kalman_filter(
@@ -43,8 +37,8 @@ def kalman_filter(
         ssm: the model.
         y: observations `(time, obs)`, or `(time,)` for one variable; NaN entries are missing.
         u: inputs `(time, input)`, where the model has `B` or `D`.
-        method: `"auto"`, `"sequential"` or `"square_root"`: all are the square-root recursion of this module, one
-            step after the other.
+        method: `"auto"`, `"sequential"` or `"square_root"`, one square-root recursion. `"auto"` stops computing
+            covariances once they stand still; the others compute those of every step.
 
     Returns:
         A `FilterResult`. An entry of `y` whose variance given everything before it is exactly zero (exact
@@ -63,7 +57,7 @@ def kalman_filter(
         Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(_filter, ssm, (series, 2), (inputs, 2))
+    return over_batches(partial(_filter, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
 
 
 def log_likelihoods(
@@ -71,7 +65,7 @@ def log_likelihoods(
 ) -> Float[Array, "*batch time"]:
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(lambda *args: scan_filter(*args)[1], ssm, (series, 2), (inputs, 2))
+    return over_batches(lambda *args: scan_filter(*args, freeze=method == "auto")[2], ssm, (series, 2), (inputs, 2))
 
 
 def simulate(
@@ -162,12 +156,12 @@ def continuation(
     `simulate` on it draws future paths, its prior moments are the forecast. Arguments as in `forecast`.
     """
     length = y.shape[0]
-    kept = scan_filter(ssm.steps(0, length), y, u)[0]
+    rows, means, _ = scan_filter(ssm.steps(0, length), y, u)
     rest = ssm.steps(length, length + num_steps)
     first = rest.at({name: getattr(rest, name)[0] for name in rest.time_varying})
     u_first = None if u_future is None else u_future[0]
-    mean, chol, _ = _predict(first, kept.new_mean[-1], kept.new_chol[-1], u_first)
-    return rest.starting_at(mean, chol)
+    chol = triangularise(jnp.concatenate([matmul(first.A, rows.new_chol[-1]), first.chol_Q], axis=1))
+    return rest.starting_at(transition_mean(first, means.new_mean[-1], u_first), chol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,18 +185,6 @@ def _common_dtype(ssm: LinearGaussianSSM, *arrays: Array | None) -> tuple:
     return ssm.astype(dtype), *(None if x is None else x.astype(dtype) for x in arrays)
 
 
-def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool) -> dict[str, Array]:
-    """Time-varying fields as scan inputs.
-
-    With `ahead`, transition fields are shifted so that step `t` of the scan carries the transition INTO step `t + 1`;
-    the last one is repeated, and what is computed from it is thrown away.
-    """
-    fields = {name: getattr(ssm, name) for name in ssm.time_varying}
-    if not ahead:
-        return fields
-    return {name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()}
-
-
 def shift(u: Array | None) -> Array | None:
     """Inputs one step ahead; the last one is repeated and what comes of it is thrown away."""
     return None if u is None else jnp.concatenate([u[1:], u[-1:]])
@@ -224,77 +206,46 @@ def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     return mean if ssm.D is None or u is None else mean + matvec(ssm.D, u)
 
 
-class StepRecord(NamedTuple):
-    """One step of the filter: the predicted state, the filtered one, and what the observation taught.
+class Means(NamedTuple):
+    """One step of the filter: predicted and filtered mean, and what the observation taught.
 
-    `gain` is `K`, `root` is `S^-1/2`, `whitened` is `S^-1/2 (y - prediction)`; zero where nothing is observed.
-    `turn` and `turn_next` are the orthogonal factors of the update and of the transition to the next step.
+    `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is observed.
     """
 
     mean: Array
-    chol: Array
     new_mean: Array
-    new_chol: Array
-    gain: Array
-    root: Array
     whitened: Array
-    turn: Array
-    turn_next: Array
 
 
-def _update(
-    ssm: LinearGaussianSSM, mean: Array, chol: Array, y: Array, observed: Array, u: Array | None
-) -> tuple[dict[str, Array], Array]:
-    """Conditions the predicted state on the observed entries of `y`; returns the record and the log-likelihood."""
-    n_obs, n_state = ssm.C.shape
-    residual = jnp.where(observed, y - emission_mean(ssm, mean, u), 0.0)
-    seen = observed[:, None]
-    top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
-    bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
-    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
-    chol_s, gain_root, new_chol = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
-    root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
-    whitened = matvec(root, residual)
-    pivots = jnp.diagonal(chol_s)
-    live = pivots > 0
-    terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + whitened**2
-    record = {
-        "mean": mean,
-        "chol": chol,
-        "new_mean": mean + matvec(gain_root, whitened),
-        "new_chol": new_chol,
-        "gain": matmul(gain_root, root),
-        "root": root,
-        "whitened": whitened,
-        "turn": turn,
-    }
-    return record, -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
-
-
-def _predict(ssm: LinearGaussianSSM, mean: Array, chol: Array, u: Array | None) -> tuple[Array, Array, Array]:
-    """One transition: `A m + b + B u`, the factor of `A P A' + Q`, and its orthogonal factor."""
-    factor, turn = orthogonalise(jnp.concatenate([matmul(ssm.A, chol), ssm.chol_Q], axis=1))
-    return transition_mean(ssm, mean, u), factor, turn
-
-
-def scan_filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[StepRecord, Array]:
-    """The forward pass over one series: the record of every step and the log-likelihoods. Unused parts cost nothing."""
+def scan_means(ssm: LinearGaussianSSM, y: Array, u: Array | None, gain: Array, root: Array) -> tuple[Means, Array]:
+    """The means of one series, given the gains of all steps, and the squares of the whitened innovations, summed."""
     filled, observed = split_missing(y)
 
-    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[StepRecord, Array]]:
-        y_t, observed_t, u_t, u_next, timed = xs
+    def step(mean: Array, xs: tuple) -> tuple[Array, Means]:
+        y_t, observed_t, u_t, u_next, gain_t, root_t, timed = xs
         now = ssm.at(timed)
-        record, log_lik = _update(now, *carry, y_t, observed_t, u_t)
-        mean, chol, turn_next = _predict(now, record["new_mean"], record["new_chol"], u_next)
-        return (mean, chol), (StepRecord(**record, turn_next=turn_next), log_lik)
+        residual = jnp.where(observed_t, y_t - emission_mean(now, mean, u_t), 0.0)
+        whitened = matvec(root_t, residual)
+        new_mean = mean + matvec(gain_t, whitened)
+        return transition_mean(now, new_mean, u_next), Means(mean, new_mean, whitened)
 
-    start = ssm.m0, triangularise(ssm.chol_P0)
-    return jax.lax.scan(step, start, (filled, observed, u, shift(u), timed_fields(ssm, ahead=True)))[1]
+    xs = filled, observed, u, shift(u), gain, root, timed_fields(ssm, ahead=True)
+    means = jax.lax.scan(step, ssm.m0, xs)[1]
+    return means, jnp.sum(means.whitened**2, axis=1)
 
 
-def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
-    r, log_liks = scan_filter(ssm, y, u)
-    return FilterResult(log_liks.sum(), log_liks, r.new_mean, r.new_chol, r.mean, r.chol)
+def scan_filter(
+    ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool = True
+) -> tuple[Gains, Means, Array]:
+    """The filter over one series: gains and means of every step, log-likelihoods. Unused parts cost nothing."""
+    rows = gains(ssm, ~jnp.isnan(y), freeze=freeze)
+    means, squares = scan_means(ssm, y, u, rows.gain, rows.root)
+    return rows, means, rows.log_norm - 0.5 * squares
+
+
+def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> FilterResult:
+    rows, means, log_liks = scan_filter(ssm, y, u, freeze=freeze)
+    return FilterResult(log_liks.sum(), log_liks, means.new_mean, rows.new_chol, means.mean, rows.chol)
 
 
 def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_noise: Array) -> tuple[Array, Array]:
@@ -315,11 +266,11 @@ def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_n
 def _prior_moments(ssm: LinearGaussianSSM, num_steps: int, u: Array | None) -> ForecastResult:
     """Moments before any observation: a filter that sees nothing, and the emission on top."""
     nothing = jnp.full((num_steps, ssm.n_obs), jnp.nan, ssm.dtype)
-    r = scan_filter(ssm, nothing, u)[0]
+    rows, means, _ = scan_filter(ssm, nothing, u)
 
     def emit(mean: Array, chol: Array, u_t: Array | None, timed: dict[str, Array]) -> tuple[Array, Array]:
         now = ssm.at(timed)
         return emission_mean(now, mean, u_t), outer(jnp.concatenate([matmul(now.C, chol), now.chol_R], axis=1))
 
-    mean, cov = jax.vmap(emit)(r.mean, r.chol, u, timed_fields(ssm, ahead=False))
-    return ForecastResult(mean, cov, r.mean, outer(r.chol))
+    mean, cov = jax.vmap(emit)(means.mean, rows.chol, u, timed_fields(ssm, ahead=False))
+    return ForecastResult(mean, cov, means.mean, outer(rows.chol))

@@ -1,20 +1,46 @@
 """The log-likelihood with its derivative in closed form.
 
 Differentiating the filter's triangularisations step by step is slow. The derivative of the log-likelihood needs none
-of them: with the gains and innovations of the forward pass stored, one backward recursion over the derivative `lam`
-with respect to the predicted mean and `Lam` (symmetric) with respect to the predicted covariance gives the derivative
-with respect to everything. The derivative of a singular covariance's factor comes out right by itself.
+of them. With gains and innovations of the forward pass stored, a backward recursion over `lam`, the derivative with
+respect to the predicted mean, runs over the data; a second one over `gam = Lam L`, where `Lam` (symmetric) is the
+derivative with respect to the predicted covariance and `L` its factor, takes from the data the products `w w'` and
+`lam w'` alone. With the factors of `covariance.py`, `w` the whitened innovation and everything known after the update,
+one step back through the transition and through the update is
+
+    lam <- A' lam                    gam <- A' gam Q1
+    d   =  S^-T/2 (Kbar' lam - w)    top <- S^-T/2 [(w w' - Kbar' lam w' - 1) Q11 + w lam' L+ Q21 - 2 Kbar' gam Q21]
+    lam <- lam - C' d                gam <- gam Q21 + (lam w' Q11 + C' top) / 2
+
+where `d` is the derivative with respect to the observation and `[top, ...]`, with `Q12`, `Q22` for `Q11`, `Q21`, that
+with respect to the stacked factor `[C L, chol_R]`. Nothing is divided by a predicted covariance, and the derivative of
+a singular covariance's factor comes out right by itself.
+
+For a wide `P`, `lam` is the small difference of large terms; so `rho = L' lam` is carried beside it, by orthogonal
+factors alone, `rho <- Q1' rho` and `rho <- Q21' rho + Q11' w`, and the derivative with respect to `m0` is read from it.
+
+Once the gains stand still, the second recursion is `gam <- F' gam Theta` plus a term that is linear in the products,
+with `F` and `Theta` fixed. All that is wanted is the sum of `gam` over these steps, which solves a linear equation.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Scalar
 from pssm.batch import over_batches
-from pssm.filters.kalman import StepRecord, prepare, scan_filter, shift, timed_fields
+from pssm.filters.covariance import (
+    OF_COVARIANCES,
+    Gains,
+    can_freeze,
+    gains,
+    spread_rows,
+    timed_fields,
+    until_standstill,
+)
+from pssm.filters.kalman import Means, prepare, scan_filter, scan_means, shift
 from pssm.linalg import orthogonalise, solve_lower
-from pssm.linalg.small import matmul, matvec
-from pssm.missing import split_missing
+from pssm.linalg.small import matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
 
 
@@ -33,127 +59,261 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
         Koopman & Shephard 1992 for the score; the recursion here is written for means and covariances.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    if method == "square_root":
-        return over_batches(lambda *args: scan_filter(*args)[1].sum(), ssm, (series, 2), (inputs, 2))
-    return over_batches(_log_likelihood, ssm, (series, 2), (inputs, 2))
+    one = {"auto": _log_likelihood, "sequential": _full_log_likelihood}.get(method, _recursion)
+    return over_batches(one, ssm, (series, 2), (inputs, 2))
+
+
+def _recursion(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    return scan_filter(ssm, y, u, freeze=False)[2].sum()
+
+
+@jax.custom_jvp
+def _full_log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    return _recursion(ssm, y, u)
 
 
 @jax.custom_jvp
 def _log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return scan_filter(ssm, y, u)[1].sum()
+    return scan_filter(ssm, y, u)[2].sum()
+
+
+@_full_log_likelihood.defjvp
+def _full_log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _along(*_score(*primals), tangents)
 
 
 @_log_likelihood.defjvp
 def _log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    frozen = can_freeze(primals[0], primals[1].shape[0])
+    return _along(*(_frozen_score if frozen else _score)(*primals), tangents)
+
+
+def _along(value: Array, gradient: tuple, tangents: tuple) -> tuple[Array, Array]:
     """A scalar's derivative is its gradient times the tangents: linear, so it serves forward and reverse mode."""
-    value, gradient = _score(*primals)
     products = jax.tree.map(jnp.vdot, gradient, tangents)
     return value, sum(jax.tree.leaves(products), jnp.zeros_like(value))
 
 
 def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
-    """The log-likelihood and its gradient with respect to `(ssm, y, u)`.
-
-    `lam` is the derivative with respect to the predicted mean, and `gam = Lam L` that with respect to the predicted
-    covariance (symmetric, `Lam`) times its factor. With the orthogonal factors of the forward pass,
-
-        [C L, chol_R; L, 0] = [S^1/2, 0; Kbar, L+] [Q11, Q12; Q21, Q22],   [A L+, chol_Q] = L' [Q1, Q2],
-
-    `J = 1 - K C`, `w = S^-1/2 (y - prediction)` and `e = S^-T/2 w`, one step back through the transition is
-
-        lam <- A' lam,    gam <- A' gam Q1
-
-    and through the update, since `J L = L+ Q21` and `C L = S^1/2 Q11`,
-
-        lam <- J' lam + C' e
-        gam <- J' gam Q21 + (C' e lam' L+ Q21 + J' lam w' Q11 + C' e w' Q11 - C' S^-T/2 Q11) / 2.
-
-    Nothing is divided by a predicted covariance. For a wide `P`, `lam` is the small difference of large terms; so
-    `rho = L' lam` is carried beside it, by orthogonal factors alone,
-
-        rho <- Q1' rho,    rho <- Q21' rho + Q11' w
-
-    and the derivative with respect to `m0` is read from it where `chol_P0` is regular.
-    """
-    _, observed = split_missing(y)
-    records, log_liks = scan_filter(ssm, y, u)
+    """The log-likelihood and its gradient with respect to `(ssm, y, u)`, every step computed."""
     n = ssm.n_state
+    rows = gains(ssm, ~jnp.isnan(y), freeze=False)
+    means, squares = scan_means(ssm, y, u, rows.gain, rows.root)
+    back = _scan_back(ssm, rows.gain, rows.root, means)
 
-    def back(carry: tuple[Array, Array, Array], xs: tuple) -> tuple[tuple[Array, Array, Array], tuple]:
-        lam, gam, rho = carry
-        r, seen, u_t, u_next, timed = xs
+    def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        gam, rho = carry
+        row, w, lam, timed = xs
+        grads, gam = _covariances_back(ssm.at(timed), row, _products(w, lam), gam)
+        return (gam, _rho_back(row, w, rho)), grads
+
+    start = jnp.zeros((n, n), y.dtype), jnp.zeros(n, y.dtype)
+    xs = rows, means.whitened, back.lam, timed_fields(ssm, ahead=True, names=OF_COVARIANCES)
+    (gam, rho), grads = jax.lax.scan(step, start, xs, reverse=True)
+    sums = {name: g if name in ssm.time_varying else g.sum(0) for name, g in grads.items()}
+    return jnp.sum(rows.log_norm - 0.5 * squares), _gradient(ssm, u, means, back, sums, gam, rho)
+
+
+@jax.custom_jvp
+def _frozen_score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
+    """The same where gains may come to a standstill; higher derivatives are those of `_score`."""
+    rows, last, still = until_standstill(ssm, ~jnp.isnan(y))
+    return jax.lax.cond(still, lambda: _still_score(ssm, y, u, rows, last), lambda: _score(ssm, y, u))
+
+
+@_frozen_score.defjvp
+def _frozen_score_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return jax.jvp(_score, primals, tangents)
+
+
+def _still_score(ssm: LinearGaussianSSM, y: Array, u: Array | None, rows: Gains, last: Array) -> tuple[Array, tuple]:
+    """`_score` where row `last` stands for all later steps."""
+    length, n = y.shape[0], ssm.n_state
+    spread = spread_rows((rows.gain, rows.root, rows.log_norm), last, length)
+    means, squares = scan_means(ssm, y, u, *spread[:2])
+    back = _scan_back(ssm, *spread[:2], means)
+    w, lam = means.whitened, back.lam
+
+    # The sum of gam from `border` on is found at once. What reaches the steps before it comes from the next `window`
+    # steps alone: Theta^window is negligible. Without such a window (or room for it) every step is computed.
+    final = jax.tree.map(lambda x: x[last], rows)
+    powers = _powers(ssm, final, length)
+    window, vanishes = powers.window, powers.vanishes & (powers.window <= length - last)
+    border = jnp.where(vanishes, last, length)
+    first = jnp.where(vanishes, jnp.minimum(last + window, length), length)
+
+    def running(state: tuple) -> Array:
+        return state[0] > 0
+
+    def step(state: tuple) -> tuple:
+        t, gam, rho, at_border, total = state
+        t = t - 1
+        row = jax.tree.map(lambda x: row_of(x, jnp.minimum(t, last)), rows)
+        grads, gam = _covariances_back(ssm, row, _products(row_of(w, t), row_of(lam, t)), gam)
+        total = jax.tree.map(lambda s, g: s + jnp.where(t < border, g, 0.0), total, grads)
+        return t, gam, _rho_back(row, row_of(w, t), rho), jnp.where(t == border, gam, at_border), total
+
+    zero = jnp.zeros((n, n), y.dtype)
+    beyond = jnp.where(first < length, matvec(final.chol.T, back.next_lam[first - 1]), 0.0)
+    total = {name: jnp.zeros_like(getattr(ssm, name)) for name in OF_COVARIANCES}
+    _, gam, rho, at_border, total = jax.lax.while_loop(running, step, (first, zero, beyond, zero, total))
+
+    late = jnp.arange(length) >= border
+    late_w = jnp.where(late[:, None], w, 0.0)
+    products = _Products(late_w.T @ late_w, lam.T @ late_w, jnp.sum(late))
+    after = _covariances_back(ssm, final, products, jnp.zeros_like(gam))[1]  # the terms of all these steps
+    after = powers.solve(after - powers.back @ at_border @ powers.turn) - at_border
+    tail = _covariances_back(ssm, final, products, jnp.where(vanishes, after, 0.0))[0]
+    total = jax.tree.map(lambda s, g: s + jnp.where(vanishes, g, 0.0), total, tail)
+    return jnp.sum(spread[2] - 0.5 * squares), _gradient(ssm, u, means, back, total, gam, rho)
+
+
+# ------------------------------------------------------------------------------------------------------- one step back
+
+
+class _Back(NamedTuple):
+    """Derivatives with respect to the next predicted mean, to the filtered mean, and to the observation (`d`)."""
+
+    next_lam: Array
+    lam: Array
+    residual: Array
+
+
+class _Products(NamedTuple):
+    """`w w'`, `lam w'` and the number of steps they are summed over."""
+
+    ww: Array
+    lam_w: Array
+    count: Array | int
+
+
+def _products(w: Array, lam: Array) -> _Products:
+    return _Products(w[:, None] * w, lam[:, None] * w, 1)
+
+
+def _scan_back(ssm: LinearGaussianSSM, gain: Array, root: Array, means: Means) -> _Back:
+    def step(next_lam: Array, xs: tuple) -> tuple[Array, _Back]:
+        gain_t, root_t, w, timed = xs
         now = ssm.at(timed)
-        grads, u_from_transition, lam, gam = _back_transition(now, r, u_next, lam, gam)
-        more, y_grad, u_from_emission, lam, gam = _back_update(now, r, seen, u_t, lam, gam)
-        rho = matvec(r.turn_next[:, :n].T, rho)
-        rho = matvec(r.turn[:, :n].T, jnp.concatenate([r.whitened, rho]))
-        return (lam, gam, rho), ({**grads, **more}, y_grad, u_from_transition, u_from_emission)
+        lam = matvec(now.A.T, next_lam)
+        residual = matvec(root_t.T, matvec(gain_t.T, lam) - w)
+        return lam - matvec(now.C.T, residual), _Back(next_lam, lam, residual)
 
-    start = jnp.zeros(n, y.dtype), jnp.zeros((n, n), y.dtype), jnp.zeros(n, y.dtype)
-    xs = records, observed, u, shift(u), timed_fields(ssm, ahead=True)
-    (lam, gam, rho), (grads, y_grad, u_transition, u_emission) = jax.lax.scan(back, start, xs, reverse=True)
+    xs = gain, root, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
+    return jax.lax.scan(step, jnp.zeros_like(means.mean[0]), xs, reverse=True)[1]
 
+
+def _covariances_back(
+    ssm: LinearGaussianSSM, row: Gains, products: _Products, gam: Array
+) -> tuple[dict[str, Array], Array]:
+    """The step of the module's head, linear in the products and in `gam` together; without what goes by the means."""
+    n_obs, n = ssm.C.shape
+    turned = matmul(gam, row.turn_next)
+    gam = matmul(ssm.A.T, turned[:, :n])
+    q_obs, q_state = row.turn[:n_obs], row.turn[n_obs:]
+    gam_q = matmul(gam, q_state)
+    lam_w_q = matmul(products.lam_w, q_obs)
+    inner = matmul(products.ww - products.count * jnp.eye(n_obs, dtype=gam.dtype), q_obs)
+    inner = inner - matmul(row.gain.T, lam_w_q + 2 * gam_q)
+    inner = inner + matmul(matmul(products.lam_w.T, row.new_chol), q_state)
+    top = matmul(row.root.T, inner)
+    grads = {
+        "A": 2 * matmul(turned[:, :n], row.new_chol.T),
+        "chol_Q": 2 * turned[:, n:],
+        "C": matmul(top[:, :n], row.chol.T),
+        "chol_R": top[:, n:],
+    }
+    return grads, (gam_q + 0.5 * (lam_w_q + matmul(ssm.C.T, top)))[:, :n]
+
+
+def _rho_back(row: Gains, w: Array, rho: Array) -> Array:
+    n = rho.shape[0]
+    return matvec(row.turn[:, :n].T, jnp.concatenate([w, matvec(row.turn_next[:, :n].T, rho)]))
+
+
+def _gradient(
+    ssm: LinearGaussianSSM,
+    u: Array | None,
+    means: Means,
+    back: _Back,
+    total: dict[str, Array],
+    gam: Array,
+    rho: Array,
+) -> tuple:
+    """Everything together, with what goes by the means: sums over all steps of products of two vectors."""
     chol, turn = orthogonalise(ssm.chol_P0)
+    lam = back.lam[0] - matvec((ssm.C[0] if "C" in ssm.time_varying else ssm.C).T, back.residual[0])
     lam = jnp.where(jnp.diagonal(chol) > 0, 0.0, lam)
     lam = lam + solve_lower(chol, rho - matvec(chol.T, lam), transpose=True)
-    total = {"m0": lam, "chol_P0": 2 * matmul(gam, turn)}
-    for name, g in grads.items():
-        if name not in ssm.time_varying:
-            total[name] = g.sum(0)
-        else:  # what step t says of the transition belongs to the step into t + 1
-            total[name] = _delay(g) if name in TRANSITION else g
-    fields = {name: total.get(name) for name in FIELDS}
-    gradient = LinearGaussianSSM.tree_unflatten(ssm.time_varying, tuple(fields.values()))
-    return log_liks.sum(), (gradient, y_grad, None if u is None else _delay(u_transition) + u_emission)
+
+    def product(name: str, a: Array, b: Array) -> Array:
+        return a[:, :, None] * b[:, None, :] if name in ssm.time_varying else a.T @ b
+
+    def offset(name: str, a: Array) -> Array:
+        return a if name in ssm.time_varying else a.sum(0)
+
+    total = dict(total)
+    total["A"] = total["A"] + product("A", back.next_lam, means.new_mean)
+    total["C"] = total["C"] - product("C", back.residual, means.mean)
+    u_grad = None if u is None else jnp.zeros_like(u)
+    if ssm.b is not None:
+        total["b"] = offset("b", back.next_lam)
+    if ssm.d is not None:
+        total["d"] = -offset("d", back.residual)
+    if ssm.B is not None and u is not None:
+        total["B"] = product("B", back.next_lam, shift(u))
+        # The input of step t + 1 acts on the step into it.
+        B = jnp.concatenate([ssm.B[1:], ssm.B[-1:]]) if "B" in ssm.time_varying else ssm.B
+        u_grad = u_grad + _delay(jnp.einsum("...nk,...n->...k", B, back.next_lam))
+    if ssm.D is not None and u is not None:
+        total["D"] = -product("D", back.residual, u)
+        u_grad = u_grad - jnp.einsum("...pk,...p->...k", ssm.D, back.residual)
+    for name in set(TRANSITION) & set(ssm.time_varying):  # what step t says of it belongs to the step into t + 1
+        total[name] = _delay(total[name])
+    fields = {name: total.get(name) for name in FIELDS} | {"m0": lam, "chol_P0": 2 * matmul(gam, turn)}
+    return LinearGaussianSSM.tree_unflatten(ssm.time_varying, tuple(fields.values())), back.residual, u_grad
 
 
 def _delay(g: Array) -> Array:
     return jnp.concatenate([jnp.zeros_like(g[:1]), g[:-1]])
 
 
-def _back_transition(
-    ssm: LinearGaussianSSM, r: StepRecord, u_next: Array | None, lam: Array, gam: Array
-) -> tuple[dict[str, Array], Array | None, Array, Array]:
-    """Through `m' = A m + b + B u`, `P' = A P A' + Q`."""
-    n = ssm.n_state
-    turned = matmul(gam, r.turn_next)
-    grads = {"A": lam[:, None] * r.new_mean + 2 * matmul(turned[:, :n], r.new_chol.T), "chol_Q": 2 * turned[:, n:]}
-    if ssm.b is not None:
-        grads["b"] = lam
-    u_grad = None if u_next is None else jnp.zeros_like(u_next)
-    if ssm.B is not None and u_next is not None:
-        grads["B"] = lam[:, None] * u_next
-        u_grad = matvec(ssm.B.T, lam)
-    return grads, u_grad, matvec(ssm.A.T, lam), matmul(ssm.A.T, turned[:, :n])
+# ------------------------------------------------------------------------------------------------------- standing still
 
 
-def _back_update(
-    ssm: LinearGaussianSSM, r: StepRecord, seen: Array, u_t: Array | None, lam: Array, gam: Array
-) -> tuple[dict[str, Array], Array, Array | None, Array, Array]:
-    """Through the update and the log-likelihood of one step."""
+class _Powers(NamedTuple):
+    """`F'` (`back`) and `Theta` (`turn`) of `gam <- F' gam Theta`, with the powers that make the sum over all steps.
+
+    `window` is a power of two, `vanishes` tells whether `Theta^window` is below rounding.
+    """
+
+    back: Array
+    turn: Array
+    window: Array
+    vanishes: Array
+
+    def solve(self, x: Array) -> Array:
+        """`x + F' x Theta + F'^2 x Theta^2 + ...` up to the window, by doubling."""
+
+        def double(state: tuple) -> tuple:
+            count, x, back, turn = state
+            return 2 * count, x + back @ x @ turn, back @ back, turn @ turn
+
+        return jax.lax.while_loop(lambda s: s[0] < self.window, double, (1, x, self.back, self.turn))[1]
+
+
+def _powers(ssm: LinearGaussianSSM, row: Gains, length: int) -> _Powers:
     n_obs, n = ssm.C.shape
-    C = jnp.where(seen[:, None], ssm.C, 0.0)
-    q_obs, q_state = r.turn[:n_obs], r.turn[n_obs:]  # [Q11, Q12] and [Q21, Q22]
-    w_q = matvec(q_obs.T, r.whitened)
-    lam_q = matvec(q_state.T, matvec(r.new_chol.T, lam))
-    gam_q = matmul(gam, q_state)
-    root_q = matmul(r.root.T, q_obs)
-    e = matvec(r.root.T, r.whitened)
-    gain_lam = matvec(r.gain.T, lam)
-    residual_grad = gain_lam - e
-    # Derivative with respect to the stacked factor's first row [C L, chol_R], both of its halves at once.
-    by_top = e[:, None] * (w_q + lam_q) - gain_lam[:, None] * w_q - root_q - 2 * matmul(r.gain.T, gam_q)
-    by_c = -residual_grad[:, None] * r.mean + matmul(by_top[:, :n], r.chol.T)
-    ce, gain_back = matvec(C.T, e), lam - matvec(C.T, gain_lam)
-    new_gam = gam_q - matmul(C.T, matmul(r.gain.T, gam_q))
-    new_gam = new_gam[:, :n] + 0.5 * (
-        ce[:, None] * (lam_q + w_q)[:n] + gain_back[:, None] * w_q[:n] - matmul(C.T, root_q[:, :n])
-    )
-    grads = {"C": jnp.where(seen[:, None], by_c, 0.0), "chol_R": by_top[:, n:]}
-    if ssm.d is not None:
-        grads["d"] = -residual_grad
-    u_grad = None if u_t is None else jnp.zeros_like(u_t)
-    if ssm.D is not None and u_t is not None:
-        grads["D"] = -residual_grad[:, None] * u_t
-        u_grad = -matvec(ssm.D.T, residual_grad)
-    return grads, residual_grad, u_grad, gain_back + ce, new_gam
+    turn = row.turn_next[:, :n] @ row.turn[n_obs:, :n]
+    back = ssm.A.T - ssm.C.T @ (row.root.T @ (row.gain.T @ ssm.A.T))
+    rounding = jnp.finfo(turn.dtype).eps
+
+    def square(state: tuple) -> tuple:
+        count, power = state
+        return 2 * count, power @ power
+
+    def large(state: tuple) -> Array:
+        return (state[0] < length) & (jnp.sum(state[1] ** 2) > rounding**2)
+
+    window, power = jax.lax.while_loop(large, square, (1, turn))
+    return _Powers(back, turn, window, jnp.sum(power**2) <= rounding**2)

@@ -10,6 +10,7 @@ so `z_t | z_{t+1}` has mean `m + G21 G11^-1 (z_{t+1} - predicted mean)` and fact
 in the square-root form of Park & Kailath 1995).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.kalman import StepRecord, prepare, scan_filter, timed_fields
+from pssm.filters.covariance import Gains, timed_fields
+from pssm.filters.kalman import Means, prepare, scan_filter
 from pssm.linalg import orthogonalise, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.results import SmootherResult
@@ -60,7 +62,7 @@ def kalman_smoother(
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(_smooth, ssm, (series, 2), (inputs, 2))
+    return over_batches(partial(_smooth, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
 
 
 def sample_states(
@@ -104,9 +106,9 @@ def sample_states(
     noise = jax.random.normal(key, (*batch, count, series.shape[-2], ssm.n_state), series.dtype)
 
     def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, noises: Array) -> Array:
-        r = scan_filter(model, y_one, u_one)[0]
-        backward = _backward_conditionals(model, r)
-        return jax.vmap(lambda e: _draw(backward, r.new_mean[-1], r.new_chol[-1], e))(noises)
+        rows, means, _ = scan_filter(model, y_one, u_one)
+        backward = _backward_conditionals(model, rows, means)
+        return jax.vmap(lambda e: _draw(backward, means.new_mean[-1], rows.new_chol[-1], e))(noises)
 
     paths = over_batches(one, ssm, (series, 2), (inputs, 2), (noise, 3))
     paths = jnp.moveaxis(paths, len(batch), 0)
@@ -126,7 +128,7 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _two_rows(ssm: LinearGaussianSSM, r: StepRecord) -> tuple[Array, Array]:
+def _two_rows(ssm: LinearGaussianSSM, r: Gains) -> tuple[Array, Array]:
     """`[G11, 0; G21, G22]` and the orthogonal factor of the module's head, for all `t < T` at once."""
 
     def one(chol_t: Array, timed: dict[str, Array]) -> tuple[Array, Array]:
@@ -138,41 +140,42 @@ def _two_rows(ssm: LinearGaussianSSM, r: StepRecord) -> tuple[Array, Array]:
     return jax.vmap(one)(r.new_chol[:-1], {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()})
 
 
-def _backward_conditionals(ssm: LinearGaussianSSM, r: StepRecord) -> _Backward:
+def _backward_conditionals(ssm: LinearGaussianSSM, rows: Gains, means: Means) -> _Backward:
     """The conditionals for all `t < T`, from the records of the filter."""
     n = ssm.n_state
 
     def gain(joint: Array) -> Array:
         return solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
 
-    joint = _two_rows(ssm, r)[0]
-    return _Backward(r.new_mean[:-1], jax.vmap(gain)(joint), joint[:, n:, n:], r.mean[1:])
+    joint = _two_rows(ssm, rows)[0]
+    return _Backward(means.new_mean[:-1], jax.vmap(gain)(joint), joint[:, n:, n:], means.mean[1:])
 
 
-def _smoothed_means(r: StepRecord) -> Array:
+def _smoothed_means(rows: Gains, means: Means) -> Array:
     """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
 
     The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
     """
-    n_obs = r.whitened.shape[-1]
-    n = r.mean.shape[-1]
+    n_obs = means.whitened.shape[-1]
+    n = means.mean.shape[-1]
 
-    def back(message: Array, t: StepRecord) -> tuple[Array, Array]:
-        after = matvec(t.turn_next[:, :n].T, message)
-        mean = t.new_mean + matvec(t.new_chol, after)
-        return matvec(t.turn[n_obs:, :n].T, after) + matvec(t.turn[:n_obs, :n].T, t.whitened), mean
+    def back(message: Array, xs: tuple[Gains, Means]) -> tuple[Array, Array]:
+        row, m = xs
+        after = matvec(row.turn_next[:, :n].T, message)
+        mean = m.new_mean + matvec(row.new_chol, after)
+        return matvec(row.turn[n_obs:, :n].T, after) + matvec(row.turn[:n_obs, :n].T, m.whitened), mean
 
-    return jax.lax.scan(back, jnp.zeros(n, r.mean.dtype), r, reverse=True)[1]
+    return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), (rows, means), reverse=True)[1]
 
 
-def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> SmootherResult:
     """Moments through orthogonal factors alone: nothing is solved for, so no error grows on the way back.
 
     The smoothed covariance is `L+ W W' L+'` with `W W' <= 1` what the future leaves of the filtered one. With the
     orthogonal factor `[Q1, Q2; Q3, Q4]` of the two rows above and `V V'` the same for the next predicted covariance,
     `W W' = Q1' V V' Q1 + Q3' Q3`; through the update `V = Q21' W`, and the lag-one covariance is `L' V V' Q1 L+'`.
     """
-    r, log_liks = scan_filter(ssm, y, u)
+    r, means, log_liks = scan_filter(ssm, y, u, freeze=freeze)
     n, n_obs = ssm.n_state, ssm.n_obs
     back_rows = r.turn[:, n_obs:, :n]  # Q21
     joint, turn = _two_rows(ssm, r)
@@ -191,7 +194,7 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult
     last = r.new_chol[-1]
     xs = r.new_chol[:-1], r.chol[1:], r.turn_next[:-1, :, :n], rest, back_rows[:-1]
     _, (chol, cross) = jax.lax.scan(step, back_rows[-1].T, xs, reverse=True)
-    return SmootherResult(_smoothed_means(r), jnp.concatenate([chol, last[None]]), cross, log_liks.sum())
+    return SmootherResult(_smoothed_means(r, means), jnp.concatenate([chol, last[None]]), cross, log_liks.sum())
 
 
 def _draw(backward: _Backward, last_mean: Array, last_chol: Array, noise: Array) -> Array:

@@ -104,9 +104,11 @@ def potentials_at(
 ) -> PotentialsAtMode:
     """The potentials at a path that is the mode, up to one more step.
 
-    With the path held fixed the step's derivatives are those of the mode (implicit differentiation), so gradients by
-    the parameters of `prior` and `log_lik` flow through the centre and the slope. They do not flow through the
-    curvatures, whose derivatives the step at a mode does not need.
+    With the path held fixed the step's derivatives stand for those of the mode (implicit differentiation), so
+    gradients by the parameters of `prior` and `log_lik` flow through the centre and the slope. They are exact where a
+    Gauss-Newton step is a Newton step (a linear transition, a concave likelihood, matrices as messages), and as good as
+    its curvature elsewhere. They do not flow through the curvatures, whose derivatives the step at a mode does not
+    need.
     """
     sd = jax.lax.stop_gradient(noise_scale(prior))
     if _is_large(prior):

@@ -1,31 +1,43 @@
-"""Products of tiny matrices that stay inside a fused loop.
+"""Products of small matrices that stay inside a fused loop.
 
-XLA compiles a `lax.scan` into one tight loop when its body holds nothing but elementwise work and reductions; a single
-`dot` or LAPACK call in the body costs more than all the arithmetic of a small Kalman step. Below `SMALL` the products
-here are written as multiply-and-sum, above it they are ordinary matrix products.
+XLA compiles a `lax.scan` into one tight loop when its body is small and holds nothing but elementwise work, reductions
+and inner loops; a single `dot`, `scatter` or LAPACK call in the body makes every operation of the step a kernel call of
+its own, which costs more than all the arithmetic of a small Kalman step. The small products here are written as
+multiply-and-sum, the larger ones are ordinary matrix products.
 """
 
+import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 
 from pssm._types import Array, Float
 
-TINY = 4  # factorisations outside of a scan: unrolled below, since compile time grows fast with their size
+TINY = 4  # factorisations are unrolled up to here; compile time grows fast with their size
 SMALL = 12  # on the CPUs measured, the gain is 30 x at size 4, 6 x at 12 and gone at 16
 
 
 def matvec(a: Float[Array, "rows cols"], x: Float[Array, " cols"]) -> Float[Array, " rows"]:
     """`a @ x`."""
-    if max(a.shape) > SMALL:
+    if a.size > 2 * SMALL**2:
         return a @ x
     return jnp.sum(a * x, axis=1)
 
 
 def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner cols"]) -> Float[Array, "rows cols"]:
     """`a @ b`."""
-    if max(*a.shape, *b.shape) > SMALL:
+    if a.size * b.shape[1] > 2 * SMALL**3:
         return a @ b
     return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
+
+
+def row_of(a: Array, i: Array) -> Array:
+    """`a[i]` for an index of the loop."""
+    return jax.lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+
+
+def set_row(a: Array, row: Array, i: Array) -> Array:
+    """`a` with row `i` replaced; `a.at[i].set(row)` would be a `scatter`."""
+    return jax.lax.dynamic_update_index_in_dim(a, row, i, 0)
 
 
 def cholesky(a: Float[Array, "rows rows"]) -> Float[Array, "rows rows"]:

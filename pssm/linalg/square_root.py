@@ -13,7 +13,7 @@ import numpy as np
 
 from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
-from pssm.linalg.small import SMALL, matmul, matvec, substitute
+from pssm.linalg.small import SMALL, TINY, matmul, matvec, row_of, set_row, substitute
 
 
 def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
@@ -87,7 +87,7 @@ def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
         again = jnp.where(jnp.sum(again**2) > 0.01 * jnp.sum(rest**2), again, 0.0)
         return first + second, *_normalise(again)
 
-    if rows <= SMALL:
+    if rows <= TINY:
         q_rows: list[jax.Array] = []
         l_rows = []
         for i in range(rows):
@@ -102,8 +102,9 @@ def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def one_row(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         factor, q = done
-        coefficients, direction, length = project(m[i], q)
-        return factor.at[i].set(coefficients.at[i].set(length)), q.at[i].set(direction)
+        coefficients, direction, length = project(row_of(m, i), q)
+        coefficients = jnp.where(jnp.arange(rows) == i, length, coefficients)
+        return set_row(factor, coefficients, i), set_row(q, direction, i)
 
     empty = jnp.zeros((rows, rows), m.dtype), jnp.zeros((rows, cols), m.dtype)
     return jax.lax.fori_loop(0, rows, one_row, empty)

@@ -146,7 +146,8 @@ def run_method(
             value, error = elbo(fit, key=settings.seed + 1, num_particles=1000)
             result.diagnostics = {"elbo": value, "elbo_se": error, "khat": khat(fit, num_particles=1000)}
         else:
-            result.note = f"Its objective ended at {-result.losses[-len(result.losses) // 10 :].mean():.2f}: no bound."
+            ended = -result.losses[-len(result.losses) // 10 :].mean()
+            result.note = f"{result.note} Its objective ended at {ended:.2f}: no bound.".strip()
         if not fit.converged:
             result.note = f"{result.note} Not converged: {fit.message}".strip()
     else:

@@ -1,0 +1,176 @@
+"""The half of the filter that never sees the data: covariances, gains and their orthogonal factors.
+
+One step, with `L` a factor of the predicted covariance, stacks the observation above the state and triangularises:
+
+    [ C L   chol_R ]     [ S^1/2   0  ] [ Q11  Q12 ]     S = C P C' + R,  K = Kbar S^-1/2 the Kalman gain
+    [   L     0    ]  =  [ Kbar    L+ ] [ Q21  Q22 ]     L+ a factor of the filtered covariance
+
+    [ A L+  chol_Q ]  =  L' [ Q1  Q2 ]                   L' the next factor of the predicted covariance
+
+Missing entries are rows of zeros in the first line: their pivot in `S^1/2` is zero and is skipped, and so is an entry
+that was known exactly before it was seen. Nothing is subtracted from a covariance, so none can turn negative, and
+float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12).
+
+Where nothing in this half varies with time, it comes to a standstill, mostly after a few dozen steps; the last row then
+serves all later steps. In a batch all elements stop together, so that the loop ends and its rows are not kept apart.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from pssm._types import Array
+from pssm.linalg import orthogonalise, solve_lower, triangularise
+from pssm.linalg.small import matmul, set_row
+from pssm.ssm import TRANSITION, LinearGaussianSSM
+
+LOG_2PI = math.log(2 * math.pi)
+OF_COVARIANCES = ("A", "chol_Q", "C", "chol_R")
+SHORTEST = 64  # a series below this length is not worth the search for a standstill
+FIRST_CHECK = 16
+
+
+class Gains(NamedTuple):
+    """What one step does, whatever the data: the factors of this module's head.
+
+    `chol` and `new_chol` are `L` and `L+`, `gain` is `Kbar`, `root` is `S^-1/2`, zero where nothing is observed;
+    `log_norm` is the part of the log-likelihood without data. `turn` and `turn_next` are the orthogonal factors of
+    the update and of the transition to the next step.
+    """
+
+    chol: Array
+    new_chol: Array
+    gain: Array
+    root: Array
+    log_norm: Array
+    turn: Array
+    turn_next: Array
+
+
+def gains(ssm: LinearGaussianSSM, observed: Array, *, freeze: bool) -> Gains:
+    """The rows of all steps.
+
+    Args:
+        ssm: an unbatched model.
+        observed: which entries of the series there are, `(time, obs)`.
+        freeze: stop at a standstill. Derivatives are those of the full recursion, of any order and direction.
+    """
+    if freeze and can_freeze(ssm, observed.shape[0]):
+        return _repeat_the_last(ssm, observed)
+    return _every_step(ssm, observed)
+
+
+def can_freeze(ssm: LinearGaussianSSM, length: int) -> bool:
+    """Whether covariances may come to a standstill."""
+    return length >= SHORTEST and not set(OF_COVARIANCES) & set(ssm.time_varying)
+
+
+def spread_rows(rows: Any, last: Array, length: int) -> Any:
+    """`length` rows of a tree of arrays, those behind `last` equal to it."""
+    index = jnp.minimum(jnp.arange(length), last)
+    return jax.tree.map(lambda x: x[index], rows)
+
+
+@jax.custom_jvp
+def _repeat_the_last(ssm: LinearGaussianSSM, observed: Array) -> Gains:
+    length = observed.shape[0]
+    rows, last, still = until_standstill(ssm, observed)
+    return jax.lax.cond(still, lambda: spread_rows(rows, last, length), lambda: _every_step(ssm, observed))
+
+
+@_repeat_the_last.defjvp
+def _repeat_the_last_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """By the full recursion, which differentiates in any direction and order."""
+    return jax.jvp(lambda ssm: _every_step(ssm, primals[1]), primals[:1], tangents[:1])
+
+
+def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool, names: tuple[str, ...] | None = None) -> dict[str, Array]:
+    """Time-varying fields as scan inputs, all or those among `names`.
+
+    With `ahead`, transition fields are shifted so that step `t` of the scan carries the transition INTO step `t + 1`;
+    the last one is repeated, and what is computed from it is thrown away.
+    """
+    fields = {name: getattr(ssm, name) for name in ssm.time_varying if names is None or name in names}
+    if not ahead:
+        return fields
+    return {name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()}
+
+
+def _step(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> tuple[Array, Gains]:
+    n_obs, n_state = ssm.C.shape
+    seen = observed[:, None]
+    top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
+    bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
+    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
+    chol_s, gain, new_chol = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
+    pivots = jnp.diagonal(chol_s)
+    live = pivots > 0
+    log_norm = -jnp.sum(jnp.where(live, 0.5 * LOG_2PI + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
+    root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
+    next_chol, turn_next = orthogonalise(jnp.concatenate([matmul(ssm.A, new_chol), ssm.chol_Q], axis=1))
+    return next_chol, Gains(chol, new_chol, gain, root, log_norm, turn, turn_next)
+
+
+def _every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
+    def step(chol: Array, xs: tuple) -> tuple[Array, Gains]:
+        observed_t, timed = xs
+        return _step(ssm.at(timed), chol, observed_t)
+
+    xs = observed, timed_fields(ssm, ahead=True, names=OF_COVARIANCES)
+    return jax.lax.scan(step, triangularise(ssm.chol_P0), xs)[1]
+
+
+def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Array, Array]:
+    """Rows up to a `last` one, and whether that one stands for all later steps.
+
+    It does when the predicted covariance has not moved over the last third of the steps and no gap lies ahead. There
+    is room for `_capacity` rows; those behind the last one are zero.
+    """
+    length = observed.shape[0]
+    ragged = jnp.any(observed != observed[-1], axis=1)
+    steady_from = jnp.max(jnp.where(ragged, jnp.arange(length) + 1, 0))
+
+    def step(state: tuple) -> tuple:
+        t, chol, earlier, check, rows, _ = state
+        next_chol, row = _step(ssm, chol, observed[t])
+        rows = jax.tree.map(lambda all_rows, x: set_row(all_rows, x, t), rows, row)
+        due = t == check
+        still = _in_all_of_a_batch(due & (t >= steady_from) & _unmoved(earlier, next_chol))
+        earlier = jnp.where(due, next_chol, earlier)
+        return t + 1, next_chol, earlier, jnp.where(due, 3 * check // 2, check), rows, still
+
+    start = triangularise(ssm.chol_P0)
+    row = jax.eval_shape(lambda: _step(ssm, start, observed[0])[1])
+    capacity = _capacity(row, length)
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
+    state = jnp.asarray(0), start, start, jnp.asarray(FIRST_CHECK), rows, jnp.asarray(False)
+    t, _, _, _, rows, still = jax.lax.while_loop(lambda s: (s[0] < capacity) & ~s[-1], step, state)
+    return rows, t - 1, still
+
+
+def _capacity(row: Gains, length: int) -> int:
+    """Room for the steps before a standstill: filling it with zeros must cost little."""
+    return min(length, max(SHORTEST, min(512, 2**19 // sum(x.size for x in jax.tree.leaves(row)))))
+
+
+def _unmoved(before: Array, after: Array) -> Array:
+    """Whether two factors agree to rounding: each pivot relative to itself, each row relative to its length."""
+    tolerance = 8 * jnp.finfo(after.dtype).eps
+    moved = jnp.abs(after - before)
+    size = jnp.sqrt(jnp.sum(after**2, axis=1))
+    pivots = jnp.abs(jnp.diagonal(after))
+    return jnp.all(moved <= tolerance * size[:, None]) & jnp.all(jnp.diagonal(moved) <= tolerance * pivots)
+
+
+@custom_vmap
+def _in_all_of_a_batch(flag: Array) -> Array:
+    """The flag; under `vmap`, whether it holds for every element."""
+    return flag
+
+
+@_in_all_of_a_batch.def_vmap
+def _in_all_of_a_batch_rule(axis_size: int, in_batched: list, flag: Array) -> tuple[Array, bool]:
+    return _in_all_of_a_batch(jnp.all(flag, axis=0) if in_batched[0] else flag), False
