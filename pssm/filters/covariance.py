@@ -16,6 +16,7 @@ serves all later steps. In a batch all elements stop together, so that the loop 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +25,13 @@ from jax.custom_batching import custom_vmap
 
 from pssm._types import Array
 from pssm.linalg import orthogonalise, solve_lower, triangularise
-from pssm.linalg.small import matmul, set_row
+from pssm.linalg.small import matmul, row_of, set_row
 from pssm.ssm import TRANSITION, LinearGaussianSSM
 
 LOG_2PI = math.log(2 * math.pi)
 OF_COVARIANCES = ("A", "chol_Q", "C", "chol_R")
 SHORTEST = 64  # a series below this length is not worth the search for a standstill
-FIRST_CHECK = 16
+FIRST_CHECK = 12
 
 
 class Gains(NamedTuple):
@@ -50,17 +51,26 @@ class Gains(NamedTuple):
     turn_next: Array
 
 
-def gains(ssm: LinearGaussianSSM, observed: Array, *, freeze: bool) -> Gains:
-    """The rows of all steps.
+def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool) -> Any:
+    """`fn(rows, last, *args)`, for the series `args = (ssm, y, ...)`: row `min(t, last)` of `rows` serves step `t`.
 
-    Args:
-        ssm: an unbatched model.
-        observed: which entries of the series there are, `(time, obs)`.
-        freeze: stop at a standstill. Derivatives are those of the full recursion, of any order and direction.
+    With `freeze` the rows may end at a standstill. Derivatives, of any order and direction, are then those of the
+    full recursion.
     """
-    if freeze and can_freeze(ssm, observed.shape[0]):
-        return _repeat_the_last(ssm, observed)
-    return _every_step(ssm, observed)
+
+    def full(*args: Any) -> Any:
+        ssm, y = args[:2]
+        return fn(every_step(ssm, ~jnp.isnan(y)), y.shape[0] - 1, *args)
+
+    @jax.custom_jvp
+    def frozen(*args: Any) -> Any:
+        ssm, y = args[:2]
+        rows, last, still = until_standstill(ssm, ~jnp.isnan(y))
+        return jax.lax.cond(still, lambda: fn(rows, last, *args), lambda: full(*args))
+
+    frozen.defjvp(lambda primals, tangents: jax.jvp(full, primals, tangents))
+    ssm, y = args[:2]
+    return (frozen if freeze and can_freeze(ssm, y.shape[0]) else full)(*args)
 
 
 def can_freeze(ssm: LinearGaussianSSM, length: int) -> bool:
@@ -68,23 +78,27 @@ def can_freeze(ssm: LinearGaussianSSM, length: int) -> bool:
     return length >= SHORTEST and not set(OF_COVARIANCES) & set(ssm.time_varying)
 
 
-def spread_rows(rows: Any, last: Array, length: int) -> Any:
-    """`length` rows of a tree of arrays, those behind `last` equal to it."""
+def spread_rows(rows: Any, last: Array | int, length: int) -> Any:
+    """A tree of arrays with `length` rows, those behind `last` equal to it."""
+    if isinstance(last, int):
+        return rows
     index = jnp.minimum(jnp.arange(length), last)
     return jax.tree.map(lambda x: x[index], rows)
 
 
-@jax.custom_jvp
-def _repeat_the_last(ssm: LinearGaussianSSM, observed: Array) -> Gains:
-    length = observed.shape[0]
-    rows, last, still = until_standstill(ssm, observed)
-    return jax.lax.cond(still, lambda: spread_rows(rows, last, length), lambda: _every_step(ssm, observed))
+def row_at(rows: Any, t: Array, last: Array | int) -> Any:
+    """The row of a tree of arrays that serves step `t`."""
+    return jax.tree.map(lambda x: row_of(x, jnp.minimum(t, last)), rows)
 
 
-@_repeat_the_last.defjvp
-def _repeat_the_last_jvp(primals: tuple, tangents: tuple) -> tuple:
-    """By the full recursion, which differentiates in any direction and order."""
-    return jax.jvp(lambda ssm: _every_step(ssm, primals[1]), primals[:1], tangents[:1])
+def by_step(rows: Any, last: Array | int, length: int) -> tuple[Any, Callable[[Any], Any]]:
+    """Rows as inputs of a scan over `length` steps, and what makes one step's row of one step's input.
+
+    Rows of every step go in as they are, so that a scan can be differentiated; others are looked up.
+    """
+    if isinstance(last, int):
+        return rows, lambda row: row
+    return jnp.arange(length), lambda t: row_at(rows, t, last)
 
 
 def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool, names: tuple[str, ...] | None = None) -> dict[str, Array]:
@@ -114,7 +128,9 @@ def _step(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> tuple[Array, 
     return next_chol, Gains(chol, new_chol, gain, root, log_norm, turn, turn_next)
 
 
-def _every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
+def every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
+    """A row for each step."""
+
     def step(chol: Array, xs: tuple) -> tuple[Array, Gains]:
         observed_t, timed = xs
         return _step(ssm.at(timed), chol, observed_t)
@@ -126,7 +142,7 @@ def _every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
 def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Array, Array]:
     """Rows up to a `last` one, and whether that one stands for all later steps.
 
-    It does when the predicted covariance has not moved over the last third of the steps and no gap lies ahead. There
+    It does when the predicted covariance has not moved over the last fifth of the steps and no gap lies ahead. There
     is room for `_capacity` rows; those behind the last one are zero.
     """
     length = observed.shape[0]
@@ -138,9 +154,9 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
         next_chol, row = _step(ssm, chol, observed[t])
         rows = jax.tree.map(lambda all_rows, x: set_row(all_rows, x, t), rows, row)
         due = t == check
-        still = _in_all_of_a_batch(due & (t >= steady_from) & _unmoved(earlier, next_chol))
+        still = in_all_of_a_batch(due & (t >= steady_from) & unmoved(earlier, next_chol))
         earlier = jnp.where(due, next_chol, earlier)
-        return t + 1, next_chol, earlier, jnp.where(due, 3 * check // 2, check), rows, still
+        return t + 1, next_chol, earlier, jnp.where(due, next_check(check), check), rows, still
 
     start = triangularise(ssm.chol_P0)
     row = jax.eval_shape(lambda: _step(ssm, start, observed[0])[1])
@@ -153,10 +169,15 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
 
 def _capacity(row: Gains, length: int) -> int:
     """Room for the steps before a standstill: filling it with zeros must cost little."""
-    return min(length, max(SHORTEST, min(512, 2**19 // sum(x.size for x in jax.tree.leaves(row)))))
+    return min(length, max(2 * SHORTEST, min(512, 2**19 // sum(x.size for x in jax.tree.leaves(row)))))
 
 
-def _unmoved(before: Array, after: Array) -> Array:
+def next_check(check: Array) -> Array:
+    """Steps between two looks for a standstill grow with their number: slow drifts must show."""
+    return 5 * check // 4
+
+
+def unmoved(before: Array, after: Array) -> Array:
     """Whether two factors agree to rounding: each pivot relative to itself, each row relative to its length."""
     tolerance = 8 * jnp.finfo(after.dtype).eps
     moved = jnp.abs(after - before)
@@ -166,11 +187,11 @@ def _unmoved(before: Array, after: Array) -> Array:
 
 
 @custom_vmap
-def _in_all_of_a_batch(flag: Array) -> Array:
+def in_all_of_a_batch(flag: Array) -> Array:
     """The flag; under `vmap`, whether it holds for every element."""
     return flag
 
 
-@_in_all_of_a_batch.def_vmap
+@in_all_of_a_batch.def_vmap
 def _in_all_of_a_batch_rule(axis_size: int, in_batched: list, flag: Array) -> tuple[Array, bool]:
-    return _in_all_of_a_batch(jnp.all(flag, axis=0) if in_batched[0] else flag), False
+    return in_all_of_a_batch(jnp.all(flag, axis=0) if in_batched[0] else flag), False

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.covariance import Gains, gains, timed_fields
+from pssm.filters.covariance import Gains, by_step, spread_rows, timed_fields, with_gains
 from pssm.linalg import outer, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
@@ -65,7 +65,7 @@ def log_likelihoods(
 ) -> Float[Array, "*batch time"]:
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(lambda *args: scan_filter(*args, freeze=method == "auto")[2], ssm, (series, 2), (inputs, 2))
+    return over_batches(partial(_log_likelihoods, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
 
 
 def simulate(
@@ -156,12 +156,12 @@ def continuation(
     `simulate` on it draws future paths, its prior moments are the forecast. Arguments as in `forecast`.
     """
     length = y.shape[0]
-    rows, means, _ = scan_filter(ssm.steps(0, length), y, u)
+    kept = _filter(ssm.steps(0, length), y, u, freeze=True)
     rest = ssm.steps(length, length + num_steps)
     first = rest.at({name: getattr(rest, name)[0] for name in rest.time_varying})
     u_first = None if u_future is None else u_future[0]
-    chol = triangularise(jnp.concatenate([matmul(first.A, rows.new_chol[-1]), first.chol_Q], axis=1))
-    return rest.starting_at(transition_mean(first, means.new_mean[-1], u_first), chol)
+    chol = triangularise(jnp.concatenate([matmul(first.A, kept.chol[-1]), first.chol_Q], axis=1))
+    return rest.starting_at(transition_mean(first, kept.mean[-1], u_first), chol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,37 +217,46 @@ class Means(NamedTuple):
     whitened: Array
 
 
-def scan_means(ssm: LinearGaussianSSM, y: Array, u: Array | None, gain: Array, root: Array) -> tuple[Means, Array]:
-    """The means of one series, given the gains of all steps, and the squares of the whitened innovations, summed."""
+def scan_means(
+    rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
+) -> tuple[Means, Array]:
+    """The means of one series, given the gains, and the log-likelihood of each step."""
     filled, observed = split_missing(y)
+    length = y.shape[0]
+    row_xs, row_of_step = by_step((rows.gain, rows.root), last, length)
 
     def step(mean: Array, xs: tuple) -> tuple[Array, Means]:
-        y_t, observed_t, u_t, u_next, gain_t, root_t, timed = xs
+        row, y_t, observed_t, u_t, u_next, timed = xs
         now = ssm.at(timed)
+        gain, root = row_of_step(row)
         residual = jnp.where(observed_t, y_t - emission_mean(now, mean, u_t), 0.0)
-        whitened = matvec(root_t, residual)
-        new_mean = mean + matvec(gain_t, whitened)
+        whitened = matvec(root, residual)
+        new_mean = mean + matvec(gain, whitened)
         return transition_mean(now, new_mean, u_next), Means(mean, new_mean, whitened)
 
-    xs = filled, observed, u, shift(u), gain, root, timed_fields(ssm, ahead=True)
+    xs = row_xs, filled, observed, u, shift(u), timed_fields(ssm, ahead=True)
     means = jax.lax.scan(step, ssm.m0, xs)[1]
-    return means, jnp.sum(means.whitened**2, axis=1)
+    return means, spread_rows(rows.log_norm, last, length) - 0.5 * jnp.sum(means.whitened**2, axis=1)
 
 
-def scan_filter(
-    ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool = True
-) -> tuple[Gains, Means, Array]:
-    """The filter over one series: gains and means of every step, log-likelihoods. Unused parts cost nothing."""
-    rows = gains(ssm, ~jnp.isnan(y), freeze=freeze)
-    means, squares = scan_means(ssm, y, u, rows.gain, rows.root)
-    return rows, means, rows.log_norm - 0.5 * squares
+@partial(jax.jit, static_argnames="freeze")
+def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
+    return with_gains(lambda *args: scan_means(*args)[1], ssm, y, u, freeze=freeze)
 
 
+@partial(jax.jit, static_argnames="freeze")
 def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> FilterResult:
-    rows, means, log_liks = scan_filter(ssm, y, u, freeze=freeze)
-    return FilterResult(log_liks.sum(), log_liks, means.new_mean, rows.new_chol, means.mean, rows.chol)
+    return with_gains(filter_result, ssm, y, u, freeze=freeze)
 
 
+def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
+    """Everything the filter knows, given the gains. What is not used costs nothing."""
+    means, log_liks = scan_means(rows, last, ssm, y, u)
+    chol, new_chol = spread_rows((rows.chol, rows.new_chol), last, y.shape[0])
+    return FilterResult(log_liks.sum(), log_liks, means.new_mean, new_chol, means.mean, chol)
+
+
+@jax.jit
 def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_noise: Array) -> tuple[Array, Array]:
     n_state = ssm.n_state
 
@@ -266,11 +275,11 @@ def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_n
 def _prior_moments(ssm: LinearGaussianSSM, num_steps: int, u: Array | None) -> ForecastResult:
     """Moments before any observation: a filter that sees nothing, and the emission on top."""
     nothing = jnp.full((num_steps, ssm.n_obs), jnp.nan, ssm.dtype)
-    rows, means, _ = scan_filter(ssm, nothing, u)
+    prior = _filter(ssm, nothing, u, freeze=True)
 
     def emit(mean: Array, chol: Array, u_t: Array | None, timed: dict[str, Array]) -> tuple[Array, Array]:
         now = ssm.at(timed)
         return emission_mean(now, mean, u_t), outer(jnp.concatenate([matmul(now.C, chol), now.chol_R], axis=1))
 
-    mean, cov = jax.vmap(emit)(means.mean, rows.chol, u, timed_fields(ssm, ahead=False))
-    return ForecastResult(mean, cov, means.mean, outer(rows.chol))
+    mean, cov = jax.vmap(emit)(prior.predicted_mean, prior.predicted_chol, u, timed_fields(ssm, ahead=False))
+    return ForecastResult(mean, cov, prior.predicted_mean, prior.predicted_cov)

@@ -32,13 +32,15 @@ from pssm.batch import over_batches
 from pssm.filters.covariance import (
     OF_COVARIANCES,
     Gains,
+    by_step,
     can_freeze,
-    gains,
-    spread_rows,
+    every_step,
+    row_at,
     timed_fields,
     until_standstill,
+    with_gains,
 )
-from pssm.filters.kalman import Means, prepare, scan_filter, scan_means, shift
+from pssm.filters.kalman import Means, prepare, scan_means, shift
 from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -59,22 +61,22 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
         Koopman & Shephard 1992 for the score; the recursion here is written for means and covariances.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    one = {"auto": _log_likelihood, "sequential": _full_log_likelihood}.get(method, _recursion)
-    return over_batches(one, ssm, (series, 2), (inputs, 2))
+    one = {"auto": _log_likelihood, "sequential": _full_log_likelihood}.get(method, _value)
+    return over_batches(jax.jit(one), ssm, (series, 2), (inputs, 2))
 
 
-def _recursion(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return scan_filter(ssm, y, u, freeze=False)[2].sum()
+def _value(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool = False) -> Array:
+    return with_gains(lambda *args: scan_means(*args)[1].sum(), ssm, y, u, freeze=freeze)
 
 
 @jax.custom_jvp
 def _full_log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return _recursion(ssm, y, u)
+    return _value(ssm, y, u)
 
 
 @jax.custom_jvp
 def _log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return scan_filter(ssm, y, u)[2].sum()
+    return _value(ssm, y, u, freeze=True)
 
 
 @_full_log_likelihood.defjvp
@@ -97,9 +99,9 @@ def _along(value: Array, gradient: tuple, tangents: tuple) -> tuple[Array, Array
 def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
     """The log-likelihood and its gradient with respect to `(ssm, y, u)`, every step computed."""
     n = ssm.n_state
-    rows = gains(ssm, ~jnp.isnan(y), freeze=False)
-    means, squares = scan_means(ssm, y, u, rows.gain, rows.root)
-    back = _scan_back(ssm, rows.gain, rows.root, means)
+    rows, last = every_step(ssm, ~jnp.isnan(y)), y.shape[0] - 1
+    means, log_liks = scan_means(rows, last, ssm, y, u)
+    back = _scan_back(rows, last, ssm, means)
 
     def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], dict[str, Array]]:
         gam, rho = carry
@@ -111,7 +113,7 @@ def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tu
     xs = rows, means.whitened, back.lam, timed_fields(ssm, ahead=True, names=OF_COVARIANCES)
     (gam, rho), grads = jax.lax.scan(step, start, xs, reverse=True)
     sums = {name: g if name in ssm.time_varying else g.sum(0) for name, g in grads.items()}
-    return jnp.sum(rows.log_norm - 0.5 * squares), _gradient(ssm, u, means, back, sums, gam, rho)
+    return log_liks.sum(), _gradient(ssm, u, means, back, sums, gam, rho)
 
 
 @jax.custom_jvp
@@ -129,9 +131,8 @@ def _frozen_score_jvp(primals: tuple, tangents: tuple) -> tuple:
 def _still_score(ssm: LinearGaussianSSM, y: Array, u: Array | None, rows: Gains, last: Array) -> tuple[Array, tuple]:
     """`_score` where row `last` stands for all later steps."""
     length, n = y.shape[0], ssm.n_state
-    spread = spread_rows((rows.gain, rows.root, rows.log_norm), last, length)
-    means, squares = scan_means(ssm, y, u, *spread[:2])
-    back = _scan_back(ssm, *spread[:2], means)
+    means, log_liks = scan_means(rows, last, ssm, y, u)
+    back = _scan_back(rows, last, ssm, means)
     w, lam = means.whitened, back.lam
 
     # The sum of gam from `border` on is found at once. What reaches the steps before it comes from the next `window`
@@ -148,7 +149,7 @@ def _still_score(ssm: LinearGaussianSSM, y: Array, u: Array | None, rows: Gains,
     def step(state: tuple) -> tuple:
         t, gam, rho, at_border, total = state
         t = t - 1
-        row = jax.tree.map(lambda x: row_of(x, jnp.minimum(t, last)), rows)
+        row = row_at(rows, t, last)
         grads, gam = _covariances_back(ssm, row, _products(row_of(w, t), row_of(lam, t)), gam)
         total = jax.tree.map(lambda s, g: s + jnp.where(t < border, g, 0.0), total, grads)
         return t, gam, _rho_back(row, row_of(w, t), rho), jnp.where(t == border, gam, at_border), total
@@ -165,7 +166,7 @@ def _still_score(ssm: LinearGaussianSSM, y: Array, u: Array | None, rows: Gains,
     after = powers.solve(after - powers.back @ at_border @ powers.turn) - at_border
     tail = _covariances_back(ssm, final, products, jnp.where(vanishes, after, 0.0))[0]
     total = jax.tree.map(lambda s, g: s + jnp.where(vanishes, g, 0.0), total, tail)
-    return jnp.sum(spread[2] - 0.5 * squares), _gradient(ssm, u, means, back, total, gam, rho)
+    return log_liks.sum(), _gradient(ssm, u, means, back, total, gam, rho)
 
 
 # ------------------------------------------------------------------------------------------------------- one step back
@@ -191,15 +192,18 @@ def _products(w: Array, lam: Array) -> _Products:
     return _Products(w[:, None] * w, lam[:, None] * w, 1)
 
 
-def _scan_back(ssm: LinearGaussianSSM, gain: Array, root: Array, means: Means) -> _Back:
+def _scan_back(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, means: Means) -> _Back:
+    row_xs, row_of_step = by_step((rows.gain, rows.root), last, means.whitened.shape[0])
+
     def step(next_lam: Array, xs: tuple) -> tuple[Array, _Back]:
-        gain_t, root_t, w, timed = xs
+        row, w, timed = xs
         now = ssm.at(timed)
+        gain, root = row_of_step(row)
         lam = matvec(now.A.T, next_lam)
-        residual = matvec(root_t.T, matvec(gain_t.T, lam) - w)
+        residual = matvec(root.T, matvec(gain.T, lam) - w)
         return lam - matvec(now.C.T, residual), _Back(next_lam, lam, residual)
 
-    xs = gain, root, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
+    xs = row_xs, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
     return jax.lax.scan(step, jnp.zeros_like(means.mean[0]), xs, reverse=True)[1]
 
 

@@ -19,21 +19,22 @@ import jax.numpy as jnp
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.covariance import Gains, timed_fields
-from pssm.filters.kalman import Means, prepare, scan_filter
+from pssm.filters.covariance import (
+    FIRST_CHECK,
+    Gains,
+    by_step,
+    in_all_of_a_batch,
+    next_check,
+    row_at,
+    timed_fields,
+    unmoved,
+    with_gains,
+)
+from pssm.filters.kalman import Means, prepare, scan_means
 from pssm.linalg import orthogonalise, solve_lower, triangularise
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg.small import matmul, matvec, row_of, set_row
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
-
-
-class _Backward(NamedTuple):
-    """`z_t | z_{t+1}, y_{1:t}` is `N(mean + gain (z_{t+1} - next_mean), chol chol')`, stacked over `t = 1..T-1`."""
-
-    mean: Array
-    gain: Array
-    chol: Array
-    next_mean: Array
 
 
 def kalman_smoother(
@@ -105,12 +106,7 @@ def sample_states(
         count *= size
     noise = jax.random.normal(key, (*batch, count, series.shape[-2], ssm.n_state), series.dtype)
 
-    def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, noises: Array) -> Array:
-        rows, means, _ = scan_filter(model, y_one, u_one)
-        backward = _backward_conditionals(model, rows, means)
-        return jax.vmap(lambda e: _draw(backward, means.new_mean[-1], rows.new_chol[-1], e))(noises)
-
-    paths = over_batches(one, ssm, (series, 2), (inputs, 2), (noise, 3))
+    paths = over_batches(_draws, ssm, (series, 2), (inputs, 2), (noise, 3))
     paths = jnp.moveaxis(paths, len(batch), 0)
     return paths.reshape(tuple(sample_shape) + paths.shape[1:])
 
@@ -128,46 +124,44 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _two_rows(ssm: LinearGaussianSSM, r: Gains) -> tuple[Array, Array]:
-    """`[G11, 0; G21, G22]` and the orthogonal factor of the module's head, for all `t < T` at once."""
+class _Joint(NamedTuple):
+    """`G21 G11^-1`, `G22` and the lower rows `Q3` of the orthogonal factor of the module's head."""
 
-    def one(chol_t: Array, timed: dict[str, Array]) -> tuple[Array, Array]:
-        now = ssm.at(timed)
-        top = jnp.concatenate([matmul(now.A, chol_t), now.chol_Q], axis=1)
-        bottom = jnp.concatenate([chol_t, jnp.zeros((now.n_state, now.chol_Q.shape[1]), chol_t.dtype)], axis=1)
-        return orthogonalise(jnp.concatenate([top, bottom]))
-
-    return jax.vmap(one)(r.new_chol[:-1], {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()})
+    gain: Array
+    chol: Array
+    rest: Array
 
 
-def _backward_conditionals(ssm: LinearGaussianSSM, rows: Gains, means: Means) -> _Backward:
-    """The conditionals for all `t < T`, from the records of the filter."""
-    n = ssm.n_state
-
-    def gain(joint: Array) -> Array:
-        return solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
-
-    joint = _two_rows(ssm, rows)[0]
-    return _Backward(means.new_mean[:-1], jax.vmap(gain)(joint), joint[:, n:, n:], means.mean[1:])
-
-
-def _smoothed_means(rows: Gains, means: Means) -> Array:
-    """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
-
-    The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
-    """
-    n_obs = means.whitened.shape[-1]
-    n = means.mean.shape[-1]
-
-    def back(message: Array, xs: tuple[Gains, Means]) -> tuple[Array, Array]:
-        row, m = xs
-        after = matvec(row.turn_next[:, :n].T, message)
-        mean = m.new_mean + matvec(row.new_chol, after)
-        return matvec(row.turn[n_obs:, :n].T, after) + matvec(row.turn[:n_obs, :n].T, m.whitened), mean
-
-    return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), (rows, means), reverse=True)[1]
+def _two_rows(ssm: LinearGaussianSSM, new_chol: Array) -> _Joint:
+    """The conditional of one step's state on the next one's."""
+    n = new_chol.shape[0]
+    top = jnp.concatenate([matmul(ssm.A, new_chol), ssm.chol_Q], axis=1)
+    bottom = jnp.concatenate([new_chol, jnp.zeros((n, ssm.chol_Q.shape[1]), new_chol.dtype)], axis=1)
+    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
+    # A row of Q3 whose pivot is rounding points nowhere: the transition added nothing there.
+    pivots = jnp.diagonal(joint)[n:]
+    real = pivots > 100 * n * jnp.finfo(new_chol.dtype).eps * jnp.sqrt(jnp.sum(new_chol**2, axis=1))
+    gain = solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
+    return _Joint(gain, joint[n:, n:], jnp.where(real[:, None], turn[n:, :n], 0.0))
 
 
+def _two_rows_of_all(ssm: LinearGaussianSSM, rows: Gains, last: Array | int) -> _Joint:
+    """The same for the rows up to `last`; where that is not the end of the series, row by row in a loop."""
+    if isinstance(last, int):
+        timed = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
+        return jax.vmap(lambda chol, values: _two_rows(ssm.at(values), chol))(rows.new_chol[:-1], timed)
+
+    def one(t: Array, done: _Joint) -> _Joint:
+        return jax.tree.map(lambda x, row: set_row(x, row, t), done, _two_rows(ssm, row_of(rows.new_chol, t)))
+
+    empty = _Joint(*(jnp.zeros_like(rows.new_chol) for _ in _Joint._fields))
+    return jax.lax.fori_loop(0, last + 1, one, empty)
+
+
+# ------------------------------------------------------------------------------------------------------------- moments
+
+
+@partial(jax.jit, static_argnames="freeze")
 def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> SmootherResult:
     """Moments through orthogonal factors alone: nothing is solved for, so no error grows on the way back.
 
@@ -175,35 +169,138 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
     orthogonal factor `[Q1, Q2; Q3, Q4]` of the two rows above and `V V'` the same for the next predicted covariance,
     `W W' = Q1' V V' Q1 + Q3' Q3`; through the update `V = Q21' W`, and the lag-one covariance is `L' V V' Q1 L+'`.
     """
-    r, means, log_liks = scan_filter(ssm, y, u, freeze=freeze)
-    n, n_obs = ssm.n_state, ssm.n_obs
-    back_rows = r.turn[:, n_obs:, :n]  # Q21
-    joint, turn = _two_rows(ssm, r)
-    # A row of Q3 whose pivot is rounding points nowhere: the transition added nothing there.
-    pivots = jnp.diagonal(joint, axis1=1, axis2=2)[:, n:]
-    sizes = jnp.sqrt(jnp.sum(r.new_chol[:-1] ** 2, axis=2))
-    real = pivots > 100 * n * jnp.finfo(y.dtype).eps * sizes
-    rest = jnp.where(real[..., None], turn[:, n:, :n], 0.0)  # Q3
+    return with_gains(_smooth_with, ssm, y, u, freeze=freeze)
+
+
+def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    means, log_liks = scan_means(rows, last, ssm, y, u)
+    joint = _two_rows_of_all(ssm, rows, last)
+    covariances = _all_covariances if isinstance(last, int) else _settling_covariances
+    chol, cross = covariances(rows, joint.rest, last, y.shape[0])
+    return SmootherResult(_smoothed_means(rows, last, means), chol, cross, log_liks.sum())
+
+
+def _smoothed_means(rows: Gains, last: Array | int, means: Means) -> Array:
+    """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
+
+    The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
+    """
+    length, n_obs = means.whitened.shape
+    n = means.mean.shape[-1]
+
+    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, length)
+
+    def back(message: Array, xs: tuple) -> tuple[Array, Array]:
+        row, new_mean, whitened = xs
+        turn, turn_next, new_chol = row_of_step(row)
+        after = matvec(turn_next[:, :n].T, message)
+        mean = new_mean + matvec(new_chol, after)
+        return matvec(turn[n_obs:, :n].T, after) + matvec(turn[:n_obs, :n].T, whitened), mean
+
+    xs = row_xs, means.new_mean, means.whitened
+    return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), xs, reverse=True)[1]
+
+
+def _covariance_back(left: Array, row: Gains, next_chol: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+    """One step back from `V` of the next time: `V` of this one, `W`, the smoothed factor and the lag-one covariance."""
+    n = left.shape[0]
+    forth = row.turn_next[:, :n]
+    cross = matmul(matmul(next_chol, left), matmul(left.T, matmul(forth, row.new_chol.T)))
+    kept = triangularise(jnp.concatenate([matmul(forth.T, left), rest.T], axis=1))
+    return matmul(_through_update(row), kept), kept, triangularise(matmul(row.new_chol, kept)), cross
+
+
+def _through_update(row: Gains) -> Array:
+    n = row.chol.shape[-1]
+    return row.turn[-n:, :n].T
+
+
+def _all_covariances(rows: Gains, rest: Array, last: Array | int, length: int) -> tuple[Array, Array]:
+    """Factors of all steps and lag-one covariances, every step computed."""
+    row_xs, row_of_step = by_step((rows, rest), last, length)
+    next_xs, next_of_step = by_step(rows.chol, last, length)
 
     def step(left: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        new_chol, next_chol, forth, q3, q21 = xs
-        cross = matmul(matmul(next_chol, left), matmul(left.T, matmul(forth, new_chol.T)))
-        kept = triangularise(jnp.concatenate([matmul(forth.T, left), q3.T], axis=1))
-        return matmul(q21.T, kept), (triangularise(matmul(new_chol, kept)), cross)
+        row, row_rest = row_of_step(xs[0])
+        left, _, chol, cross = _covariance_back(left, row, next_of_step(xs[1]), row_rest)
+        return left, (chol, cross)
 
-    last = r.new_chol[-1]
-    xs = r.new_chol[:-1], r.chol[1:], r.turn_next[:-1, :, :n], rest, back_rows[:-1]
-    _, (chol, cross) = jax.lax.scan(step, back_rows[-1].T, xs, reverse=True)
-    return SmootherResult(_smoothed_means(r, means), jnp.concatenate([chol, last[None]]), cross, log_liks.sum())
+    final = row_at(rows, jnp.asarray(length - 1), last)
+    xs = jax.tree.map(lambda x: x[: length - 1], row_xs), next_xs[1:]
+    _, (chol, cross) = jax.lax.scan(step, _through_update(final), xs, reverse=True)
+    return jnp.concatenate([chol, final.new_chol[None]]), cross
 
 
-def _draw(backward: _Backward, last_mean: Array, last_chol: Array, noise: Array) -> Array:
-    last = last_mean + matvec(last_chol, noise[-1])
+def _settling_covariances(rows: Gains, rest: Array, last: Array, length: int) -> tuple[Array, Array]:
+    """The same where row `last` stands for all later steps.
 
-    def step(later: Array, xs: tuple[_Backward, Array]) -> tuple[Array, Array]:
-        t, e = xs
-        z = t.mean + matvec(t.gain, later - t.next_mean) + matvec(t.chol, e)
+    Back from the end the covariances settle once more, `late` steps before it; from there to step `last` they stand
+    still. Where the room for late rows does not suffice, every step is computed.
+    """
+    capacity = rows.chol.shape[0]
+    final, final_rest = row_at((rows, rest), last, last)
+    start = _through_update(final)
+    blank = jnp.zeros((capacity, *final.chol.shape), final.chol.dtype)
+
+    def late_step(state: tuple) -> tuple:
+        late, left, earlier, check, chols, crosses, _ = state
+        late = late + 1
+        left, kept, chol, cross = _covariance_back(left, final, final.chol, final_rest)
+        due = late == check
+        still = in_all_of_a_batch(due & unmoved(earlier, kept))
+        check, earlier = jnp.where(due, next_check(check), check), jnp.where(due, kept, earlier)
+        return late, left, earlier, check, set_row(chols, chol, late), set_row(crosses, cross, late), still
+
+    room = jnp.minimum(capacity - 1, length - 1 - last)
+    state = jnp.asarray(0), start, blank[0], jnp.asarray(FIRST_CHECK), set_row(blank, final.new_chol, 0), blank
+    late, left, _, _, late_chol, late_cross, still = jax.lax.while_loop(
+        lambda s: (s[0] < room) & ~s[-1], late_step, (*state, jnp.asarray(False))
+    )
+
+    def settled() -> tuple[Array, Array]:
+        def early_step(i: Array, state: tuple) -> tuple:
+            left, chols, crosses = state
+            t = last - 1 - i
+            row, row_rest = row_at((rows, rest), t, last)
+            left, _, chol, cross = _covariance_back(left, row, row_of(rows.chol, t + 1), row_rest)
+            return left, set_row(chols, chol, t), set_row(crosses, cross, t)
+
+        _, early_chol, early_cross = jax.lax.fori_loop(0, last, early_step, (left, blank, blank))
+        t = jnp.arange(length)
+        index = jnp.where(t < last, t, capacity + jnp.minimum(length - 1 - t, late))
+        return jnp.concatenate([early_chol, late_chol])[index], jnp.concatenate([early_cross, late_cross])[index[:-1]]
+
+    return jax.lax.cond(
+        still | jnp.all(late == length - 1 - last), settled, lambda: _all_covariances(rows, rest, last, length)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- draws
+
+
+@jax.jit
+def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> Array:
+    return with_gains(_draws_with, ssm, y, u, noise, freeze=True)
+
+
+def _draws_with(
+    rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
+) -> Array:
+    """Backward sampling, `z_t` given `z_{t+1}`, for each path of `noise`, `(count, time, state)`."""
+    length = y.shape[0]
+    means, _ = scan_means(rows, last, ssm, y, u)
+    joint = _two_rows_of_all(ssm, rows, last)
+    joint_xs, joint_of_step = by_step((joint.gain, joint.chol), last, length - 1)
+
+    def step(later: Array, xs: tuple) -> tuple[Array, Array]:
+        row, mean, next_mean, e = xs
+        gain, chol = joint_of_step(row)
+        z = mean + matvec(gain, later - next_mean) + matvec(chol, e)
         return z, z
 
-    _, path = jax.lax.scan(step, last, (backward, noise[:-1]), reverse=True)
-    return jnp.concatenate([path, last[None]])
+    def one(e: Array) -> Array:
+        end = means.new_mean[-1] + matvec(row_at(rows.new_chol, jnp.asarray(length - 1), last), e[-1])
+        xs = joint_xs, means.new_mean[:-1], means.mean[1:], e[:-1]
+        return jnp.concatenate([jax.lax.scan(step, end, xs, reverse=True)[1], end[None]])
+
+    return jax.vmap(one)(noise)

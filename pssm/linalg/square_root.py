@@ -15,6 +15,8 @@ from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
 from pssm.linalg.small import SMALL, TINY, matmul, matvec, row_of, set_row, substitute
 
+LARGE = 40  # rows from which LAPACK is faster than a loop over the rows
+
 
 def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
     """Lower-triangular `L` with `L L' = m m'`, diagonal >= 0; `m` may have any shape and any rank.
@@ -65,15 +67,33 @@ def solve_lower(
 
 @jax.custom_jvp
 def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent.
+    """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent."""
+    return _gram_schmidt(m) if m.shape[0] <= LARGE else _householder(m)
 
-    Gram-Schmidt over the rows, each row projected twice ("twice is enough", Giraud, Langou & Rozloznik 2005). After
-    the first projection an entry that is no larger than its own rounding error is set to zero: this is what tells a
-    dependent row from one that is merely small, entry by entry, so that factors with entries from 1e-5 to 1e5 side by
-    side keep their small directions even in float32.
+
+def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By LAPACK, where every row holds more than the rounding of what the rows above it explain."""
+    q, r = jnp.linalg.qr(m.T)
+    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(m.dtype)
+    factor, q = r.T * sign, q.T * sign[:, None]
+    noise = _rounding(m) * (jnp.abs(m) + jnp.abs(jnp.tril(factor, -1)) @ jnp.abs(q))
+    live = jnp.any(jnp.abs(jnp.diagonal(factor)[:, None] * q) > noise, axis=1)
+    return jax.lax.cond(jnp.all(live), lambda: (factor, q), lambda: _gram_schmidt(m))
+
+
+def _rounding(m: jax.Array) -> float:
+    return jnp.finfo(m.dtype).eps * (4.0 + 0.5 * m.shape[1] ** 0.5)
+
+
+def _gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gram-Schmidt over the rows, each row projected twice.
+
+    "Twice is enough" (Giraud, Langou & Rozloznik 2005). After the first projection an entry that is no larger than its
+    own rounding error is set to zero: this is what tells a dependent row from one that is merely small, entry by entry,
+    so that factors with entries from 1e-5 to 1e5 side by side keep their small directions even in float32.
     """
     rows, cols = m.shape
-    rounding = jnp.finfo(m.dtype).eps * (4.0 + 0.5 * cols**0.5)
+    rounding = _rounding(m)
 
     def project(row: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first = matvec(q, row)
