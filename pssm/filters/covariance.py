@@ -17,6 +17,7 @@ serves all later steps. In a batch all elements stop together, so that the loop 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pssm._types import Array
+from pssm.batch import over_batches
 from pssm.linalg import orthogonalise, solve_lower, triangularise
 from pssm.linalg.small import matmul, row_of, set_row
 from pssm.ssm import TRANSITION, LinearGaussianSSM
@@ -51,26 +53,70 @@ class Gains(NamedTuple):
     turn_next: Array
 
 
-def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool) -> Any:
-    """`fn(rows, last, *args)`, for the series `args = (ssm, y, ...)`: row `min(t, last)` of `rows` serves step `t`.
+def over_series(
+    fn: Callable[..., Any],
+    ssm: LinearGaussianSSM,
+    y: Array,
+    u: Array | None,
+    *arrays: tuple[Array, int],
+    freeze: bool,
+    one: Callable[..., Any] | None = None,
+    each: Callable[..., Any] | None = None,
+    together: Callable[..., Any] | None = None,
+) -> Any:
+    """`fn(rows, last, ssm, y, u, *arrays)` for each series of a batch; row `min(t, last)` of `rows` serves step `t`.
 
-    With `freeze` the rows may end at a standstill. Derivatives, of any order and direction, are then those of the
-    full recursion.
+    Series with gaps in the same places share the gains of one model.
+
+    Args:
+        fn: takes gains, an unbatched model and unbatched arrays.
+        ssm: a model, with batch axes or without.
+        y: series `(..., time, obs)`.
+        u: inputs `(..., time, input)`, or None.
+        arrays: pairs of a further array and its number of core axes.
+        freeze: let the rows end at a standstill. Derivatives, of any order and direction, are those of all steps.
+        one: `one(ssm, y, u, *arrays)` for a series with a model of its own, in place of `fn` with its gains.
+        each: the same for series that share a model, but not their gaps.
+        together: `together(gaps, ssm, y, u)` for a batch that shares its gains, in place of `fn` for each series;
+            `gaps` are those of one series.
     """
+    arrays_in = (y, 2), (u, 2), *arrays
+    if ssm.batch_shape or not any(x is not None and x.ndim > core for x, core in arrays_in):
+        return over_batches(one or partial(with_gains, fn, freeze=freeze), ssm, *arrays_in)
 
-    def full(*args: Any) -> Any:
-        ssm, y = args[:2]
-        return fn(every_step(ssm, ~jnp.isnan(y)), y.shape[0] - 1, *args)
+    def separate() -> Any:
+        return over_batches(each or partial(with_gains, fn, freeze=False), ssm, *arrays_in)
+
+    def shared(gaps: Array) -> Any:
+        if together is not None:
+            return together(gaps, ssm, y, u)
+
+        def with_rows(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, *batched: Array | None) -> Any:
+            pairs = [(x, core) for x, (_, core) in zip(batched, arrays_in, strict=True)]
+            return over_batches(partial(fn, rows, last), ssm, *pairs)
+
+        return with_gains(with_rows, ssm, *(x for x, _ in arrays_in), gaps=gaps, freeze=freeze)
+
+    gaps = jnp.isnan(y).reshape(-1, *y.shape[-2:])
+    if len(gaps) == 1:
+        return shared(gaps[0])
+    return jax.lax.cond(jnp.all(gaps == gaps[0]), lambda: shared(gaps[0]), separate)
+
+
+def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | None = None) -> Any:
+    """`fn(rows, last, *args)` for `args = (ssm, y, ...)` with an unbatched model; see `over_series`."""
+
+    def full(observed: Array, *args: Any) -> Any:
+        return fn(every_step(args[0], observed), observed.shape[0] - 1, *args)
 
     @jax.custom_jvp
-    def frozen(*args: Any) -> Any:
-        ssm, y = args[:2]
-        rows, last, still = until_standstill(ssm, ~jnp.isnan(y))
-        return jax.lax.cond(still, lambda: fn(rows, last, *args), lambda: full(*args))
+    def frozen(observed: Array, *args: Any) -> Any:
+        rows, last, still = until_standstill(args[0], observed)
+        return jax.lax.cond(still, lambda: fn(rows, last, *args), lambda: full(observed, *args))
 
     frozen.defjvp(lambda primals, tangents: jax.jvp(full, primals, tangents))
-    ssm, y = args[:2]
-    return (frozen if freeze and can_freeze(ssm, y.shape[0]) else full)(*args)
+    observed = ~(jnp.isnan(args[1]) if gaps is None else gaps)
+    return (frozen if freeze and can_freeze(args[0], observed.shape[0]) else full)(observed, *args)
 
 
 def can_freeze(ssm: LinearGaussianSSM, length: int) -> bool:

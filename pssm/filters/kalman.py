@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.covariance import Gains, by_step, spread_rows, timed_fields, with_gains
+from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
@@ -57,7 +57,7 @@ def kalman_filter(
         Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(partial(_filter, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
+    return _filter(ssm, series, inputs, freeze=method == "auto")
 
 
 def log_likelihoods(
@@ -65,7 +65,7 @@ def log_likelihoods(
 ) -> Float[Array, "*batch time"]:
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(partial(_log_likelihoods, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
+    return _log_likelihoods(ssm, series, inputs, freeze=method == "auto")
 
 
 def simulate(
@@ -241,12 +241,12 @@ def scan_means(
 
 @partial(jax.jit, static_argnames="freeze")
 def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
-    return with_gains(lambda *args: scan_means(*args)[1], ssm, y, u, freeze=freeze)
+    return over_series(lambda *args: scan_means(*args)[1], ssm, y, u, freeze=freeze)
 
 
 @partial(jax.jit, static_argnames="freeze")
 def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> FilterResult:
-    return with_gains(filter_result, ssm, y, u, freeze=freeze)
+    return over_series(filter_result, ssm, y, u, freeze=freeze)
 
 
 def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:

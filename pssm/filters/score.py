@@ -22,7 +22,8 @@ Once the gains stand still, the second recursion is `gam <- F' gam Theta` plus a
 with `F` and `Theta` fixed. All that is wanted is the sum of `gam` over these steps, which solves a linear equation.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ from pssm.filters.covariance import (
     by_step,
     can_freeze,
     every_step,
+    over_series,
     row_at,
+    spread_rows,
     timed_fields,
     until_standstill,
     with_gains,
@@ -61,22 +64,29 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
         Koopman & Shephard 1992 for the score; the recursion here is written for means and covariances.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    one = {"auto": _log_likelihood, "sequential": _full_log_likelihood}.get(method, _value)
-    return over_batches(jax.jit(one), ssm, (series, 2), (inputs, 2))
+    return _log_likelihoods(ssm, series, inputs, method)
 
 
-def _value(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool = False) -> Array:
-    return with_gains(lambda *args: scan_means(*args)[1].sum(), ssm, y, u, freeze=freeze)
+@partial(jax.jit, static_argnames="method")
+def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, method: str) -> Array:
+    one = None if method == "square_root" else _log_likelihood if method == "auto" else _full_log_likelihood
+    each = None if method == "square_root" else _full_log_likelihood
+    together = None if method == "square_root" else partial(_together, freeze=method == "auto")
+    return over_series(_total, ssm, y, u, freeze=method == "auto", one=one, each=each, together=together)
+
+
+def _total(*args: Any) -> Array:
+    return scan_means(*args)[1].sum()
 
 
 @jax.custom_jvp
 def _full_log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return _value(ssm, y, u)
+    return with_gains(_total, ssm, y, u, freeze=False)
 
 
 @jax.custom_jvp
 def _log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    return _value(ssm, y, u, freeze=True)
+    return with_gains(_total, ssm, y, u, freeze=True)
 
 
 @_full_log_likelihood.defjvp
@@ -280,6 +290,64 @@ def _gradient(
 
 def _delay(g: Array) -> Array:
     return jnp.concatenate([jnp.zeros_like(g[:1]), g[:-1]])
+
+
+# ---------------------------------------------------------------------------------------------------- series together
+
+
+def _together(gaps: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
+    """Log-likelihoods of series with the same gaps: one recursion for the gains, and one for their derivative."""
+    gain, root, log_norm = _what_means_need(freeze, ssm, ~gaps)
+    rows = Gains(*(None for _ in Gains._fields))._replace(gain=gain, root=root, log_norm=log_norm)
+    return over_batches(partial(_total, rows, y.shape[-2] - 1), ssm, (y, 2), (u, 2))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _what_means_need(freeze: bool, ssm: LinearGaussianSSM, observed: Array) -> tuple[Array, Array, Array]:
+    """`Kbar`, `S^-1/2` and `log_norm` of all steps."""
+    rows = _rows(ssm, observed, freeze)
+    return rows.gain, rows.root, rows.log_norm
+
+
+def _rows(ssm: LinearGaussianSSM, observed: Array, freeze: bool) -> Gains:
+    gaps = ~observed
+    return with_gains(lambda rows, last, *_: spread_rows(rows, last, len(gaps)), ssm, None, gaps=gaps, freeze=freeze)
+
+
+@_what_means_need.defjvp
+def _what_means_need_jvp(freeze: bool, primals: tuple, tangents: tuple) -> tuple:
+    """In closed form, linear in `D`, which is such that `D L' + L D'` is the derivative of the covariance `L L'`.
+
+    With `T = S^-1/2 [dC L + C D, dchol_R]`, `G = T [Q11, Q12]'` and `H` the first columns of `T`,
+
+        d log_norm = -tr G      d S^-1/2 = -(G + G') S^-1/2 / 2      d Kbar = D Q11' + L H' - Kbar (G + G') / 2
+        D <- (D - K (dC L + C D)) Q21' - K dchol_R Q22',             D <- (A D + dA L+) Q1' + dchol_Q Q2'
+
+    A rotation of `S^-1/2` has been left out: no log-likelihood changes with it. Its transpose is `gam` once more.
+    """
+    ssm, observed = primals
+    rows = _rows(ssm, observed, freeze)
+    n_obs, n = ssm.C.shape[-2:]
+
+    def step(D: Array, xs: tuple) -> tuple[Array, tuple[Array, Array, Array]]:
+        row, seen, timed, d_timed = xs
+        now, change = ssm.at(timed), tangents[0].at(d_timed)
+        q_obs, q_state = row.turn[:n_obs], row.turn[n_obs:]
+        by_state = matmul(change.C, row.chol) + matmul(now.C, D)
+        top = jnp.where(seen[:, None], jnp.concatenate([by_state, change.chol_R], axis=1), 0.0)
+        turned = matmul(row.root, top)
+        g = matmul(turned, q_obs.T)
+        both = 0.5 * (g + g.T)
+        d_gain = matmul(D, q_obs[:, :n].T) + matmul(row.chol, turned[:, :n].T) - matmul(row.gain, both)
+        D = matmul(D, q_state[:, :n].T) - matmul(row.gain, matmul(turned, q_state.T))
+        moved = jnp.concatenate([matmul(now.A, D) + matmul(change.A, row.new_chol), change.chol_Q], axis=1)
+        return matmul(moved, row.turn_next.T), (d_gain, -matmul(both, row.root), -jnp.trace(g))
+
+    turn = orthogonalise(ssm.chol_P0)[1]
+    timed, d_timed = (timed_fields(x, ahead=True, names=OF_COVARIANCES) for x in (ssm, tangents[0]))
+    xs = rows, observed, timed, d_timed
+    changes = jax.lax.scan(step, matmul(tangents[0].chol_P0, turn.T), xs)[1]
+    return (rows.gain, rows.root, rows.log_norm), changes
 
 
 # ------------------------------------------------------------------------------------------------------- standing still

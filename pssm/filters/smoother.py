@@ -18,17 +18,16 @@ import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import over_batches
 from pssm.filters.covariance import (
     FIRST_CHECK,
     Gains,
     by_step,
     in_all_of_a_batch,
     next_check,
+    over_series,
     row_at,
     timed_fields,
     unmoved,
-    with_gains,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
 from pssm.linalg import orthogonalise, solve_lower, triangularise
@@ -63,7 +62,7 @@ def kalman_smoother(
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return over_batches(partial(_smooth, freeze=method == "auto"), ssm, (series, 2), (inputs, 2))
+    return _smooth(ssm, series, inputs, freeze=method == "auto")
 
 
 def sample_states(
@@ -106,7 +105,7 @@ def sample_states(
         count *= size
     noise = jax.random.normal(key, (*batch, count, series.shape[-2], ssm.n_state), series.dtype)
 
-    paths = over_batches(_draws, ssm, (series, 2), (inputs, 2), (noise, 3))
+    paths = _draws(ssm, series, inputs, noise)
     paths = jnp.moveaxis(paths, len(batch), 0)
     return paths.reshape(tuple(sample_shape) + paths.shape[1:])
 
@@ -169,7 +168,7 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
     orthogonal factor `[Q1, Q2; Q3, Q4]` of the two rows above and `V V'` the same for the next predicted covariance,
     `W W' = Q1' V V' Q1 + Q3' Q3`; through the update `V = Q21' W`, and the lag-one covariance is `L' V V' Q1 L+'`.
     """
-    return with_gains(_smooth_with, ssm, y, u, freeze=freeze)
+    return over_series(_smooth_with, ssm, y, u, freeze=freeze)
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
@@ -280,7 +279,7 @@ def _settling_covariances(rows: Gains, rest: Array, last: Array, length: int) ->
 
 @jax.jit
 def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> Array:
-    return with_gains(_draws_with, ssm, y, u, noise, freeze=True)
+    return over_series(_draws_with, ssm, y, u, (noise, 3), freeze=True)
 
 
 def _draws_with(
