@@ -27,9 +27,13 @@ def build(gaps, dtype=np.float64, timed=()):
 
 
 weights = np.arange(1.0, SERIES + 1)
-total = jax.jit(
-    jax.value_and_grad(lambda ssm, y, u: jnp.vdot(jnp.asarray(weights), pssm.log_likelihood(ssm, y, u)), argnums=(0, 1, 2))
-)
+
+
+def weighted(ssm, y, u):
+    return jnp.vdot(jnp.asarray(weights), pssm.log_likelihood(ssm, y, u))
+
+
+total = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))
 single = jax.jit(jax.value_and_grad(pssm.log_likelihood, argnums=(0, 1, 2)))
 
 

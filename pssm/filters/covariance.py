@@ -159,19 +159,36 @@ def timed_fields(ssm: LinearGaussianSSM, *, ahead: bool, names: tuple[str, ...] 
     return {name: jnp.concatenate([x[1:], x[-1:]]) if name in TRANSITION else x for name, x in fields.items()}
 
 
-def _step(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> tuple[Array, Gains]:
-    n_obs, n_state = ssm.C.shape
+class Update(NamedTuple):
+    """`Kbar`, `L+`, `S^-1/2`, the part of the log-likelihood without data, and the orthogonal factor."""
+
+    gain: Array
+    new_chol: Array
+    root: Array
+    log_norm: Array
+    turn: Array
+
+
+def update(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> Update:
+    """The update of this module's head, from any factor of the predicted covariance, `(state, columns)`."""
+    n_obs = ssm.C.shape[0]
     seen = observed[:, None]
     top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
-    bottom = jnp.concatenate([chol, jnp.zeros((n_state, n_obs), chol.dtype)], axis=1)
+    bottom = jnp.concatenate([chol, jnp.zeros((chol.shape[0], n_obs), chol.dtype)], axis=1)
     joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
-    chol_s, gain, new_chol = joint[:n_obs, :n_obs], joint[n_obs:, :n_obs], joint[n_obs:, n_obs:]
+    chol_s = joint[:n_obs, :n_obs]
     pivots = jnp.diagonal(chol_s)
     live = pivots > 0
     log_norm = -jnp.sum(jnp.where(live, 0.5 * LOG_2PI + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
     root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
-    next_chol, turn_next = orthogonalise(jnp.concatenate([matmul(ssm.A, new_chol), ssm.chol_Q], axis=1))
-    return next_chol, Gains(chol, new_chol, gain, root, log_norm, turn, turn_next)
+    return Update(joint[n_obs:, :n_obs], joint[n_obs:, n_obs:], root, log_norm, turn)
+
+
+def one_step(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> tuple[Array, Gains]:
+    """The next predicted factor, and the row of this step."""
+    new = update(ssm, chol, observed)
+    next_chol, turn_next = orthogonalise(jnp.concatenate([matmul(ssm.A, new.new_chol), ssm.chol_Q], axis=1))
+    return next_chol, Gains(chol, new.new_chol, new.gain, new.root, new.log_norm, new.turn, turn_next)
 
 
 def every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
@@ -179,7 +196,7 @@ def every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
 
     def step(chol: Array, xs: tuple) -> tuple[Array, Gains]:
         observed_t, timed = xs
-        return _step(ssm.at(timed), chol, observed_t)
+        return one_step(ssm.at(timed), chol, observed_t)
 
     xs = observed, timed_fields(ssm, ahead=True, names=OF_COVARIANCES)
     return jax.lax.scan(step, triangularise(ssm.chol_P0), xs)[1]
@@ -197,7 +214,7 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
 
     def step(state: tuple) -> tuple:
         t, chol, earlier, check, rows, _ = state
-        next_chol, row = _step(ssm, chol, observed[t])
+        next_chol, row = one_step(ssm, chol, observed[t])
         rows = jax.tree.map(lambda all_rows, x: set_row(all_rows, x, t), rows, row)
         due = t == check
         still = in_all_of_a_batch(due & (t >= steady_from) & unmoved(earlier, next_chol))
@@ -205,7 +222,7 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
         return t + 1, next_chol, earlier, jnp.where(due, next_check(check), check), rows, still
 
     start = triangularise(ssm.chol_P0)
-    row = jax.eval_shape(lambda: _step(ssm, start, observed[0])[1])
+    row = jax.eval_shape(lambda: one_step(ssm, start, observed[0])[1])
     capacity = _capacity(row, length)
     rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
     state = jnp.asarray(0), start, start, jnp.asarray(FIRST_CHECK), rows, jnp.asarray(False)

@@ -25,7 +25,7 @@ from pssm.ssm import (
     check_num_steps,
 )
 
-METHODS = ("auto", "sequential", "square_root")
+METHODS = ("auto", "sequential", "square_root", "parallel")
 
 
 def kalman_filter(
@@ -37,8 +37,8 @@ def kalman_filter(
         ssm: the model.
         y: observations `(time, obs)`, or `(time,)` for one variable; NaN entries are missing.
         u: inputs `(time, input)`, where the model has `B` or `D`.
-        method: `"auto"`, `"sequential"` or `"square_root"`, one square-root recursion. `"auto"` stops computing
-            covariances once they stand still; the others compute those of every step.
+        method: all work on square roots. `"auto"` stops computing covariances once they stand still; `"sequential"`
+            and `"square_root"` compute those of every step; `"parallel"` is an associative scan over time, for GPUs.
 
     Returns:
         A `FilterResult`. An entry of `y` whose variance given everything before it is exactly zero (exact
@@ -57,6 +57,8 @@ def kalman_filter(
         Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
+    if method == "parallel":
+        return _parallel(ssm, series, inputs)
     return _filter(ssm, series, inputs, freeze=method == "auto")
 
 
@@ -65,6 +67,8 @@ def log_likelihoods(
 ) -> Float[Array, "*batch time"]:
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
     ssm, series, inputs = prepare(ssm, y, u, method)
+    if method == "parallel":
+        return _parallel(ssm, series, inputs).log_likelihoods
     return _log_likelihoods(ssm, series, inputs, freeze=method == "auto")
 
 
@@ -254,6 +258,13 @@ def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Arr
     means, log_liks = scan_means(rows, last, ssm, y, u)
     chol, new_chol = spread_rows((rows.chol, rows.new_chol), last, y.shape[0])
     return FilterResult(log_liks.sum(), log_liks, means.new_mean, new_chol, means.mean, chol)
+
+
+@jax.jit
+def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
+    from pssm.filters.parallel import parallel_filter  # which is built on this module
+
+    return over_batches(parallel_filter, ssm, (y, 2), (u, 2))
 
 
 @jax.jit

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
+from pssm.batch import over_batches
 from pssm.filters.covariance import (
     FIRST_CHECK,
     Gains,
@@ -62,6 +63,8 @@ def kalman_smoother(
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
+    if method == "parallel":
+        return _parallel(ssm, series, inputs)
     return _smooth(ssm, series, inputs, freeze=method == "auto")
 
 
@@ -131,7 +134,7 @@ class _Joint(NamedTuple):
     rest: Array
 
 
-def _two_rows(ssm: LinearGaussianSSM, new_chol: Array) -> _Joint:
+def two_rows(ssm: LinearGaussianSSM, new_chol: Array) -> _Joint:
     """The conditional of one step's state on the next one's."""
     n = new_chol.shape[0]
     top = jnp.concatenate([matmul(ssm.A, new_chol), ssm.chol_Q], axis=1)
@@ -148,10 +151,10 @@ def _two_rows_of_all(ssm: LinearGaussianSSM, rows: Gains, last: Array | int) -> 
     """The same for the rows up to `last`; where that is not the end of the series, row by row in a loop."""
     if isinstance(last, int):
         timed = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
-        return jax.vmap(lambda chol, values: _two_rows(ssm.at(values), chol))(rows.new_chol[:-1], timed)
+        return jax.vmap(lambda chol, values: two_rows(ssm.at(values), chol))(rows.new_chol[:-1], timed)
 
     def one(t: Array, done: _Joint) -> _Joint:
-        return jax.tree.map(lambda x, row: set_row(x, row, t), done, _two_rows(ssm, row_of(rows.new_chol, t)))
+        return jax.tree.map(lambda x, row: set_row(x, row, t), done, two_rows(ssm, row_of(rows.new_chol, t)))
 
     empty = _Joint(*(jnp.zeros_like(rows.new_chol) for _ in _Joint._fields))
     return jax.lax.fori_loop(0, last + 1, one, empty)
@@ -177,6 +180,13 @@ def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Arra
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
     chol, cross = covariances(rows, joint.rest, last, y.shape[0])
     return SmootherResult(_smoothed_means(rows, last, means), chol, cross, log_liks.sum())
+
+
+@jax.jit
+def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    from pssm.filters.parallel import parallel_smoother  # which is built on this module
+
+    return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
 
 
 def _smoothed_means(rows: Gains, last: Array | int, means: Means) -> Array:

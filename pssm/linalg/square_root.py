@@ -68,7 +68,8 @@ def solve_lower(
 @jax.custom_jvp
 def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent."""
-    return _gram_schmidt(m) if m.shape[0] <= LARGE else _householder(m)
+    rows, cols = m.shape
+    return _householder(m) if LARGE < rows <= cols else _gram_schmidt(m)
 
 
 def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
