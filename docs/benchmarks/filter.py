@@ -1,6 +1,6 @@
 """Log-likelihood, gradient and smoother of a linear-Gaussian model: pssm beside other libraries, in one run.
 
-    python docs/benchmarks/filter.py [--cases 1,4] [--quick] [--out FILE]
+    python docs/benchmarks/filter.py [--cases 1,4] [--without NAMES] [--quick] [--out FILE]
 
 Run it in an environment of its own (`results.md` says how). Times three things: the log-likelihood; its value and
 gradient with respect to `A`, `chol_Q` and `chol_R` jointly; means and covariances of the smoother. Prints tables in
@@ -479,7 +479,11 @@ def main() -> None:
     """Prints the tables."""
     parser = options(__doc__)
     parser.add_argument("--cases", help="state sizes, as in 1,4 (default: all)")
+    parser.add_argument("--without", default="", help='libraries to leave out, as in "dynamax, parallel;pykalman"')
     args = parser.parse_args()
+    in_jax, in_numpy = (
+        {k: v for k, v in them.items() if k not in args.without.split(";")} for them in (IN_JAX, IN_NUMPY)
+    )
     chosen = [int(n) for n in args.cases.split(",")] if args.cases else [case[0] for case in CASES]
     runs = 1 if args.quick else RUNS
     table = Table(args.out)
@@ -496,9 +500,9 @@ def main() -> None:
             where = f"{n}, {p}, {steps} {kind}"
             if x64:
                 right = {length: reference(exact, q, y[:length]) for length in {steps, min(steps, LOOP_STEPS)}}
-            rows = rows_in_jax(table, where, IN_JAX, q, y, runs)
+            rows = rows_in_jax(table, where, in_jax, q, y, runs)
             if x64:
-                rows += rows_in_numpy(table, where, IN_NUMPY, q, y, runs)
+                rows += rows_in_numpy(table, where, in_numpy, q, y, runs)
             base = next((row for row in rows if row.label == BASE), None)
             print_rows(table, f"{n}, {p}, {steps} | {kind}", rows, base, right)
             if x64 and base is not None and not (apart := error(0, base.entries[0], right[steps][0]) or 0) < 1e-6:
@@ -513,8 +517,8 @@ def main() -> None:
         y[np.random.default_rng(0).uniform(size=y.shape) < 0.1] = np.nan
         jax.config.update("jax_enable_x64", True)
         right = {steps: reference(exact, q, y)}
-        in_jax = {name: IN_JAX[name] for name in ("pssm", REFERENCE, "cuthbert")}
-        in_numpy = {name: make for name, make in IN_NUMPY.items() if name.startswith("statsmodels")}
+        in_jax = {name: make for name, make in in_jax.items() if name in ("pssm", REFERENCE, "cuthbert")}
+        in_numpy = {name: make for name, make in in_numpy.items() if name.startswith("statsmodels")}
         for x64 in (True, False):
             jax.config.update("jax_enable_x64", x64)
             kind = "float64" if x64 else "float32"
