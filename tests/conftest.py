@@ -21,3 +21,10 @@ def x64():
 def key():
     """A random key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """Compiled programs are dropped with their file: a process may hold no more than some ten thousand of them."""
+    yield
+    jax.clear_caches()

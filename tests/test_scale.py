@@ -13,7 +13,7 @@ from numpyro.infer.util import log_density
 from pssm import LinearGaussianSSM, models
 from pssm.distributions import LinearGaussianMarginal, StatePath
 
-SHORT, LONG = 50, 500
+SHORT, LONG = 100, 1000
 MODELS = {"local_level": models.local_level, "structural": partial(models.structural, trend=True, seasonal=12)}
 
 

@@ -273,13 +273,3 @@ def test_single_step():
     expected, expected_score = dense_value_and_score(ssm, y[:1])
     np.testing.assert_allclose(value, expected, rtol=1e-10)
     assert_trees_close(score, expected_score, rtol=1e-9, atol=1e-9)
-
-
-def test_program_does_not_grow_with_the_series():
-    ssm, _, _ = case("missing")
-
-    def equations(steps):
-        program = jax.make_jaxpr(jax.grad(log_likelihood))(ssm, jnp.zeros((steps, 2)))
-        return sum(1 for _ in str(program).splitlines())
-
-    assert equations(100) == equations(1000)
