@@ -26,11 +26,11 @@ study: $(STAMP) ## compare the inference methods on the Nile series; report in r
 
 test: export JAX_PLATFORMS = cpu
 test: lint ## lint, then run all tests but the slow ones
-	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow"
 
 slow: export JAX_PLATFORMS = cpu
 slow: $(STAMP) ## the tests that take longest, which `make test` leaves out
-	$(PY) -m pytest -n 2 --dist loadfile -q -m slow
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
 
 lint: $(STAMP) ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .

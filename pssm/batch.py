@@ -52,7 +52,7 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
         cores: number of core axes of each.
     """
     if not batch:
-        return fn(xs)
+        return jax.jit(fn)(xs)
     axes, flat = {}, {}
     for name, x in xs.items():
         core = cores[name]
@@ -64,5 +64,5 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
             return jnp.broadcast_to(leaf, batch + trailing).reshape(-1, *trailing)
 
         flat[name] = jax.tree.map(flatten, x) if own else x
-    out = jax.vmap(fn, in_axes=(axes,))(flat)
+    out = jax.jit(jax.vmap(fn, in_axes=(axes,)))(flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), out)

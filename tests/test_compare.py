@@ -391,6 +391,7 @@ def test_an_option_that_the_model_does_not_have(nile):
         pssm.compare("local_level", nile, ["nuts"], perid=12, **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svi:diagonal", pytest.param("svi:moment_matched", marks=pytest.mark.slow)])
 def test_a_path_guide_runs_where_there_is_a_path(nile, method):
     run = {"svi_steps": 300, "leave_future_out": False, "progress": False}

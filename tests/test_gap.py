@@ -45,6 +45,7 @@ def test_gap_of_a_linear_model_is_exact(x64):
     assert found.gap == pytest.approx(evidence - found.bound, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_surrogate_has_a_negative_gap():
     guide = AutoStateSpace(linear, rank=3, family="moment_matched")
     found = bound_gap(fitted(linear, guide, Y.astype(np.float32), TraceConditionalKL_ELBO()))
@@ -52,6 +53,7 @@ def test_a_surrogate_has_a_negative_gap():
     assert found.gap < -5 * found.standard_error
 
 
+@pytest.mark.slow
 def test_elsewhere_the_gap_is_at_least_what_is_found():
     y = np.random.default_rng(2).poisson(1.0, (T, 4)).astype(np.float32)
     found = bound_gap(fitted(poisson, AutoStateSpace(poisson, rank=1), y), num_particles=1000)

@@ -41,6 +41,7 @@ def test_start_is_the_exact_posterior_of_a_linear_gaussian_model(data):
     np.testing.assert_allclose(log_weights(untrained(linear, y, rank=3), num_particles=20), evidence, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_low_rank_start_is_a_bound_that_importance_weights_close(data):
     y, evidence = data
     fit = untrained(linear, y, rank=1)

@@ -1,5 +1,7 @@
 """`AutoStateSpace` on data as they come: missing, with inputs, in trials, subsampled, masked; under every objective."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,12 @@ def started(model, *args, loss=None, **options):
     return guide, svi.get_params(state)
 
 
+@functools.cache
+def started_on_one():
+    """The guide of one trial, found once (in float64)."""
+    return started(one, Y[0])
+
+
 def losses(loss, model, guide, params, *args, num=20):
     one = jax.jit(lambda key: loss.loss(key, params, model, guide, *args))
     return -np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(1), num)))
@@ -90,6 +98,7 @@ def test_a_minibatch_stands_for_all_trials(potentials, x64):
         assert params["z_auto_K"].shape == (TRIALS, T, 2, 2)
 
 
+@pytest.mark.slow
 def test_two_of_three_trials_at_a_time(x64):
     guide, params = started(trials, Y, 2)
     found = losses(Trace_ELBO(), trials, guide, params, Y, 2, num=40)
@@ -139,7 +148,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_gives_the_evidence(name, x64):
     loss = OBJECTIVES[name]()
-    guide, params = started(one, Y[0])
+    guide, params = started_on_one()
     found = losses(loss, one, guide, params, Y[0], num=2000 if name in ("mean field", "conditional") else 10)
     evidence = evidences()[0]
     if name in ("mean field", "conditional"):  # the divergence apart from the draw's likelihood
@@ -148,8 +157,11 @@ def test_every_objective_gives_the_evidence(name, x64):
         np.testing.assert_allclose(found, evidence, rtol=1e-6)
 
 
-@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
-@pytest.mark.parametrize("options", [{}, {"potentials": "mode"}, {"family": "diagonal"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "double"),
+    [({}, False), ({"potentials": "mode"}, False), ({"potentials": "mode"}, True), ({"family": "diagonal"}, False)],
+    ids=str,
+)
 def test_gradients_are_finite(options, double):
     with jax.enable_x64(double):
         guide, params = started(with_scale, Y[0], rank=1, **({} if "rank" in options else options))
@@ -167,7 +179,7 @@ def test_gradients_are_finite(options, double):
 
 
 def test_draws_medians_and_quantiles(x64):
-    guide, params = started(one, Y[0])
+    guide, params = started_on_one()
     mean, cov = oracles.states(SSM, Y[0], U)["smoothed"]
     sd = np.sqrt(np.diagonal(cov, axis1=1, axis2=2))
     draws = np.asarray(guide.sample_posterior(jax.random.key(2), params, Y[0], sample_shape=(50, 100))["z"])
@@ -183,7 +195,7 @@ def test_draws_medians_and_quantiles(x64):
 
 
 def test_predictive_runs_guide_and_model(x64):
-    guide, params = started(one, Y[0])
+    guide, params = started_on_one()
     paths = Predictive(guide, params=params, num_samples=4000)(jax.random.key(3), Y[0])["z"]
     mean, cov = oracles.states(SSM, Y[0], U)["smoothed"]
     sd = np.sqrt(np.diagonal(cov, axis1=1, axis2=2))

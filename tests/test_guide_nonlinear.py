@@ -67,7 +67,9 @@ def fit(model, num_steps, *args, **options):
     return SVIFit.of(svi, svi.run(jax.random.key(0), num_steps, *args, progress_bar=False), *args)
 
 
-@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize(
+    "name", ["volatility", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "thalamus"))]
+)
 def test_scalar_models_against_the_grid(name):
     if name == "thalamus" and not THALAMUS.exists():
         pytest.skip("the thalamus counts are not here")

@@ -8,7 +8,7 @@ import pytest
 import pssm
 from pssm import LinearGaussianSSM
 
-STEPS = 11  # not a power of two
+STEPS = 5  # not a power of two
 KINDS = {
     "everything varies": dict(n=3, p=2, m=2, offsets=True, timed=("A", "chol_Q", "C", "chol_R", "b", "d", "B", "D")),
     "singular noise": dict(n=4, p=1, width=1),

@@ -105,6 +105,7 @@ def test_draws_have_the_model_sites_shapes_and_the_smoothed_moments(y, key):
     assert predicted["y"].shape == (10, T)
 
 
+@pytest.mark.slow
 def test_other_latent_sites_are_learned_beside_the_path(y):
     path_model = scan_path(vector, "z")
     fit = fitted(vector, AutoScanStateSpace(vector, site="z", rank=2), y, 0.02, 300)

@@ -209,23 +209,23 @@ class AutoStateSpace(AutoGuide):
         """Start of the parameters, for all trials of a plate, the subsampled ones in turn."""
         sizes = {f.name: (f.size, self._prototype_frame_full_sizes[f.name]) for f in self._frames(name)}
         small = {n: both for n, both in sizes.items() if both[0] != both[1]}
-        if not small:
-            return self._scaled(self._at_mode(name, run, values, None, 30), unwrap(run.trace(values)[name]["fn"])[0])
         if len(small) > 1:
             raise ValueError(f"`model` subsamples `{name}` in more than one plate: {', '.join(small)}.")
+
+        @jax.jit  # one program: piece by piece it would be hundreds
+        def at_mode(values: dict[str, Array], indices: dict[str, Array]) -> dict[str, Array]:
+            # Values of other sites in the same plate belong to the first minibatch: a start only.
+            own = run.with_indices(indices)
+            return self._scaled(self._at_mode(name, own, values, None, 30), unwrap(own.trace(values)[name]["fn"])[0])
+
+        if not small:
+            return at_mode(values, {})
         (plate, (size, full)), dim = (
             next(iter(small.items())),
             next(f.dim for f in self._frames(name) if f.name in small),
         )
-
-        @jax.jit
-        def part(indices: Array) -> dict[str, Array]:
-            own = run.with_indices(plate, indices)
-            # Values of other sites in the same plate belong to the first minibatch: a start only.
-            return self._scaled(self._at_mode(name, own, values, None, 30), unwrap(own.trace(values)[name]["fn"])[0])
-
         rows = [jnp.arange(first, first + size) % full for first in range(0, full, size)]
-        parts = [part(indices) for indices in rows]
+        parts = [at_mode(values, {plate: indices}) for indices in rows]
 
         def join(part_name: str) -> Array:
             axis = dim - (3 if part_name == "K" else 2)
@@ -306,7 +306,7 @@ def _sample_path(name: str, q: dist.Distribution, mask: Any) -> Array:
     masked = q if mask is None else q.mask(mask)
     if key is None or not isinstance(q, LowRankChain):
         return numpyro.sample(name, masked, infer=infer)
-    z, kl = q.sample_with_kl(key)
+    z, kl = jax.jit(q.sample_with_kl)(key)
     infer["draw"] = z, kl
     with handlers.substitute(data={name: z}):
         return numpyro.sample(name, masked, infer=infer)
@@ -318,9 +318,9 @@ class ModelRun:
     def __init__(self, model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], indices: dict[str, Array]):
         self.model, self.args, self.kwargs, self.indices = model, args, kwargs, indices
 
-    def with_indices(self, plate: str, indices: Array) -> "ModelRun":
-        """The same with other subsample indices in a plate."""
-        return ModelRun(self.model, self.args, self.kwargs, {**self.indices, plate: indices})
+    def with_indices(self, indices: dict[str, Array]) -> "ModelRun":
+        """The same with other subsample indices in some plates."""
+        return ModelRun(self.model, self.args, self.kwargs, {**self.indices, **indices})
 
     def expose_params(self, values: dict[str, Array]) -> dict[str, Array]:
         """Runs the model with its `param` sites in the open, as the guide's own; returns their values."""
