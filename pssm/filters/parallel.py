@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.filters.covariance import Gains, one_step, timed_fields, update
 from pssm.filters.kalman import Means, emission_mean, shift, transition_mean
-from pssm.filters.smoother import two_rows
+from pssm.filters.smoother import complement
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
@@ -41,8 +41,7 @@ def parallel_smoother(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Smoo
     """The smoother of one series, every step at once; as `kalman_smoother`."""
     rows, means, log_liks = _filter(ssm, y, u)
     n_obs, n = ssm.C.shape[-2:]
-    later = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
-    rest = jax.vmap(lambda chol, values: two_rows(ssm.at(values), chol).rest)(rows.new_chol[:-1], later)
+    rest = jax.vmap(complement)(rows.turn_next[:-1])
 
     # What the future says, `V` and the message of `smoother.py`, goes back by affine maps that are contractions. The
     # last step has nothing after it: a map that forgets, and V = Q21'.

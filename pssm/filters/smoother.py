@@ -1,17 +1,16 @@
 """Smoothing: the posterior of the states given the whole series, its moments and its draws.
 
-Both need, for every `t`, the conditional of `z_t` given `z_{t+1}` and `y_{1:t}`. With `F` a factor of the filtered
-covariance it comes from one triangularisation, right also where the predicted covariance is singular:
+Everything goes back through the orthogonal factors of the filter (`covariance.py`), in units of its own factors. With
+`x` the filtered state in units of `L+` and `e` the predicted one in units of `L`, both standard normal before what
+comes later is known,
 
-    [ A F   chol_Q ]        [ G11   0  ]     z_{t+1} = predicted mean + G11 e
-    [   F     0    ]  --->  [ G21  G22 ]     z_t     = filtered mean  + G21 e + G22 e'
+    e = Q11' w + Q21' x         through the update, `w` the whitened innovation
+    e = Q1 x + Q2 noise         for the next `e`, through the transition: given it, x ~ N(Q1' e, 1 - Q1' Q1)
 
-so `z_t | z_{t+1}` has mean `m + G21 G11^-1 (z_{t+1} - predicted mean)` and factor `G22` (Rauch, Tung & Striebel 1965
-in the square-root form of Park & Kailath 1995).
+Nothing is solved for, a singular covariance is no special case, and no error grows on the way back.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +26,11 @@ from pssm.filters.covariance import (
     next_check,
     over_series,
     row_at,
-    timed_fields,
     unmoved,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
-from pssm.linalg import orthogonalise, solve_lower, triangularise
-from pssm.linalg.small import matmul, matvec, row_of, set_row
+from pssm.linalg import orthogonalise, triangularise, unless
+from pssm.linalg.small import SMALL, matmul, matvec, row_of, set_row
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
@@ -106,7 +104,8 @@ def sample_states(
     count = 1
     for size in sample_shape:
         count *= size
-    noise = jax.random.normal(key, (*batch, count, series.shape[-2], ssm.n_state), series.dtype)
+    each = ssm.n_state + ssm.chol_Q.shape[-1]
+    noise = jax.random.normal(key, (*batch, count, series.shape[-2], each), series.dtype)
 
     paths = _draws(ssm, series, inputs, noise)
     paths = jnp.moveaxis(paths, len(batch), 0)
@@ -126,38 +125,17 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Joint(NamedTuple):
-    """`G21 G11^-1`, `G22` and the lower rows `Q3` of the orthogonal factor of the module's head."""
+def complement(turn: Array) -> Array:
+    """`Q3` with `Q3' Q3 = 1 - Q1' Q1` for the orthogonal factor `[Q1, Q2]` of a transition.
 
-    gain: Array
-    chol: Array
-    rest: Array
-
-
-def two_rows(ssm: LinearGaussianSSM, new_chol: Array) -> _Joint:
-    """The conditional of one step's state on the next one's."""
-    n = new_chol.shape[0]
-    top = jnp.concatenate([matmul(ssm.A, new_chol), ssm.chol_Q], axis=1)
-    bottom = jnp.concatenate([new_chol, jnp.zeros((n, ssm.chol_Q.shape[1]), new_chol.dtype)], axis=1)
-    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
-    # A row of Q3 whose pivot is rounding points nowhere: the transition added nothing there.
-    pivots = jnp.diagonal(joint)[n:]
-    real = pivots > 100 * n * jnp.finfo(new_chol.dtype).eps * jnp.sqrt(jnp.sum(new_chol**2, axis=1))
-    gain = solve_lower(joint[:n, :n], joint[n:, :n].T, transpose=True).T
-    return _Joint(gain, joint[n:, n:], jnp.where(real[:, None], turn[n:, :n], 0.0))
-
-
-def _two_rows_of_all(ssm: LinearGaussianSSM, rows: Gains, last: Array | int) -> _Joint:
-    """The same for the rows up to `last`; where that is not the end of the series, row by row in a loop."""
-    if isinstance(last, int):
-        timed = {name: x[1:] for name, x in timed_fields(ssm, ahead=False).items()}
-        return jax.vmap(lambda chol, values: two_rows(ssm.at(values), chol))(rows.new_chol[:-1], timed)
-
-    def one(t: Array, done: _Joint) -> _Joint:
-        return jax.tree.map(lambda x, row: set_row(x, row, t), done, two_rows(ssm, row_of(rows.new_chol, t)))
-
-    empty = _Joint(*(jnp.zeros_like(rows.new_chol) for _ in _Joint._fields))
-    return jax.lax.fori_loop(0, last + 1, one, empty)
+    Its rows are the first part of rows orthogonal to those of the factor.
+    """
+    n = turn.shape[0]
+    eye = jnp.eye(n, turn.shape[1], dtype=turn.dtype)
+    factor, rows = orthogonalise(jnp.concatenate([turn, eye]))
+    # A row whose pivot is rounding points nowhere: the transition added nothing there.
+    real = jnp.diagonal(factor)[n:] > 100 * n * jnp.finfo(turn.dtype).eps
+    return jnp.where(real[:, None], rows[n:, :n], 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- moments
@@ -165,20 +143,13 @@ def _two_rows_of_all(ssm: LinearGaussianSSM, rows: Gains, last: Array | int) -> 
 
 @partial(jax.jit, static_argnames="freeze")
 def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> SmootherResult:
-    """Moments through orthogonal factors alone: nothing is solved for, so no error grows on the way back.
-
-    The smoothed covariance is `L+ W W' L+'` with `W W' <= 1` what the future leaves of the filtered one. With the
-    orthogonal factor `[Q1, Q2; Q3, Q4]` of the two rows above and `V V'` the same for the next predicted covariance,
-    `W W' = Q1' V V' Q1 + Q3' Q3`; through the update `V = Q21' W`, and the lag-one covariance is `L' V V' Q1 L+'`.
-    """
     return over_series(_smooth_with, ssm, y, u, freeze=freeze)
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
     means, log_liks = scan_means(rows, last, ssm, y, u)
-    joint = _two_rows_of_all(ssm, rows, last)
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
-    chol, cross = covariances(rows, joint.rest, last, y.shape[0])
+    chol, cross = covariances(rows, last, y.shape[0])
     return SmootherResult(_smoothed_means(rows, last, means), chol, cross, log_liks.sum())
 
 
@@ -210,13 +181,31 @@ def _smoothed_means(rows: Gains, last: Array | int, means: Means) -> Array:
     return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), xs, reverse=True)[1]
 
 
-def _covariance_back(left: Array, row: Gains, next_chol: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
-    """One step back from `V` of the next time: `V` of this one, `W`, the smoothed factor and the lag-one covariance."""
+def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, Array, Array, Array]:
+    """One step back from `V` of the next time: `V` of this one, `W`, the smoothed factor and the lag-one covariance.
+
+    The smoothed covariance is `L+ W W' L+'`, with `W W'` what the future leaves of the filtered one and `V V'` the same
+    of the predicted one: `W W' = Q1' V V' Q1 + Q3' Q3` and `V = Q21' W`. The lag-one covariance is `L' V V' Q1 L+'`.
+    """
     n = left.shape[0]
     forth = row.turn_next[:, :n]
-    cross = matmul(matmul(next_chol, left), matmul(left.T, matmul(forth, row.new_chol.T)))
-    kept = triangularise(jnp.concatenate([matmul(forth.T, left), rest.T], axis=1))
-    return matmul(_through_update(row), kept), kept, triangularise(matmul(row.new_chol, kept)), cross
+    seen = matmul(forth.T, left)
+    cross = matmul(matmul(next_chol, left), matmul(seen.T, row.new_chol.T))
+    kept = _what_is_left(row.turn_next, seen)
+    return matmul(_through_update(row), kept), kept, matmul(row.new_chol, kept), cross
+
+
+def _what_is_left(turn: Array, seen: Array) -> Array:
+    """`W`, lower triangular. It may be found by subtraction as long as little is subtracted, and that is fast."""
+    n = turn.shape[0]
+
+    def with_care() -> Array:
+        return triangularise(jnp.concatenate([seen, complement(turn).T], axis=1))
+
+    if n <= SMALL:
+        return with_care()
+    kept = jnp.linalg.cholesky(jnp.eye(n, dtype=seen.dtype) + seen @ seen.T - turn[:, :n].T @ turn[:, :n])
+    return unless(jnp.min(jnp.diagonal(kept)) > 0.1, kept, with_care)
 
 
 def _through_update(row: Gains) -> Array:
@@ -224,14 +213,13 @@ def _through_update(row: Gains) -> Array:
     return row.turn[-n:, :n].T
 
 
-def _all_covariances(rows: Gains, rest: Array, last: Array | int, length: int) -> tuple[Array, Array]:
+def _all_covariances(rows: Gains, last: Array | int, length: int) -> tuple[Array, Array]:
     """Factors of all steps and lag-one covariances, every step computed."""
-    row_xs, row_of_step = by_step((rows, rest), last, length)
+    row_xs, row_of_step = by_step(rows, last, length)
     next_xs, next_of_step = by_step(rows.chol, last, length)
 
     def step(left: Array, xs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        row, row_rest = row_of_step(xs[0])
-        left, _, chol, cross = _covariance_back(left, row, next_of_step(xs[1]), row_rest)
+        left, _, chol, cross = _covariance_back(left, row_of_step(xs[0]), next_of_step(xs[1]))
         return left, (chol, cross)
 
     final = row_at(rows, jnp.asarray(length - 1), last)
@@ -240,21 +228,21 @@ def _all_covariances(rows: Gains, rest: Array, last: Array | int, length: int) -
     return jnp.concatenate([chol, final.new_chol[None]]), cross
 
 
-def _settling_covariances(rows: Gains, rest: Array, last: Array, length: int) -> tuple[Array, Array]:
+def _settling_covariances(rows: Gains, last: Array, length: int) -> tuple[Array, Array]:
     """The same where row `last` stands for all later steps.
 
     Back from the end the covariances settle once more, `late` steps before it; from there to step `last` they stand
     still. Where the room for late rows does not suffice, every step is computed.
     """
     capacity = rows.chol.shape[0]
-    final, final_rest = row_at((rows, rest), last, last)
+    final = row_at(rows, last, last)
     start = _through_update(final)
     blank = jnp.zeros((capacity, *final.chol.shape), final.chol.dtype)
 
     def late_step(state: tuple) -> tuple:
         late, left, earlier, check, chols, crosses, _ = state
         late = late + 1
-        left, kept, chol, cross = _covariance_back(left, final, final.chol, final_rest)
+        left, kept, chol, cross = _covariance_back(left, final, final.chol)
         due = late == check
         still = in_all_of_a_batch(due & unmoved(earlier, kept))
         check, earlier = jnp.where(due, next_check(check), check), jnp.where(due, kept, earlier)
@@ -270,8 +258,7 @@ def _settling_covariances(rows: Gains, rest: Array, last: Array, length: int) ->
         def early_step(i: Array, state: tuple) -> tuple:
             left, chols, crosses = state
             t = last - 1 - i
-            row, row_rest = row_at((rows, rest), t, last)
-            left, _, chol, cross = _covariance_back(left, row, row_of(rows.chol, t + 1), row_rest)
+            left, _, chol, cross = _covariance_back(left, row_at(rows, t, last), row_of(rows.chol, t + 1))
             return left, set_row(chols, chol, t), set_row(crosses, cross, t)
 
         _, early_chol, early_cross = jax.lax.fori_loop(0, last, early_step, (left, blank, blank))
@@ -280,7 +267,7 @@ def _settling_covariances(rows: Gains, rest: Array, last: Array, length: int) ->
         return jnp.concatenate([early_chol, late_chol])[index], jnp.concatenate([early_cross, late_cross])[index[:-1]]
 
     return jax.lax.cond(
-        still | jnp.all(late == length - 1 - last), settled, lambda: _all_covariances(rows, rest, last, length)
+        still | jnp.all(late == length - 1 - last), settled, lambda: _all_covariances(rows, last, length)
     )
 
 
@@ -295,21 +282,25 @@ def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> A
 def _draws_with(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
 ) -> Array:
-    """Backward sampling, `z_t` given `z_{t+1}`, for each path of `noise`, `(count, time, state)`."""
-    length = y.shape[0]
+    """Each path of `noise`, `(count, time, state + noise of the state)`, made a draw from the posterior.
+
+    A draw of `x` and the transition's noise before anything later is known is moved to where it agrees with the next
+    `e` (Matheron's rule), which takes no covariance of its own.
+    """
     means, _ = scan_means(rows, last, ssm, y, u)
-    joint = _two_rows_of_all(ssm, rows, last)
-    joint_xs, joint_of_step = by_step((joint.gain, joint.chol), last, length - 1)
+    n_obs, n = means.whitened.shape[1], ssm.n_state
+    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, y.shape[0])
 
-    def step(later: Array, xs: tuple) -> tuple[Array, Array]:
-        row, mean, next_mean, e = xs
-        gain, chol = joint_of_step(row)
-        z = mean + matvec(gain, later - next_mean) + matvec(chol, e)
-        return z, z
+    def one(noise: Array) -> Array:
+        def step(later: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:
+            row, new_mean, whitened, free = xs
+            turn, turn_next, new_chol = row_of_step(row)
+            e, any_later = later
+            x = free[:n] + any_later * matvec(turn_next[:, :n].T, e - matvec(turn_next, free))
+            e = matvec(turn[n_obs:, :n].T, x) + matvec(turn[:n_obs, :n].T, whitened)
+            return (e, jnp.ones_like(any_later)), new_mean + matvec(new_chol, x)
 
-    def one(e: Array) -> Array:
-        end = means.new_mean[-1] + matvec(row_at(rows.new_chol, jnp.asarray(length - 1), last), e[-1])
-        xs = joint_xs, means.new_mean[:-1], means.mean[1:], e[:-1]
-        return jnp.concatenate([jax.lax.scan(step, end, xs, reverse=True)[1], end[None]])
+        start = jnp.zeros(n, noise.dtype), jnp.zeros((), noise.dtype)
+        return jax.lax.scan(step, start, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
 
     return jax.vmap(one)(noise)

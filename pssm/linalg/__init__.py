@@ -1,6 +1,13 @@
 """Linear algebra of covariance factors."""
 
 from pssm.linalg.low_rank import Diagonal
-from pssm.linalg.square_root import factor_from_covariance, orthogonalise, outer, solve_lower, triangularise
+from pssm.linalg.square_root import (
+    factor_from_covariance,
+    orthogonalise,
+    outer,
+    solve_lower,
+    triangularise,
+    unless,
+)
 
-__all__ = ["Diagonal", "factor_from_covariance", "orthogonalise", "outer", "solve_lower", "triangularise"]
+__all__ = ["Diagonal", "factor_from_covariance", "orthogonalise", "outer", "solve_lower", "triangularise", "unless"]

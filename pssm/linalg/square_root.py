@@ -6,6 +6,9 @@ rows above it, the pivot of that row is exactly zero and so is its column of `L`
 Cholesky factor. `solve_lower` skips the same pivots, so conditioning on something already known changes nothing.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
@@ -69,25 +72,37 @@ def solve_lower(
 def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent."""
     rows, cols = m.shape
-    return _large(m) if LARGE < rows <= cols else _gram_schmidt(m)
+    return _by_cholesky(m) if LARGE < rows <= cols else _gram_schmidt(m)
 
 
-def _large(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By Cholesky, which is fast, where no row comes near to depending on those above it; else row by row.
+def _by_cholesky(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By Cholesky factors of `m m'`, which is fast; row by row where a row comes too near to those above it.
 
-    A pivot of relative size `s` carries a relative error of `eps / s^2`.
+    A pivot of relative size `s` leaves an error of `eps / s^2`. Where that is large, the rows of `Q` are taken for `m`
+    and their factor goes on top (Fukaya et al. 2014), which works as long as `s^2` is above rounding.
     """
     scale = jnp.sqrt(jnp.sum(m * m, axis=1))
-    scale = jnp.where(scale > 0, scale, 1.0)
-    unit = m / scale[:, None]
-    factor = jnp.linalg.cholesky(unit @ unit.T)
-    least = 0.01 if m.dtype == jnp.float64 else 0.1
-    regular = jnp.all(jnp.diagonal(factor) > least)  # false for NaN
+    empty = jnp.diag(jnp.where(scale > 0, 0.0, 1.0).astype(m.dtype))
+    unit = m / jnp.where(scale > 0, scale, 1.0)[:, None]
+    small = 16 * float(jnp.finfo(m.dtype).eps) ** 0.5
 
-    def fast() -> tuple[jax.Array, jax.Array]:
-        return scale[:, None] * factor, jsl.solve_triangular(factor, unit, lower=True)
+    def again(state: tuple) -> jax.Array:
+        _, _, least, count = state
+        return (least > small) & (least < 0.3) & (count < 3)
 
-    return jax.lax.cond(regular, fast, lambda: _gram_schmidt(m))
+    def once(state: tuple) -> tuple:
+        factor, q, _, count = state
+        new = jnp.linalg.cholesky(q @ q.T + empty)
+        return factor @ new, jsl.solve_triangular(new, q, lower=True), jnp.min(jnp.diagonal(new)), count + 1
+
+    start = jnp.diag(scale), unit, jnp.asarray(0.1, m.dtype), 0
+    factor, q, least, _ = jax.lax.while_loop(again, once, start)
+    return unless(least >= 0.3, (factor, q), lambda: _gram_schmidt(m))
+
+
+def unless(good: jax.Array, value: Any, otherwise: Callable[[], Any]) -> Any:
+    """`value` where it is good. Unlike `lax.cond`, a batch computes `otherwise` only if an element needs it."""
+    return jax.lax.while_loop(lambda s: ~s[0], lambda _: (jnp.asarray(True), otherwise()), (good, value))[1]
 
 
 def _rounding(m: jax.Array) -> float:
