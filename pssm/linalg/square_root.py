@@ -18,8 +18,6 @@ from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
 from pssm.linalg.small import SMALL, TINY, matmul, matvec, row_of, set_row, substitute
 
-LARGE = 40  # rows above which LAPACK is faster than a loop over the rows
-
 
 def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
     """Lower-triangular `L` with `L L' = m m'`, diagonal >= 0; `m` may have any shape and any rank.
@@ -72,32 +70,27 @@ def solve_lower(
 def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`m = L Q`: `L` lower triangular, the rows of `Q` orthonormal, or zero where a row of `m` is dependent."""
     rows, cols = m.shape
-    return _by_cholesky(m) if LARGE < rows <= cols else _gram_schmidt(m)
+    return _householder(m) if SMALL < rows <= cols else _gram_schmidt(m)
 
 
-def _by_cholesky(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By Cholesky factors of `m m'`, which is fast; row by row where a row comes too near to those above it.
+def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By LAPACK's QR, which is fast, unless a row comes near to depending on those above it; then row by row.
 
-    A pivot of relative size `s` leaves an error of `eps / s^2`. Where that is large, the rows of `Q` are taken for `m`
-    and their factor goes on top (Fukaya et al. 2014), which works as long as `s^2` is above rounding.
+    QR spends a direction on every row. Rows of zeros (missing observations) go last, where no row can miss it.
     """
     scale = jnp.sqrt(jnp.sum(m * m, axis=1))
-    empty = jnp.diag(jnp.where(scale > 0, 0.0, 1.0).astype(m.dtype))
-    unit = m / jnp.where(scale > 0, scale, 1.0)[:, None]
-    small = 16 * float(jnp.finfo(m.dtype).eps) ** 0.5
-
-    def again(state: tuple) -> jax.Array:
-        _, _, least, count = state
-        return (least > small) & (least < 0.3) & (count < 3)
-
-    def once(state: tuple) -> tuple:
-        factor, q, _, count = state
-        new = jnp.linalg.cholesky(q @ q.T + empty)
-        return factor @ new, jsl.solve_triangular(new, q, lower=True), jnp.min(jnp.diagonal(new)), count + 1
-
-    start = jnp.diag(scale), unit, jnp.asarray(0.1, m.dtype), 0
-    factor, q, least, _ = jax.lax.while_loop(again, once, start)
-    return unless(least >= 0.3, (factor, q), lambda: _gram_schmidt(m))
+    empty = scale == 0
+    index = jnp.arange(m.shape[0])
+    keys = jnp.where(empty, index + len(index), index)
+    back = jnp.sum(keys < keys[:, None], axis=1)  # argsort costs more here
+    order = jnp.sum(jnp.where(back == index[:, None], index, 0), axis=1)
+    q, r = jnp.linalg.qr(m[order].T)
+    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(m.dtype)
+    factor = jnp.where(empty | empty[:, None], 0.0, (r.T * sign)[back[:, None], back])
+    turn = jnp.where(empty[:, None], 0.0, (q * sign).T[back])
+    near = 32 * float(jnp.finfo(m.dtype).eps) ** 0.5
+    regular = jnp.all(empty | (jnp.diagonal(factor) > near * scale))  # false for NaN
+    return unless(regular, (factor, turn), lambda: _gram_schmidt(m))
 
 
 def unless(good: jax.Array, value: Any, otherwise: Callable[[], Any]) -> Any:
