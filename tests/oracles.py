@@ -337,3 +337,75 @@ def grid_posterior(grid, first, kernel, emission):
         after = kernel.T @ (after * np.exp(emission[t] - emission[t].max()))
         after = after / after.max()
     return total, mean, sd
+
+
+# EM by brute force ----------------------------------------------------------------------------------------------------
+
+
+def em_step(ssm, ys, us=None, form="augmented"):
+    """All parameters after one EM step from sequences `ys`, from dense posterior moments of `(z, missing y)`.
+
+    With the form "observed" each row of the emission is a regression over the steps that have it, `R` diagonal.
+    """
+    q, _ = parameters(ssm)
+    n, p = ssm.n_state, ssm.n_obs
+    us = [None] * len(ys) if us is None else us
+    second, firsts, first_covs = [], [], []
+    for y, u in zip(ys, us, strict=True):
+        y = np.asarray(y, float)
+        j = joint(ssm, len(y), u)
+        mean, cov = condition(j, np.arange(len(j.mean)), *seen(j, y, len(y)))
+        second.append((j, mean, cov + np.outer(mean, mean), y, u))
+        firsts.append(mean[j.z(0)])
+        first_covs.append(cov[np.ix_(j.z(0), j.z(0))])
+
+    def products(lag):
+        """Lists over sequences and times of E[(left, right)(left, right)'] with inputs and a one appended."""
+        out = []
+        for j, mean, moment, y, u in second:
+            for t in range(1 if lag else 0, len(y)):
+                left, right = (j.z(t), j.z(t - 1)) if lag else (j.y(t), j.z(t))
+                index = np.concatenate([left, right])
+                known = [*(u[t] if u is not None else []), 1.0]
+                E = moment[np.ix_(index, index)]
+                side = np.outer(mean[index], known)
+                out.append((np.block([[E, side], [side.T, np.outer(known, known)]]), len(left), y[t]))
+        return out
+
+    def regress(blocks, size, names):
+        """Coefficients and residual covariance; what the model does not have is left out."""
+        keep = list(range(size + n))
+        m = len(blocks[0]) - size - n - 1
+        keep += list(range(size + n, size + n + m)) if q[names[1]] is not None else []
+        keep += [size + n + m] if q[names[2]] is not None else []
+        S = sum(blocks)[np.ix_(keep, keep)] / len(blocks)
+        coef = np.linalg.lstsq(S[size:, size:], S[size:, :size], rcond=None)[0].T
+        both = np.hstack([np.eye(size), -coef])
+        return coef, both @ S @ both.T
+
+    def named(coef, names):
+        m = 0 if q[names[1]] is None else q[names[1]].shape[1]
+        found = {names[0]: coef[:, :n]}
+        if m:
+            found[names[1]] = coef[:, n : n + m]
+        if q[names[2]] is not None:
+            found[names[2]] = coef[:, n + m]
+        return found
+
+    out = {"m0": np.mean(firsts, 0)}
+    out["P0"] = np.mean(first_covs, 0) + np.cov(np.transpose(firsts), bias=True).reshape(n, n)
+    coef, out["Q"] = regress([b for b, _, _ in products(True)], n, ("A", "B", "b"))
+    out |= named(coef, ("A", "B", "b"))
+    emission = products(False)
+    if form == "augmented":
+        coef, out["R"] = regress([b for b, _, _ in emission], p, ("C", "D", "d"))
+    else:
+        rows, variances = [], []
+        for i in range(p):
+            keep = [i, *range(p, len(emission[0][0]))]
+            blocks = [b[np.ix_(keep, keep)] for b, _, y in emission if not np.isnan(y[i])]
+            row, variance = regress(blocks, 1, ("C", "D", "d"))
+            rows.append(row[0])
+            variances.append(variance[0, 0])
+        coef, out["R"] = np.stack(rows), np.diag(variances)
+    return out | named(coef, ("C", "D", "d"))

@@ -252,3 +252,17 @@ def test_integers_lists_and_a_flat_series_are_the_same_data():
     for y in ([1, 2, 4], [[1], [2], [4]], np.array([1, 2, 4]), np.array([1, 2, 4], np.int8), (1.0, 2.0, 4.0)):
         for a, b in zip(whole, pssm.kalman_smoother(ssm, y), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["auto", "parallel"])
+@pytest.mark.parametrize("tiny", [0.0, 1e-17, -3e-16, 1e-15, 1e-12, 1e-8])
+def test_noise_of_the_size_of_rounding_beside_a_companion(tiny, method, x64):
+    """What EM makes of an autoregression: structure that holds up to the last digit."""
+    y = np.random.default_rng(0).normal(size=(20, 1))
+    for eps in (0.0, 1.3e-15):
+        A, chol_Q = [[1.338, -0.5214], [1.0 + eps, -eps]], [[0.0, -0.82], [0.0, tiny]]
+        ssm = pssm.LinearGaussianSSM(np.zeros(2), np.eye(2), A, chol_Q, [[1.0, 0.0]], [[0.45]])
+        result, exact = pssm.kalman_smoother(ssm, y, method=method), oracles.states(ssm, y)
+        np.testing.assert_allclose(result.mean, exact["smoothed"][0], atol=1e-12)
+        np.testing.assert_allclose(result.cov, exact["smoothed"][1], atol=1e-12)
+        np.testing.assert_allclose(result.cross_cov, exact["cross_cov"], atol=1e-12)

@@ -13,6 +13,12 @@ from pssm.filters.covariance import until_standstill
 STEPS = 150
 
 
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch):
+    """A series as long as the room for rows has them all, and nothing to fall back to; these are longer."""
+    monkeypatch.setattr("pssm.filters.covariance._capacity", lambda row, length: min(length, 100))
+
+
 def build(kind, dtype=np.float64):
     """A model and a series of 150 steps whose covariances settle within some dozen of them."""
     rng = np.random.default_rng(3)
@@ -88,6 +94,26 @@ def test_too_slow_to_stand_still(x64):
     assert not standstill(ssm, y)[1]
     for a, b in zip(jax.tree.leaves(frozen(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["slow", "gap at the end"])
+def test_room_for_every_step(kind, x64):
+    if kind == "slow":
+        ssm = LinearGaussianSSM([0.0], [[10.0]], [[1.0]], [[0.01]], [[1.0]], [[1.0]])
+        y = np.random.default_rng(0).normal(size=(90, 1))
+    else:
+        ssm, y = build("plain")
+        y = y[:90]
+        y[-3] = np.nan
+    last, served = standstill(ssm, y)
+    assert served
+    assert last == 89
+    for a, b in zip(jax.tree.leaves(frozen(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+    for function in (pssm.kalman_filter, pssm.kalman_smoother):
+        a, b = (jax.jit(lambda m=m, f=function: f(ssm, y, method=m))() for m in ("auto", "sequential"))
+        for name, x in b._asdict().items():
+            np.testing.assert_allclose(getattr(a, name), x, atol=1e-11 * np.abs(x).max(), err_msg=name)
 
 
 def test_change_of_units_changes_nothing(x64):

@@ -111,8 +111,10 @@ def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | N
 
     @jax.custom_jvp
     def frozen(observed: Array, *args: Any) -> Any:
-        rows, last, still = until_standstill(args[0], observed)
-        return jax.lax.cond(still, lambda: fn(rows, last, *args), lambda: full(observed, *args))
+        rows, last, served = until_standstill(args[0], observed)
+        if served is True:
+            return fn(rows, last, *args)
+        return jax.lax.cond(served, lambda: fn(rows, last, *args), lambda: full(observed, *args))
 
     frozen.defjvp(lambda primals, tangents: jax.jvp(full, primals, tangents))
     observed = ~(jnp.isnan(args[1]) if gaps is None else gaps)
@@ -202,11 +204,12 @@ def every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:
     return jax.lax.scan(step, triangularise(ssm.chol_P0), xs)[1]
 
 
-def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Array, Array]:
-    """Rows up to a `last` one, and whether that one stands for all later steps.
+def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Array, Array | bool]:
+    """Rows up to a `last` one, and whether that one stands for all later steps (if there are any).
 
     It does when the predicted covariance has not moved over the last fifth of the steps and no gap lies ahead. There
-    is room for `_capacity` rows; those behind the last one are zero.
+    is room for `_capacity` rows; those behind the last one are zero. Where that is room for every step, the answer is
+    a plain True.
     """
     length = observed.shape[0]
     ragged = jnp.any(observed != observed[-1], axis=1)
@@ -227,7 +230,7 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
     rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
     state = jnp.asarray(0), start, start, jnp.asarray(FIRST_CHECK), rows, jnp.asarray(False)
     t, _, _, _, rows, still = jax.lax.while_loop(lambda s: (s[0] < capacity) & ~s[-1], step, state)
-    return rows, t - 1, still
+    return rows, t - 1, still if capacity < length else True
 
 
 def _capacity(row: Gains, length: int) -> int:

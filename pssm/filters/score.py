@@ -131,8 +131,10 @@ def _score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tu
 @jax.custom_jvp
 def _frozen_score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
     """The same where gains may come to a standstill; higher derivatives are those of `_score`."""
-    rows, last, still = until_standstill(ssm, ~jnp.isnan(y))
-    return jax.lax.cond(still, lambda: _still_score(ssm, y, u, rows, last), lambda: _score(ssm, y, u))
+    rows, last, served = until_standstill(ssm, ~jnp.isnan(y))
+    if served is True:
+        return _still_score(ssm, y, u, rows, last)
+    return jax.lax.cond(served, lambda: _still_score(ssm, y, u, rows, last), lambda: _score(ssm, y, u))
 
 
 @_frozen_score.defjvp

@@ -132,10 +132,7 @@ def complement(turn: Array) -> Array:
     """
     n = turn.shape[0]
     eye = jnp.eye(n, turn.shape[1], dtype=turn.dtype)
-    factor, rows = orthogonalise(jnp.concatenate([turn, eye]))
-    # A row whose pivot is rounding points nowhere: the transition added nothing there.
-    real = jnp.diagonal(factor)[n:] > 100 * n * jnp.finfo(turn.dtype).eps
-    return jnp.where(real[:, None], rows[n:, :n], 0.0)
+    return orthogonalise(jnp.concatenate([turn, eye]))[1][n:, :n]
 
 
 # ------------------------------------------------------------------------------------------------------------- moments
@@ -266,6 +263,8 @@ def _settling_covariances(rows: Gains, last: Array, length: int) -> tuple[Array,
         index = jnp.where(t < last, t, capacity + jnp.minimum(length - 1 - t, late))
         return jnp.concatenate([early_chol, late_chol])[index], jnp.concatenate([early_cross, late_cross])[index[:-1]]
 
+    if capacity == length:
+        return settled()
     return jax.lax.cond(
         still | jnp.all(late == length - 1 - last), settled, lambda: _all_covariances(rows, last, length)
     )

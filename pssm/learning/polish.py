@@ -1,0 +1,85 @@
+"""The last stretch by quasi-Newton steps: EM slows down near the maximum, the exact gradient does not."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy.optimize import minimize
+
+from pssm._types import Array
+from pssm.filters import log_likelihood
+from pssm.learning.maximise import Constraint, Structure
+from pssm.ssm import LinearGaussianSSM
+
+
+def polish(
+    ssm: LinearGaussianSSM,
+    y: Array,
+    u: Array | None,
+    structure: Structure,
+    constraint: Constraint | None,
+    num_steps: int,
+) -> tuple[LinearGaussianSSM, float]:
+    """At most `num_steps` steps of L-BFGS from `ssm` within its structure; the model and its log-likelihood.
+
+    Covariances are free triangular factors within the range of the start's: noise-free directions stay so.
+    """
+    free, model = _parameters(ssm, structure, constraint)
+    start, unravel = ravel_pytree(free)
+    count = y.size
+
+    @jax.jit
+    def loss(x: Array) -> tuple[Array, Array]:
+        return jax.value_and_grad(lambda x: -jnp.sum(log_likelihood(model(unravel(x)), y, u)) / count)(x)
+
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = loss(jnp.asarray(x, start.dtype))
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
+            return 1e30, np.zeros_like(x)  # a step too far: the line search comes back
+        return float(value), np.asarray(gradient, float)
+
+    found = minimize(evaluate, np.asarray(start, float), jac=True, method="L-BFGS-B", options={"maxiter": num_steps})
+    return model(unravel(jnp.asarray(found.x, start.dtype))), -found.fun * count
+
+
+def _parameters(
+    ssm: LinearGaussianSSM, structure: Structure, constraint: Constraint | None
+) -> tuple[dict[str, Array], Callable[[dict[str, Array]], LinearGaussianSSM]]:
+    """Unconstrained parameters, and the model that they make."""
+    free: dict[str, Array] = {}
+    bases: dict[str, Array] = {}
+    for name in ("m0", "A", "B", "b", "C", "D", "d"):
+        x = getattr(ssm, name)
+        if x is not None and name not in structure.fixed:
+            free[name] = x
+    if constraint is not None and "A" in free:
+        free["A"] = jnp.linalg.lstsq(constraint.basis, ssm.A.T.reshape(-1) - constraint.offset)[0]
+    for name in ("P0", "Q", "R"):
+        groups = structure.groups(name)
+        if name in structure.fixed:
+            continue
+        cov = getattr(ssm, name)
+        if groups is not None:
+            first = jnp.asarray([groups.index(g) for g in range(max(groups) + 1)])
+            free[name] = 0.5 * jnp.log(jnp.diagonal(cov)[first])
+            continue
+        values, vectors = jnp.linalg.eigh(cov)
+        live = np.asarray(values > 1e-12 * values[-1])
+        bases[name] = vectors[:, live]
+        free[name] = jnp.linalg.cholesky(jnp.diag(values[live]))
+
+    def model(p: dict[str, Array]) -> LinearGaussianSSM:
+        fields: dict[str, Array] = {name: x for name, x in p.items() if name not in ("P0", "Q", "R")}
+        if constraint is not None and "A" in p:
+            fields["A"] = (constraint.offset + constraint.basis @ p["A"]).reshape(ssm.A.shape).T
+        for name in ("P0", "Q", "R"):
+            groups = structure.groups(name)
+            if name in p and groups is not None:
+                fields[f"chol_{name}"] = jnp.diag(jnp.exp(p[name])[jnp.asarray(groups)])
+            elif name in p:
+                fields[f"chol_{name}"] = bases[name] @ jnp.tril(p[name])
+        return ssm.replace(**fields)
+
+    return free, model
