@@ -23,6 +23,7 @@ from pssm.filters import log_likelihoods as log_likelihoods
 from pssm.filters import most_likely_states as most_likely_states
 from pssm.filters import sample_states as sample_states
 from pssm.filters import simulate as simulate
+from pssm.learning import DynamicTexture as DynamicTexture
 from pssm.learning import EMResult as EMResult
 from pssm.learning import fit_em as fit_em
 from pssm.results import FilterResult as FilterResult

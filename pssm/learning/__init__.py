@@ -1,5 +1,6 @@
 """Learning the parameters of linear dynamical systems."""
 
 from pssm.learning.em import EMResult, LikelihoodFellError, fit_em
+from pssm.learning.textures import Compression, DynamicTexture
 
-__all__ = ["EMResult", "LikelihoodFellError", "fit_em"]
+__all__ = ["Compression", "DynamicTexture", "EMResult", "LikelihoodFellError", "fit_em"]

@@ -1,7 +1,7 @@
 """Expectation maximisation for linear dynamical systems, from any number of sequences."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,12 @@ class EMResult(NamedTuple):
 
 
 class LikelihoodFellError(RuntimeError):
-    """The log-likelihood fell, which exact EM cannot do; `result` is what there was before.
+    """The log-likelihood fell, which exact EM cannot do; `result` is what there was before, of the fit's own type.
 
     The usual cause is rounding: badly scaled data, or float32 where the problem needs float64.
     """
 
-    def __init__(self, message: str, result: EMResult):
+    def __init__(self, message: str, result: Any):
         super().__init__(message)
         self.result = result
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy.optimize import minimize
 
 from pssm._types import Array
 from pssm.filters import log_likelihood
@@ -26,6 +25,8 @@ def polish(
 
     Covariances are free triangular factors within the range of the start's: noise-free directions stay so.
     """
+    from scipy.optimize import minimize  # slow to import, rarely needed
+
     free, model = _parameters(ssm, structure, constraint)
     start, unravel = ravel_pytree(free)
     count = y.size

@@ -1,0 +1,336 @@
+"""Dynamic textures: moving water, smoke or leaves as a linear dynamical system over pixels.
+
+A frame of `D` pixels is `x_t = mean + C z_t + v_t` with `v_t ~ N(0, sigma^2 1)` and `z_t = A z_{t-1} + w_t`. Where `C`
+has orthonormal columns, the `n` numbers `C'(x_t - mean)` say all that a frame says of the state, whatever `D` is; so no
+array here is larger than the frames themselves.
+
+Source:
+    Doretto, Chiuso, Wu & Soatto 2003. The printed least-squares formula for `A` and the names of the two residuals are
+    corrected: `A` regresses each state on the one before, `w_t = z_{t+1} - A z_t` makes `Q`, and the residual of the
+    frames, which has rank at most the number of frames, makes a multiple of the identity (Tipping & Bishop 1999).
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pssm._checks import check_choice, check_count
+from pssm._types import Array, ArrayLike, Key
+from pssm.filters import kalman_filter, kalman_smoother, simulate
+from pssm.filters import log_likelihood as log_likelihood_of
+from pssm.learning.em import LikelihoodFellError
+from pssm.ssm import LinearGaussianSSM
+
+PIECE = 2**25  # numbers read at once, in whole frames
+LARGEST = 0.999  # modulus of an eigenvalue that was 1 or more
+OVERSAMPLE = 10  # directions kept beside `num_states` while frames come in pieces
+
+
+class Compression(NamedTuple):
+    """What a texture takes in place of its clip.
+
+    Attributes:
+        numbers: parameters of the model: mean, components, transition, noise.
+        ratio: numbers of the clip over `numbers`.
+        explained: share of the clip's variance that the components hold.
+    """
+
+    numbers: int
+    ratio: float
+    explained: float
+
+
+class DynamicTexture:
+    """A clip as a linear dynamical system; made by `DynamicTexture.fit`.
+
+    Attributes:
+        mean: the mean frame, of the shape of a frame.
+        components: orthonormal columns `C`, `(pixels, state)`.
+        A: transition `(state, state)`.
+        chol_Q: factor of the noise, `(state, noise)`.
+        sigma: standard deviation of a pixel's noise.
+        m0: first state, `(state,)`.
+        chol_P0: factor of its covariance.
+        states: states of the clip it was fitted to, `(time, state)`.
+    """
+
+    def __init__(
+        self,
+        mean: np.ndarray,
+        components: np.ndarray,
+        A: ArrayLike,
+        chol_Q: ArrayLike,
+        sigma: float,
+        m0: ArrayLike,
+        chol_P0: ArrayLike,
+        states: np.ndarray,
+        energy: float,
+    ):
+        self.mean, self.components, self.sigma = mean, components, float(sigma)
+        self.A, self.chol_Q = jnp.asarray(A), jnp.asarray(chol_Q)
+        self.m0, self.chol_P0 = jnp.asarray(m0), jnp.asarray(chol_P0)
+        self.states, self._energy = states, energy
+
+    @classmethod
+    def fit(
+        cls,
+        frames: Any,
+        num_states: int,
+        *,
+        num_noise: int | None = None,
+        method: str = "svd",
+        stable: bool = True,
+        num_iters: int = 50,
+        tol: float = 1e-6,
+    ) -> "DynamicTexture":
+        """A texture from a clip.
+
+        Args:
+            frames: `(time, height, width)` or `(time, height, width, colour)`, at least `num_states + 2` frames; any
+                array with slices, so that a `numpy.memmap` larger than memory will do.
+            num_states: size of the state.
+            num_noise: directions of the transition's noise; all of them by default.
+            method: "svd" (closed form) or "em" (maximum likelihood, started at the former).
+            stable: move eigenvalues of an unstable transition inside the unit circle, with a warning.
+            num_iters: most iterations of EM.
+            tol: relative gain of the log-likelihood at which EM stops.
+
+        Raises:
+            ValueError: too few frames, values that are not finite, or an unknown method.
+
+        Example:
+            >>> import numpy as np, jax
+            >>> t = np.arange(40)[:, None, None]
+            >>> clip = np.sin(0.3 * t + np.linspace(0, 3, 48).reshape(6, 8)) + 0.01 * np.random.randn(40, 6, 8)
+            >>> texture = DynamicTexture.fit(clip, 2)
+            >>> texture.synthesize(jax.random.key(0), 100).shape
+            (100, 6, 8)
+        """
+        check_choice("method", method, ("svd", "em"))
+        n = check_count("num_states", num_states)
+        shape = np.shape(frames)
+        if len(shape) < 2:
+            raise ValueError(f"`frames` must have shape (time, height, width[, colour]); got {shape}.")
+        if shape[0] < n + 2:
+            raise ValueError(f"`frames` must have at least {n + 2} frames for {n} states; got {shape[0]}.")
+        if num_noise is not None and check_count("num_noise", num_noise) > n:
+            raise ValueError(f"`num_noise` must be at most {n}, the number of states; got {num_noise}.")
+        mean, components, states, energy = _principal(frames, n)
+        pixels = len(components)
+        A, chol_Q = _transition(states, num_noise)
+        left = max(energy - float(np.sum(states**2)), 0.0)
+        sigma = math.sqrt(left / (shape[0] * max(pixels - n, 1)))
+        texture = cls(
+            mean.reshape(shape[1:]),
+            components,
+            A,
+            chol_Q,
+            sigma,
+            states[0],
+            max(sigma, 1e-6) * np.eye(n),
+            states,
+            energy,
+        )
+        if method == "em":
+            texture = _by_em(texture, frames, num_noise, num_iters, tol)
+        return texture._stabilised() if stable else texture
+
+    @property
+    def spectral_radius(self) -> float:
+        """The largest modulus of an eigenvalue of `A`; below 1 the texture goes on for ever without exploding."""
+        return float(np.abs(np.linalg.eigvals(np.asarray(self.A))).max())
+
+    @property
+    def ssm(self) -> LinearGaussianSSM:
+        """The model over pixels, with a noise matrix `(pixels, pixels)`: for small frames."""
+        C = jnp.asarray(self.components, self.A.dtype)
+        noise = self.sigma * jnp.eye(len(C), dtype=C.dtype)
+        d = jnp.asarray(self.mean.reshape(-1), C.dtype)
+        return LinearGaussianSSM(self.m0, self.chol_P0, self.A, self.chol_Q, C, noise, d=d)
+
+    @property
+    def reduced(self) -> LinearGaussianSSM:
+        """The model of `C'(x - mean)`, `(state,)` numbers for each frame: as good, for all but the likelihood."""
+        eye = jnp.eye(len(self.A), dtype=self.A.dtype)
+        return LinearGaussianSSM(self.m0, self.chol_P0, self.A, self.chol_Q, eye, self.sigma * eye)
+
+    @property
+    def compression(self) -> Compression:
+        """Size of the model beside that of its clip."""
+        pixels, n = self.components.shape
+        numbers = pixels * (n + 1) + n * n + self.chol_Q.size + n + 1
+        held = float(np.sum(self.states**2)) / self._energy if self._energy else 1.0
+        return Compression(numbers, len(self.states) * pixels / numbers, held)
+
+    def project(self, frames: Any) -> np.ndarray:
+        """`C'(x - mean)` of frames, `(time, state)`, read in pieces."""
+        _check_frames(frames, self.mean.shape)
+        pieces = [(x - self.mean.reshape(-1)) @ self.components for x in _pieces(frames)]
+        return np.concatenate(pieces)
+
+    def render(self, states: ArrayLike) -> np.ndarray:
+        """Frames `mean + C z` of states `(time, state)`, without noise."""
+        pixels = np.asarray(states) @ self.components.T + self.mean.reshape(-1)
+        return pixels.reshape(-1, *self.mean.shape)
+
+    def synthesize(self, key: Key, num_frames: int, *, noise: bool = False) -> np.ndarray:
+        """New frames `(num_frames, ...)`, drawn from the model; `noise` adds that of the pixels."""
+        state_key, pixel_key = jax.random.split(key)
+        states, _ = simulate(state_key, self.reduced, check_count("num_frames", num_frames))
+        frames = self.render(states)
+        if noise:
+            frames = frames + self.sigma * np.asarray(jax.random.normal(pixel_key, frames.shape, self.A.dtype))
+        return frames
+
+    def reconstruct(self, frames: Any) -> np.ndarray:
+        """The frames as smoothed states show them: what the model keeps of a clip."""
+        y = jnp.asarray(self.project(frames), self.A.dtype)
+        return self.render(kalman_smoother(self.reduced, y).mean)
+
+    def forecast(self, frames: Any, num_frames: int) -> np.ndarray:
+        """Mean of the `num_frames` frames that follow a clip."""
+        y = jnp.asarray(self.project(frames), self.A.dtype)
+        z = np.asarray(kalman_filter(self.reduced, y).mean[-1])
+        states = []
+        for _ in range(check_count("num_frames", num_frames)):
+            z = np.asarray(self.A) @ z
+            states.append(z)
+        return self.render(np.stack(states))
+
+    def log_likelihood(self, frames: Any, *, start: tuple[ArrayLike, ArrayLike] | None = None) -> float:
+        """`log p(frames)` over all pixels; `start` is the mean and factor of the first state where it is another."""
+        y = self.project(frames)
+        model = self.reduced if start is None else self.reduced.replace(m0=start[0], chol_P0=start[1])
+        value = float(log_likelihood_of(model, jnp.asarray(y, self.A.dtype)))
+        pixels, n = self.components.shape
+        energy = sum(float(np.sum((x - self.mean.reshape(-1)) ** 2)) for x in _pieces(frames))
+        left = max(energy - float(np.sum(y**2)), 0.0)
+        constant = len(y) * (pixels - n) * math.log(2 * math.pi * self.sigma**2)
+        return value - 0.5 * (constant + left / self.sigma**2)
+
+    def _stabilised(self) -> "DynamicTexture":
+        radius = self.spectral_radius
+        if radius < 1:
+            return self
+        warnings.warn(
+            f"The transition has spectral radius {radius:.4f}: synthesis would diverge. Its eigenvalues outside of the "
+            f"circle of radius {LARGEST} are moved onto it; pass stable=False to keep them.",
+            stacklevel=3,
+        )
+        values, vectors = np.linalg.eig(np.asarray(self.A, float))
+        values = values * np.minimum(1.0, LARGEST / np.maximum(np.abs(values), LARGEST))
+        self.A = jnp.asarray(np.real(vectors * values @ np.linalg.inv(vectors)), self.A.dtype)
+        return self
+
+
+def _check_frames(frames: Any, shape: tuple[int, ...]) -> None:
+    if np.shape(frames)[1:] != shape:
+        raise ValueError(f"`frames` must have shape (time, {', '.join(map(str, shape))}); got {np.shape(frames)}.")
+
+
+def _pieces(frames: Any) -> Iterator[np.ndarray]:
+    """Frames as rows of float64, some at a time."""
+    step = _piece_length(frames)
+    for first in range(0, len(frames), step):
+        x = np.asarray(frames[first : first + step], float)
+        if not np.isfinite(x).all():
+            raise ValueError(f"`frames` must be finite; frames {first} to {first + len(x) - 1} are not.")
+        yield x.reshape(len(x), -1)
+
+
+def _piece_length(frames: Any) -> int:
+    return max(1, PIECE // math.prod(np.shape(frames)[1:]))
+
+
+def _principal(frames: Any, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Mean, the first `n` principal components, the frames' coordinates along them, and the energy about the mean.
+
+    One singular value decomposition of what fits into one piece; else an incremental one (Brand 2002), with some
+    directions to spare. Components have their largest entry positive.
+    """
+    length = len(frames)
+    mean = sum(x.sum(0) for x in _pieces(frames)) / length
+    keep = length if length <= _piece_length(frames) else n + OVERSAMPLE
+    basis = np.zeros((len(mean), 0))
+    coordinates = np.zeros((0, 0))
+    energy = 0.0
+    for x in _pieces(frames):
+        x = x - mean
+        energy += float(np.sum(x**2))
+        along = x @ basis
+        rest, triangle = np.linalg.qr((x - along @ basis.T).T)
+        wide = np.block([[coordinates, np.zeros((len(coordinates), rest.shape[1]))], [along, triangle.T]])
+        left, sizes, right = np.linalg.svd(wide, full_matrices=False)
+        count = min(keep, len(sizes))
+        basis = np.concatenate([basis, rest], axis=1) @ right[:count].T
+        coordinates = left[:, :count] * sizes[:count]
+    basis, coordinates = basis[:, :n], coordinates[:, :n]
+    sign = np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
+    return mean, basis * sign, coordinates * sign, energy
+
+
+def _transition(states: np.ndarray, num_noise: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of each state on the one before, and a factor of what is left."""
+    A = np.linalg.lstsq(states[:-1], states[1:], rcond=None)[0].T
+    return A, _noise_factor((states[1:] - states[:-1] @ A.T).T / math.sqrt(len(states) - 1), num_noise)
+
+
+def _noise_factor(factor: np.ndarray, num_noise: int | None) -> np.ndarray:
+    left, sizes, _ = np.linalg.svd(factor, full_matrices=False)
+    count = min(len(sizes), num_noise or len(sizes))
+    return left[:, :count] * sizes[:count]
+
+
+# EM -----------------------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _expectations(ssm: LinearGaussianSSM, y: Array) -> tuple[Array, ...]:
+    s = kalman_smoother(ssm, y)
+    second = s.cov + s.mean[:, :, None] * s.mean[:, None, :]
+    lag = s.cross_cov + s.mean[1:, :, None] * s.mean[:-1, None, :]
+    return s.mean, s.chol[0], second[:-1].sum(0), lag.sum(0), second[1:].sum(0), second.sum(0), s.log_likelihood
+
+
+def _by_em(texture: DynamicTexture, frames: Any, num_noise: int | None, num_iters: int, tol: float) -> DynamicTexture:
+    """Exact EM with one noise variance for all pixels.
+
+    `C` stays within the span of the frames, so all of it happens in their principal coordinates; what counts is that
+    the variance is shared by all pixels. After each step `C` is made orthonormal by a change of the state's basis.
+    """
+    length, pixels = len(frames), len(texture.components)
+    _, basis, x, energy = _principal(frames, min(length - 1, pixels))
+    n = len(texture.A)
+    C = basis.T @ texture.components
+    A, chol_Q, sigma = (np.asarray(v, float) for v in (texture.A, texture.chol_Q, texture.sigma))
+    m0, chol_P0 = np.asarray(texture.m0, float), np.asarray(texture.chol_P0, float)
+    before = -np.inf
+    fitted = texture
+    for count in range(num_iters + 1):
+        eye = jnp.eye(n)
+        model = LinearGaussianSSM(m0, chol_P0, A, chol_Q, eye, sigma * eye)
+        means, _, S00, S10, S11, Szz, value = (np.asarray(v, float) for v in _expectations(model, jnp.asarray(x @ C)))
+        left = energy - float(np.sum((x @ C) ** 2))
+        total = float(value) - 0.5 * (length * (pixels - n) * math.log(2 * math.pi * sigma**2) + left / sigma**2)
+        if total < before - 1e-5 * abs(total):
+            raise LikelihoodFellError(f"The log-likelihood fell from {before} to {total} in iteration {count}.", fitted)
+        fitted = DynamicTexture(texture.mean, basis @ C, A, chol_Q, float(sigma), m0, chol_P0, x @ C, texture._energy)
+        if count == num_iters or total - before < tol * abs(total):
+            break
+        before = total
+        A = np.linalg.solve(S00, S10.T).T
+        noise = (S11 - A @ S10.T - S10 @ A.T + A @ S00 @ A.T) / (length - 1)
+        values, vectors = np.linalg.eigh(0.5 * (noise + noise.T))
+        chol_Q = _noise_factor(vectors * np.sqrt(np.maximum(values, 0.0)), num_noise)
+        C = np.linalg.solve(Szz, means.T @ x).T
+        cross = float(np.sum(C * (x.T @ means)))
+        sigma = np.sqrt(max(energy - 2 * cross + float(np.sum((C.T @ C) * Szz)), 1e-12 * energy) / (length * pixels))
+        C, turn = np.linalg.qr(C)
+        back = np.linalg.inv(turn)
+        A, chol_Q, m0, chol_P0 = turn @ A @ back, turn @ chol_Q, turn @ m0, turn @ chol_P0
+    return fitted

@@ -1,0 +1,155 @@
+"""Dynamic textures: the corrected closed form, and EM that is the one over all pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pssm
+from pssm import DynamicTexture, fit_em
+
+WATER = Path(__file__).parents[2] / "shared" / "data" / "water_crop_64x48.npz"
+
+
+def clip(length=30, height=3, width=4, n=3, noise=0.1, seed=0):
+    """Frames of a known system."""
+    rng = np.random.default_rng(seed)
+    A = 0.95 * np.linalg.qr(rng.normal(size=(n, n)))[0]
+    C = rng.normal(size=(height * width, n))
+    z, frames = rng.normal(size=n), []
+    for _ in range(length):
+        frames.append(5.0 + C @ z + noise * rng.normal(size=height * width))
+        z = A @ z + 0.3 * rng.normal(size=n)
+    return np.reshape(frames, (length, height, width))
+
+
+def test_the_closed_form_is_that_of_plain_least_squares(x64):
+    frames = clip()
+    texture = DynamicTexture.fit(frames, 3)
+    X = frames.reshape(len(frames), -1)
+    left = X - X.mean(0)
+    U, s, V = np.linalg.svd(left, full_matrices=False)
+    Z = U[:, :3] * s[:3]
+    A = Z[1:].T @ np.linalg.pinv(Z[:-1].T)
+    W = Z[1:] - Z[:-1] @ A.T
+    np.testing.assert_allclose(texture.mean, frames.mean(0), atol=1e-12)
+    np.testing.assert_allclose(texture.components @ texture.components.T, V[:3].T @ V[:3], atol=1e-10)
+    by_state = texture.components.T @ V[:3].T  # signs
+    np.testing.assert_allclose(texture.A, by_state @ A @ by_state.T, atol=1e-10)
+    np.testing.assert_allclose(texture.chol_Q @ texture.chol_Q.T, by_state @ (W.T @ W / 29) @ by_state.T, atol=1e-10)
+    assert texture.sigma**2 == pytest.approx(np.sum(s[3:] ** 2) / (30 * (12 - 3)))
+    assert texture.compression.explained == pytest.approx(np.sum(s[:3] ** 2) / np.sum(s**2))
+
+
+def test_few_directions_of_noise(x64):
+    texture = DynamicTexture.fit(clip(), 3, num_noise=1)
+    full = DynamicTexture.fit(clip(), 3)
+    assert texture.chol_Q.shape == (3, 1)
+    values, vectors = np.linalg.eigh(full.chol_Q @ full.chol_Q.T)
+    best = values[-1] * np.outer(vectors[:, -1], vectors[:, -1])
+    np.testing.assert_allclose(texture.chol_Q @ texture.chol_Q.T, best, atol=1e-10)
+
+
+def test_frames_in_pieces_are_frames_at_once(x64, monkeypatch):
+    long = clip(length=135, height=8, width=10, noise=0.02)
+    monkeypatch.setattr("pssm.learning.textures.PIECE", 64 * 80)
+    texture = DynamicTexture.fit(long, 3)
+    X = long.reshape(len(long), -1)
+    V = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:3].T
+    np.testing.assert_allclose(texture.components @ texture.components.T, V @ V.T, atol=1e-4)
+    np.testing.assert_allclose(texture.states, texture.project(long), atol=1e-3)
+
+
+def test_the_likelihood_is_that_of_all_pixels(x64):
+    frames = clip()
+    texture = DynamicTexture.fit(frames, 3)
+    whole = pssm.log_likelihood(texture.ssm, frames.reshape(len(frames), -1))
+    assert texture.log_likelihood(frames) == pytest.approx(float(whole), rel=1e-10)
+
+
+def test_em_is_em_over_all_pixels(x64):
+    frames = clip(length=25)
+    start = DynamicTexture.fit(frames, 3)
+    pixels = frames.reshape(len(frames), -1)
+    found = fit_em(pixels, start.ssm, num_iters=6, tol=0.0, fixed=("m0", "P0", "d"), isotropic=("R",), floor=0.0)
+    for count in (1, 6):
+        texture = DynamicTexture.fit(frames, 3, method="em", num_iters=count, tol=0.0)
+        assert texture.log_likelihood(frames) == pytest.approx(found.log_likelihoods[count], rel=1e-9)
+    np.testing.assert_allclose(
+        np.sort_complex(np.linalg.eigvals(texture.A)), np.sort_complex(np.linalg.eigvals(found.ssm.A)), atol=1e-8
+    )
+    np.testing.assert_allclose(texture.components.T @ texture.components, np.eye(3), atol=1e-10)
+    np.testing.assert_allclose(texture.sigma**2, np.asarray(found.ssm.R)[0, 0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3)], ids=["grey", "colour"])
+def test_shapes(shape, key):
+    rng = np.random.default_rng(0)
+    frames = rng.normal(size=(20, *shape)).astype(np.float32)
+    texture = DynamicTexture.fit(frames, 2, stable=True)
+    assert texture.mean.shape == shape
+    assert texture.synthesize(key, 7).shape == (7, *shape)
+    assert texture.reconstruct(frames).shape == frames.shape
+    assert texture.forecast(frames, 5).shape == (5, *shape)
+    apart = texture.synthesize(key, 7, noise=True) - texture.synthesize(key, 7)
+    assert apart.std() == pytest.approx(texture.sigma, rel=0.2)
+
+
+def test_a_forecast_is_the_systems_own(x64):
+    frames = clip(noise=1e-3)
+    texture = DynamicTexture.fit(frames, 3)
+    exact = pssm.forecast(texture.ssm, frames.reshape(len(frames), -1), 4).mean
+    np.testing.assert_allclose(texture.forecast(frames, 4).reshape(4, -1), exact, atol=1e-8)
+    smoothed = pssm.kalman_smoother(texture.ssm, frames.reshape(len(frames), -1)).mean
+    np.testing.assert_allclose(texture.reconstruct(frames), texture.render(smoothed), atol=1e-8)
+
+
+def test_an_unstable_transition_is_moved_inside_with_a_warning(x64):
+    t = np.arange(60)[:, None]
+    growing = 1.03**t * np.cos(0.5 * t + np.arange(12)) + 0.01 * np.random.default_rng(0).normal(size=(60, 12))
+    with pytest.warns(UserWarning, match="spectral radius 1.0"):
+        texture = DynamicTexture.fit(growing.reshape(60, 3, 4), 2)
+    assert texture.spectral_radius == pytest.approx(0.999)
+    as_it_is = DynamicTexture.fit(growing.reshape(60, 3, 4), 2, stable=False)
+    assert as_it_is.spectral_radius > 1.01
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "words"),
+    [
+        (np.zeros((3, 4, 4)), dict(num_states=2), "at least 4 frames"),
+        (np.zeros(9), dict(num_states=2), r"`frames` must have shape"),
+        (np.full((9, 2, 2), np.nan), dict(num_states=2), "`frames` must be finite"),
+        (np.zeros((9, 2, 2)), dict(num_states=2, method="pca"), "`method` must be one of"),
+        (np.zeros((9, 2, 2)), dict(num_states=2, num_noise=3), "`num_noise` must be at most 2"),
+        (np.zeros((9, 2, 2)), dict(num_states=0), "`num_states` must be at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(frames, options, words):
+    with pytest.raises(ValueError, match=words):
+        DynamicTexture.fit(frames, **options)
+
+
+def test_other_frames_than_those_of_the_clip_are_named():
+    texture = DynamicTexture.fit(clip(), 2)
+    with pytest.raises(ValueError, match=r"`frames` must have shape \(time, 3, 4\)"):
+        texture.reconstruct(np.zeros((5, 4, 4)))
+
+
+@pytest.mark.skipif(not WATER.exists(), reason="the water clip is not here")
+def test_running_water(x64, key):
+    """Twenty states: the share of the singular vectors, a long bounded synthesis, EM ahead on the clip it is given."""
+    arrays = np.load(WATER)
+    frames = np.asarray(arrays[arrays.files[0]], float)
+    train = frames[:70]
+    by_svd, by_em = (DynamicTexture.fit(train, 20, method=m, num_iters=30) for m in ("svd", "em"))
+    X = train.reshape(len(train), -1)
+    s = np.linalg.svd(X - X.mean(0), compute_uv=False)
+    assert by_svd.compression.explained == pytest.approx(np.sum(s[:20] ** 2) / np.sum(s**2))
+    assert by_em.log_likelihood(train) > by_svd.log_likelihood(train) + 100
+    one_step = train[1:] - by_svd.render(by_svd.states[:-1] @ np.asarray(by_svd.A).T)
+    assert np.std(one_step) < 0.7 * np.std(train - by_svd.mean)
+    synthetic = by_svd.synthesize(key, 300)
+    assert np.abs(synthetic - by_svd.mean).std() < 3 * np.abs(train - by_svd.mean).std()
+    assert synthetic[-50:].std(0).mean() > 0.3 * train.std(0).mean(), "and it still moves"
