@@ -13,7 +13,7 @@ from numpyro.infer.util import log_density
 from pssm import LinearGaussianSSM, models
 from pssm.distributions import LinearGaussianMarginal, StatePath
 
-SHORT, LONG = 100, 1000
+SHORT, LONG = 600, 1200  # a series of at most 512 steps has a smaller program: room for all of its gains
 MODELS = {"local_level": models.local_level, "structural": partial(models.structural, trend=True, seasonal=12)}
 
 
