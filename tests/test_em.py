@@ -252,6 +252,8 @@ def test_bad_data_are_named():
         fit_em(np.full((5, 2), np.nan), ssm)
     with pytest.raises(ValueError, match="too few for a full `R`.*isotropic"):
         fit_em(np.zeros((5, 2)), ssm)
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        fit_em(np.zeros((9, 1, 2)), ssm)
     with pytest.raises(ValueError, match="time-invariant"):
         fit_em(np.zeros((9, 2)), ssm.replace(A=np.stack([ssm.A] * 9), time_varying=("A",)))
     with pytest.raises(TypeError, match="`ssm` must be a LinearGaussianSSM"):

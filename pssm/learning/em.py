@@ -123,6 +123,8 @@ def fit_em(
     dtype = jnp.result_type(ssm.dtype, series.dtype)
     ssm, series = ssm.astype(dtype), series.astype(dtype)
     inputs = None if inputs is None else inputs.astype(dtype)
+    if series.shape[1] < 2:
+        raise ValueError(f"`y` must have a sequence of at least 2 steps to learn a transition; got {series.shape[1]}.")
     structure = _structure(ssm, fixed, diagonal, isotropic, tied or {})
     form = _form(ssm, series, lengths, structure, missing)
     _check_size(series, lengths, structure, ssm.n_state)

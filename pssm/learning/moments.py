@@ -20,8 +20,6 @@ from pssm.filters import kalman_smoother
 from pssm.linalg import orthogonalise, outer, solve_lower
 from pssm.ssm import LinearGaussianSSM
 
-FORMS = ("complete", "augmented", "observed")
-
 
 class Regression(NamedTuple):
     """Expected products of the two sides of a regression `left = coefficients right + noise`, and how many.
