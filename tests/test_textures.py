@@ -67,8 +67,9 @@ def test_the_likelihood_is_that_of_all_pixels(x64):
     assert texture.log_likelihood(frames) == pytest.approx(float(whole), rel=1e-10)
 
 
-def test_em_is_em_over_all_pixels(x64):
-    frames = clip(length=25)
+@pytest.mark.parametrize("length", [25, 10], ids=["more frames than pixels", "more pixels than frames"])
+def test_em_is_em_over_all_pixels(length, x64):
+    frames = clip(length=length)
     start = DynamicTexture.fit(frames, 3)
     pixels = frames.reshape(len(frames), -1)
     found = fit_em(pixels, start.ssm, num_iters=6, tol=0.0, fixed=("m0", "P0", "d"), isotropic=("R",), floor=0.0)
