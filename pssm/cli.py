@@ -98,7 +98,7 @@ def _compare(a: argparse.Namespace) -> int:
     from pssm._checks import check_choice
     from pssm.study.methods import METHODS
 
-    check_choice("--model", a.model, models.__all__)
+    check_choice("--model", a.model, models.NAMES)
     for method in methods:
         check_choice("--methods", method, METHODS)
     options = _model_options(a, series)
@@ -208,7 +208,7 @@ def _datasets(_: argparse.Namespace) -> int:
 def _models(_: argparse.Namespace) -> int:
     from pssm import models
 
-    for name in models.__all__:
+    for name in models.NAMES:
         print(f"{name:20s} {(inspect.getdoc(getattr(models, name)) or '').splitlines()[0]}")
     return 0
 

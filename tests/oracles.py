@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
+from scipy.stats import multivariate_normal
 
 ARRAYS = ("m0", "chol_P0", "A", "chol_Q", "C", "chol_R", "b", "d", "B", "D")
 
@@ -409,3 +411,52 @@ def em_step(ssm, ys, us=None, form="augmented"):
             variances.append(variance[0, 0])
         coef, out["R"] = np.stack(rows), np.diag(variances)
     return out | named(coef, ("C", "D", "d"))
+
+
+def expected_log_joint(ssm, ys):
+    """The M-step's objective for complete sequences, from dense posterior moments: a function of named parameters."""
+    pairs = {"initial": [], "transition": [], "emission": []}
+    for y in ys:
+        y = np.asarray(y, float)
+        j = joint(ssm, len(y))
+        mean, cov = condition(j, np.arange(len(j.mean)), *seen(j, y, len(y)))
+        for t in range(len(y)):
+            if t:
+                pairs["transition"].append(_second_moment(mean, cov, np.r_[j.z(t), j.z(t - 1)]))
+            else:
+                pairs["initial"].append(_second_moment(mean, cov, j.z(0)))
+            pairs["emission"].append(_second_moment(mean, cov, np.r_[j.y(t), j.z(t)]))
+
+    def objective(p):
+        total = 0.0
+        for moments, X, S in (
+            (pairs["initial"], p["m0"][:, None], p["P0"]),
+            (pairs["transition"], jnp.concatenate([p["A"], p["b"][:, None]], 1), p["Q"]),
+            (pairs["emission"], jnp.concatenate([p["C"], p["d"][:, None]], 1), p["R"]),
+        ):
+            both = jnp.concatenate([jnp.eye(len(S)), -X], 1)
+            W = both @ sum(moments) @ both.T
+            total -= 0.5 * (len(moments) * jnp.linalg.slogdet(S)[1] + jnp.trace(jnp.linalg.solve(S, W)))
+        return total
+
+    return objective
+
+
+def _second_moment(mean, cov, index):
+    """`E[(x, 1)(x, 1)']` of the entries `index`."""
+    m = np.r_[mean[index], 1.0]
+    return np.outer(m, m) + np.pad(cov[np.ix_(index, index)], (0, 1))
+
+
+def observed_moments(ssm, steps):
+    """Mean and covariance of all observations, time after time."""
+    j = joint(ssm, steps)
+    index = np.concatenate([j.y(t) for t in range(steps)])
+    return j.mean[index], j.cov[np.ix_(index, index)]
+
+
+def path_posterior(ssm, y, part):
+    """The posterior of the states `part` at all times, as a SciPy distribution over the flat path."""
+    j = joint(ssm, len(y))
+    index = np.concatenate([j.z(t)[part] for t in range(len(y))])
+    return multivariate_normal(*condition(j, index, *seen(j, y, len(y))))

@@ -9,7 +9,7 @@ import pytest
 import pssm
 from pssm import LinearGaussianSSM, fit_em
 from pssm.learning import LikelihoodFellError
-from pssm.learning.em import _iterate
+from pssm.learning.em import _climb
 from pssm.learning.moments import expectations
 
 ALL = ("m0", "P0", "A", "B", "b", "Q", "C", "D", "d", "R")
@@ -199,9 +199,10 @@ def test_an_interruption_loses_nothing(x64, monkeypatch):
         calls.append(0)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return _iterate(*args, **kwargs)
+        return _climb(*args, **kwargs)
 
-    monkeypatch.setattr("pssm.learning.em._iterate", interrupted)
+    monkeypatch.setattr("pssm.learning.em._climb", interrupted)
+    monkeypatch.setattr("pssm.learning.em.LONGEST_CALL", 0.0)
     result = fit_em(ys, ssm, num_iters=50, tol=0.0)
     assert result.reason == "interrupted"
     assert len(result.log_likelihoods) == 3
@@ -212,11 +213,11 @@ def test_an_interruption_loses_nothing(x64, monkeypatch):
 def test_a_fall_is_an_error_that_carries_the_result(x64, monkeypatch):
     ssm, ys, _ = problem()
 
-    def worse(current, *args, **kwargs):
-        new, value = _iterate(current, *args, **kwargs)
-        return new.replace(A=0.0 * new.A, C=0.0 * new.C), value
+    def worse(*args, **kwargs):
+        step = _climb(*args, **kwargs)
+        return step._replace(current=step.current.replace(A=0.0 * step.current.A, C=0.0 * step.current.C))
 
-    monkeypatch.setattr("pssm.learning.em._iterate", worse)
+    monkeypatch.setattr("pssm.learning.em._climb", worse)
     with pytest.raises(LikelihoodFellError, match="went from") as caught:
         fit_em(ys, ssm, num_iters=5)
     assert caught.value.result.ssm is not None

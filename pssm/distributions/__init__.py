@@ -5,6 +5,7 @@ from pssm.distributions.chain import LowRankChain
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
 from pssm.distributions.missing import WithMissing, observe
 from pssm.distributions.moment_matched import LowRankMomentMatched
+from pssm.distributions.stable import StableMatrixNormal, StableMatrixTransform, stable_matrix
 from pssm.distributions.state_path import NonCenteredPath, StatePath
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "LowRankChain",
     "LowRankMomentMatched",
     "NonCenteredPath",
+    "StableMatrixNormal",
+    "StableMatrixTransform",
     "StatePath",
     "WithMissing",
     "observe",
     "real_or_missing_matrix",
+    "stable_matrix",
 ]

@@ -1,5 +1,6 @@
 """Expectation maximisation for linear dynamical systems, from any number of sequences."""
 
+import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,16 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from pssm._checks import as_float, check_choice, check_count, check_series
+from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.filters import log_likelihood
-from pssm.learning.maximise import PARTS, Constraint, Limits, Structure, maximise
+from pssm.learning.arguments import (
+    affine_space,
+    check_size,
+    choose_form,
+    conform,
+    found_start,
+    make_limits,
+    make_structure,
+    sequences,
+)
+from pssm.learning.maximise import Constraint, Limits, Structure, maximise
 from pssm.learning.moments import expectations
 from pssm.learning.polish import polish
-from pssm.learning.start import perturbed, subspace_start
-from pssm.ssm import LinearGaussianSSM, check_inputs, check_model
+from pssm.learning.priors import Prior, checked, log_prior
+from pssm.learning.start import perturbed
+from pssm.ssm import LinearGaussianSSM, check_model
 
-COVARIANCES = ("P0", "Q", "R")
+MOST = 64  # iterations in one call
+LONGEST_CALL = 0.1  # seconds from which on calls get no more iterations: progress is to be seen, and Ctrl-C heard
 
 
 class EMResult(NamedTuple):
@@ -26,12 +38,20 @@ class EMResult(NamedTuple):
     Attributes:
         ssm: the model.
         log_likelihoods: `log p(y)` of the start, after the first iteration, and so on; the last is that of `ssm`.
+        log_priors: log density of the parameters at the same points, up to a constant; zeros without a prior. The sum
+            of the two never falls.
         reason: why it stopped: "converged", "num_iters", "polished" or "interrupted".
     """
 
     ssm: LinearGaussianSSM
     log_likelihoods: np.ndarray
+    log_priors: np.ndarray
     reason: str
+
+    @property
+    def log_joint(self) -> np.ndarray:
+        """What EM climbs: `log_likelihoods + log_priors`."""
+        return self.log_likelihoods + self.log_priors
 
 
 class LikelihoodFellError(RuntimeError):
@@ -57,6 +77,7 @@ def fit_em(
     isotropic: tuple[str, ...] = (),
     tied: dict[str, list[int]] | None = None,
     constraint: tuple[ArrayLike, ArrayLike] | None = None,
+    prior: Prior | None = None,
     missing: str = "auto",
     floor: float = 1e-8,
     restarts: int = 0,
@@ -82,6 +103,8 @@ def fit_em(
         isotropic: covariances that are a multiple of the identity.
         tied: for a covariance, the group of each variable; it is diagonal, with one variance for each group.
         constraint: `(f, G)` with `vec(A) = f + G a`, columns of `A` one below the other; `a` is fitted.
+        prior: conjugate priors, see `Prior`; EM then finds a mode of the posterior (MAP) and it is the sum of
+            log-likelihood and log prior that must not fall.
         missing: exact form of the update where entries are missing: "augmented" for any `R`, "observed" (fewer
             iterations) for a diagonal one; "auto" takes the second where it can.
         floor: least eigenvalue of a fitted covariance, relative to the scale of the data (`R`) or the states
@@ -95,7 +118,8 @@ def fit_em(
         An `EMResult`. Ctrl-C ends the run with what there is.
 
     Raises:
-        LikelihoodFellError: the log-likelihood fell; the error carries the result so far.
+        LikelihoodFellError: the log-likelihood (with a prior, its sum with the log prior) fell; the error carries the
+            result so far.
         ValueError: a shape does not fit, a name is unknown, or a full `R` has too few data to be fitted.
 
     Example:
@@ -114,38 +138,40 @@ def fit_em(
     check_count("restarts", restarts, least=0)
     check_count("polish_steps", polish_steps, least=0)
     if isinstance(ssm, int):
-        ssm = _found_start(y, check_count("ssm", ssm), u)
+        ssm = found_start(y, check_count("ssm", ssm), u)
     check_model(ssm)
     if ssm.time_varying or ssm.batch_shape:
         what = "time-varying arrays" if ssm.time_varying else "batch axes"
         raise ValueError(f"`ssm` must be time-invariant and without batch axes; it has {what}.")
-    series, inputs, lengths = _sequences(ssm, y, u)
+    series, inputs, lengths = sequences(ssm, y, u)
     dtype = jnp.result_type(ssm.dtype, series.dtype)
     ssm, series = ssm.astype(dtype), series.astype(dtype)
     inputs = None if inputs is None else inputs.astype(dtype)
     if series.shape[1] < 2:
         raise ValueError(f"`y` must have a sequence of at least 2 steps to learn a transition; got {series.shape[1]}.")
-    structure = _structure(ssm, fixed, diagonal, isotropic, tied or {})
-    form = _form(ssm, series, lengths, structure, missing)
-    _check_size(series, lengths, structure, ssm.n_state)
-    space = None if constraint is None else _affine_space(ssm, *constraint)
-    ssm = _conform(ssm, structure, space)
-    data = _Data(series, inputs, lengths, _limits(ssm, series, floor), space)
+    structure = make_structure(ssm, fixed, diagonal, isotropic, tied or {})
+    form = choose_form(ssm, series, lengths, structure, missing)
+    if prior is None or prior.emission is None:
+        check_size(series, lengths, structure, ssm.n_state)
+    space = None if constraint is None else affine_space(ssm, *constraint)
+    ssm = conform(ssm, structure, space)
+    data = _Data(series, inputs, lengths, make_limits(ssm, series, floor), space, checked(prior, ssm))
 
     run = partial(_run, data=data, form=form, structure=structure, tol=tol, progress_bar=progress_bar)
     if restarts:
         seeds = jax.random.split(jax.random.key(key) if isinstance(key, int) else key, restarts)
-        starts = [ssm, *(_conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
+        starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
         tries = [run(start, num_iters=max(num_iters // 5, 1)) for start in starts]
-        best = max(tries, key=lambda r: r.log_likelihoods[-1] if len(r.log_likelihoods) else -np.inf)
+        best = max(tries, key=lambda r: r.log_joint[-1] if len(r.log_joint) else -np.inf)
         if any(r.reason == "interrupted" for r in tries):
             return best._replace(reason="interrupted")
         ssm = best.ssm
     result = run(ssm, num_iters=num_iters)
     if polish_steps and result.reason != "interrupted":
-        polished, value = polish(result.ssm, series, inputs, structure, space, polish_steps)
-        if value > result.log_likelihoods[-1]:
-            result = EMResult(polished, np.append(result.log_likelihoods, value), "polished")
+        polished, value, density = polish(result.ssm, series, inputs, structure, space, data.prior, polish_steps)
+        if value + density > result.log_joint[-1]:
+            values = np.append(result.log_likelihoods, value), np.append(result.log_priors, density)
+            result = EMResult(polished, *values, "polished")
     return result
 
 
@@ -157,6 +183,7 @@ class _Data(NamedTuple):
     lengths: Array | None
     limits: Limits
     constraint: Constraint | None
+    prior: Prior
 
 
 def _run(
@@ -169,187 +196,93 @@ def _run(
     tol: float,
     progress_bar: bool,
 ) -> EMResult:
-    found: list[float] = []
+    found = np.zeros((0, 2))
     evaluated, current, reason = ssm, ssm, "num_iters"
-    slack = 1e-9 if ssm.dtype == jnp.float64 else 1e-5
+    last, room = -np.inf, 1
     with tqdm(total=num_iters, disable=not progress_bar, desc="EM") as bar:
         try:
-            for count in range(num_iters + 1):
-                if count < num_iters:
-                    new, value = _iterate(current, data, form=form, structure=structure)
-                else:
-                    new, value = current, jnp.sum(log_likelihood(current, data.y, data.u))
-                value = float(value)
-                if not np.isfinite(value) or (found and value < found[-1] - slack * (1 + abs(value))):
+            while reason == "num_iters" and len(found) <= num_iters:
+                began = time.perf_counter()
+                room = min(room, num_iters + 1 - len(found))
+                step = _climb(evaluated, current, last, room, data, tol, form=form, structure=structure)
+                evaluated, current, last = step.evaluated, step.current, step.last
+                found = np.concatenate([found, np.asarray(step.values)[: int(step.count)]])
+                if step.fell:
                     raise LikelihoodFellError(
-                        f"The log-likelihood went from {found[-1] if found else None} to {value} in iteration {count}. "
-                        "Rescale the data to unit variance, or use 64-bit arithmetic.",
-                        EMResult(evaluated, np.asarray(found), "fell"),
+                        f"The log-likelihood went from {found[-2].sum() if len(found) > 1 else None} to "
+                        f"{found[-1].sum()} in iteration {len(found) - 1}. Rescale the data to unit variance, or use "
+                        "64-bit arithmetic.",
+                        EMResult(evaluated, *found[:-1].T, "fell"),
                     )
-                found.append(value)
-                evaluated = current
-                bar.update(count > 0)
-                bar.set_postfix_str(f"log-likelihood {value:.6g}", refresh=False)
-                if tol > 0 and count and value - found[-2] < tol * (1 + abs(value)):
+                bar.update(len(found) - 1 - bar.n)
+                bar.set_postfix_str(f"log-likelihood {found[-1, 0]:.6g}", refresh=False)
+                if step.converged:
                     reason = "converged"
-                    break
-                current = new
+                if time.perf_counter() - began < LONGEST_CALL:
+                    room = min(2 * room, MOST)
         except KeyboardInterrupt:
             reason = "interrupted"
-    return EMResult(evaluated, np.asarray(found), reason)
+    return EMResult(evaluated, *found.T, reason)
+
+
+class _Climb(NamedTuple):
+    """Where some iterations have led to.
+
+    Attributes:
+        evaluated: the last model whose log-likelihood is known.
+        current: the one after it.
+        last: log-likelihood plus log prior of `evaluated`.
+        values: log-likelihood and log prior of each model met, `(MOST, 2)`; the first `count` rows count.
+        count: how many.
+        fell: whether the last row is below the one before, so that `evaluated` is the model before.
+        converged: whether it gained too little.
+    """
+
+    evaluated: LinearGaussianSSM
+    current: LinearGaussianSSM
+    last: Array
+    values: Array
+    count: Array
+    fell: Array
+    converged: Array
 
 
 @partial(jax.jit, static_argnames=("form", "structure"))
+def _climb(
+    evaluated: LinearGaussianSSM,
+    current: LinearGaussianSSM,
+    last: ArrayLike,
+    room: int,
+    data: _Data,
+    tol: float,
+    *,
+    form: str,
+    structure: Structure,
+) -> _Climb:
+    """At most `room` iterations in one program: a call for each would cost more than a small model's iteration."""
+    dtype = current.dtype
+    slack = 1e-9 if dtype == jnp.float64 else 1e-5
+
+    def iterate(state: _Climb) -> _Climb:
+        new, values = _iterate(state.current, data, form=form, structure=structure)
+        value = jnp.sum(values)
+        fell = ~jnp.isfinite(value) | (value < state.last - slack * (1 + jnp.abs(value)))
+        converged = ~fell & (tol > 0) & (value - state.last < tol * (1 + jnp.abs(value)))
+        kept = jax.tree.map(partial(jnp.where, fell), state.evaluated, state.current)
+        all_values = state.values.at[state.count].set(values)
+        return _Climb(kept, new, jnp.where(fell, state.last, value), all_values, state.count + 1, fell, converged)
+
+    no = jnp.zeros((), bool)
+    start = _Climb(
+        evaluated, current, jnp.asarray(last, dtype), jnp.zeros((MOST, 2), dtype), jnp.zeros((), int), no, no
+    )
+    return jax.lax.while_loop(lambda s: (s.count < room) & ~s.fell & ~s.converged, iterate, start)
+
+
 def _iterate(
     ssm: LinearGaussianSSM, data: _Data, *, form: str, structure: Structure
-) -> tuple[LinearGaussianSSM, Float[Array, ""]]:
-    """The next model, and the log-likelihood of this one."""
+) -> tuple[LinearGaussianSSM, Float[Array, "2"]]:
+    """The next model, and the log-likelihood and log prior of this one."""
     moments = expectations(ssm, data.y, data.u, data.lengths, form)
-    return maximise(ssm, moments, structure, data.limits, data.constraint), moments.log_likelihood
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _sequences(
-    ssm: LinearGaussianSSM, y: ArrayLike | list[ArrayLike], u: ArrayLike | list[ArrayLike] | None
-) -> tuple[Array, Array | None, Array | None]:
-    """Series `(sequence, time, obs)`, inputs likewise, and the lengths where these differ."""
-    if not _is_list_of_series(y, ssm.n_obs):
-        series = check_series(y, ssm.n_obs)
-        if series.ndim > 3:
-            raise ValueError(f"`y` must have shape (time, obs) or (sequence, time, obs); got {series.shape}.")
-        inputs = check_inputs(ssm, u, series.shape[-2])
-        batch = series.shape[:-2] or (1,)
-        inputs = None if inputs is None else jnp.broadcast_to(inputs, (*batch, *inputs.shape[-2:]))
-        return series.reshape(-1, *series.shape[-2:]), inputs, None
-    parts = [check_series(x, ssm.n_obs, f"y[{i}]") for i, x in enumerate(y)]
-    lengths = np.asarray([len(x) for x in parts])
-    if u is not None and (not isinstance(u, list | tuple) or len(u) != len(parts)):
-        raise ValueError(f"`u` must be a list of {len(parts)} arrays, as `y` is.")
-    given = [None] * len(parts) if u is None else u
-    inputs = [check_inputs(ssm, x, len(part), f"u[{i}]") for i, (x, part) in enumerate(zip(given, parts, strict=True))]
-
-    def pad(x: Array, value: float) -> Array:
-        return jnp.pad(x, ((0, lengths.max() - len(x)), (0, 0)), constant_values=value)
-
-    series = jnp.stack([pad(x, jnp.nan) for x in parts])
-    stacked = None if u is None else jnp.stack([pad(x, 0.0) for x in inputs if x is not None])
-    return series, stacked, None if np.ptp(lengths) == 0 else jnp.asarray(lengths)
-
-
-def _found_start(
-    y: ArrayLike | list[ArrayLike], num_states: int, u: ArrayLike | list[ArrayLike] | None
-) -> LinearGaussianSSM:
-    def as_list(name: str, x: ArrayLike | list[ArrayLike]) -> list[np.ndarray]:
-        several = isinstance(x, list | tuple) and all(np.ndim(part) == 2 for part in x)
-        parts = [np.asarray(as_float(name, part), float) for part in (x if several else [x])]
-        parts = [part[:, None] if part.ndim == 1 else part for part in parts]
-        return [row for part in parts for row in (part if part.ndim == 3 else [part])]
-
-    return subspace_start(as_list("y", y), num_states, None if u is None else as_list("u", u))
-
-
-def _is_list_of_series(y: object, n_obs: int) -> bool:
-    if not isinstance(y, list | tuple) or not y:
-        return False
-    axes = {np.ndim(x) for x in y}
-    return axes == {2} or (axes == {1} and n_obs == 1)
-
-
-def _structure(
-    ssm: LinearGaussianSSM,
-    fixed: tuple[str, ...],
-    diagonal: tuple[str, ...],
-    isotropic: tuple[str, ...],
-    tied: dict[str, list[int]],
-) -> Structure:
-    for name, value in (("fixed", fixed), ("diagonal", diagonal), ("isotropic", isotropic)):
-        if isinstance(value, str):
-            raise TypeError(f"`{name}` must be a tuple of names; got {value!r}. Write ({value!r},).")
-        for part in value:
-            check_choice(name, part, PARTS if name == "fixed" else COVARIANCES)
-    ties: dict[str, tuple[int, ...]] = {}
-    for name in COVARIANCES:
-        size = ssm.n_obs if name == "R" else ssm.n_state
-        if name in diagonal:
-            ties[name] = tuple(range(size))
-        if name in isotropic:
-            ties[name] = (0,) * size
-    for name, groups in tied.items():
-        check_choice("tied", name, COVARIANCES)
-        size = ssm.n_obs if name == "R" else ssm.n_state
-        _, index = np.unique(np.asarray(groups), return_inverse=True)
-        if len(index) != size:
-            raise ValueError(f"`tied[{name!r}]` must have a group for each of {size} variables; got {len(index)}.")
-        ties[name] = tuple(int(i) for i in index)
-    return Structure(frozenset(fixed), tuple(sorted(ties.items())))
-
-
-def _form(ssm: LinearGaussianSSM, y: Array, lengths: Array | None, structure: Structure, missing: str) -> str:
-    check_choice("missing", missing, ("auto", "augmented", "observed"))
-    R = np.asarray(ssm.R)
-    is_diagonal = structure.groups("R") is not None or ("R" in structure.fixed and not (R - np.diag(np.diag(R))).any())
-    if missing == "observed" and not is_diagonal:
-        raise ValueError('`missing="observed"` needs a diagonal `R`: pass diagonal=("R",), or missing="augmented".')
-    holes = np.isnan(np.asarray(y))
-    if holes.all():
-        raise ValueError("`y` has no observed value.")
-    counted = np.ones(y.shape[:2], bool) if lengths is None else np.arange(y.shape[1]) < np.asarray(lengths)[:, None]
-    if not holes[counted].any():
-        return "complete"
-    return "augmented" if missing == "augmented" or not is_diagonal else "observed"
-
-
-def _check_size(y: Array, lengths: Array | None, structure: Structure, n_state: int) -> None:
-    """Refuses a full `R` that the data cannot determine: its likelihood has no upper bound."""
-    if "R" in structure.fixed or structure.groups("R") is not None:
-        return
-    steps = y.shape[0] * y.shape[1] if lengths is None else int(np.sum(np.asarray(lengths)))
-    n_obs = y.shape[-1]
-    if steps <= n_obs + n_state:
-        raise ValueError(
-            f"`y` has {steps} steps, too few for a full `R` of {n_obs} x {n_obs}: the likelihood grows without bound "
-            'as it becomes singular. Pass diagonal=("R",) or isotropic=("R",), or hold it with fixed=(..., "R").'
-        )
-
-
-def _affine_space(ssm: LinearGaussianSSM, offset: ArrayLike, basis: ArrayLike) -> Constraint:
-    size = ssm.n_state**2
-    f, G = as_float("constraint[0]", offset), as_float("constraint[1]", basis)
-    if f.shape != (size,) or G.ndim != 2 or G.shape[0] != size:
-        raise ValueError(
-            f"`constraint` must be (f, G) of shapes ({size},) and ({size}, free); got {f.shape} and {G.shape}."
-        )
-    if np.linalg.eigvalsh(np.asarray(ssm.Q)).min() <= 0:
-        raise ValueError("`constraint` needs a `Q` without noise-free directions at the start.")
-    return Constraint(f.astype(ssm.dtype), G.astype(ssm.dtype))
-
-
-def _conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | None) -> LinearGaussianSSM:
-    """The start, brought to the structure that all later models have."""
-    fields: dict[str, Array] = {}
-    for name, groups in structure.ties:
-        if name not in structure.fixed:
-            index = jnp.asarray(groups)
-            variances = jnp.diagonal(getattr(ssm, name))
-            means = jax.ops.segment_sum(variances, index) / jax.ops.segment_sum(jnp.ones_like(variances), index)
-            fields[f"chol_{name}"] = jnp.diag(jnp.sqrt(means[index]))
-    if space is not None:
-        free = jnp.linalg.lstsq(space.basis, ssm.A.T.reshape(-1) - space.offset)[0]
-        fields["A"] = (space.offset + space.basis @ free).reshape(ssm.A.shape).T
-    return ssm.replace(**fields) if fields else ssm
-
-
-def _limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
-    """The floor, or the least eigenvalue of the start where that is below it: EM must not have to leave its start."""
-    if not floor >= 0:
-        raise ValueError(f"`floor` must not be negative; got {floor}.")
-    scales = {"R": float(np.nanmean(np.nanvar(np.asarray(y, float), axis=(0, 1))))}
-    limits = {}
-    for name in COVARIANCES:
-        cov = np.asarray(getattr(ssm, name), float)
-        scale = scales.get(name, float(np.trace(cov)) / len(cov))
-        least = np.linalg.eigvalsh(cov).min()
-        limits[name] = jnp.asarray(max(0.0, min(floor * scale, least)), ssm.dtype)
-    return Limits(**limits)
+    new = maximise(ssm, moments, structure, data.limits, data.constraint, data.prior)
+    return new, jnp.stack([moments.log_likelihood, log_prior(ssm, data.prior)])

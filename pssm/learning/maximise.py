@@ -20,6 +20,7 @@ import jax.scipy.linalg as jsl
 
 from pssm._types import Array
 from pssm.learning.moments import Moments, Regression, stack
+from pssm.learning.priors import MatrixNormalInverseWishart, Prior, strength, with_prior
 from pssm.linalg import unless
 from pssm.ssm import LinearGaussianSSM, rebuild
 
@@ -59,9 +60,15 @@ class Constraint(NamedTuple):
 
 
 def maximise(
-    ssm: LinearGaussianSSM, moments: Moments, structure: Structure, limits: Limits, constraint: Constraint | None
+    ssm: LinearGaussianSSM,
+    moments: Moments,
+    structure: Structure,
+    limits: Limits,
+    constraint: Constraint | None,
+    prior: Prior,
 ) -> LinearGaussianSSM:
     """The model after one M-step."""
+    moments = with_prior(moments, prior)
     old = stack(ssm.A, ssm.B, ssm.b)
     if constraint is None or "A" in structure.fixed:
         transition = _fit(old, ("A", "B", "b"), ssm, moments.transition, structure)
@@ -76,17 +83,34 @@ def maximise(
         **_unstack(ssm, transition, ("A", "B", "b")),
         **_unstack(ssm, emission, ("C", "D", "d")),
     }
+    m0, W, count = _first_state(ssm, moments, structure, prior.initial)
     if "m0" not in structure.fixed:
-        fields["m0"] = moments.first_mean.mean(0)
+        fields["m0"] = m0
     if "P0" not in structure.fixed:
-        apart = moments.first_mean - fields["m0"]
-        cov = moments.first_cov + apart.T @ apart / len(apart)
-        fields["chol_P0"] = _factor(cov, jnp.ones(()), structure.groups("P0"), limits.P0)
+        fields["chol_P0"] = _factor(W, count, structure.groups("P0"), limits.P0)
     if "Q" not in structure.fixed:
         fields["chol_Q"] = _noise(moments.transition, transition, structure.groups("Q"), limits.Q, ssm.chol_Q)
     if "R" not in structure.fixed:
         fields["chol_R"] = _noise(moments.emission, emission, structure.groups("R"), limits.R, ssm.chol_R)
     return rebuild(fields, ())
+
+
+def _first_state(
+    ssm: LinearGaussianSSM, moments: Moments, structure: Structure, prior: MatrixNormalInverseWishart | None
+) -> tuple[Array, Array, Array]:
+    """Mean of the first state, the summed products of what is apart from it, and the number of these."""
+    count = jnp.asarray(len(moments.first_mean), ssm.dtype)
+    total, weight = jnp.sum(moments.first_mean, axis=0), count
+    if prior is not None:
+        total, weight = total + prior.precision[0, 0] * prior.mean[:, 0], weight + prior.precision[0, 0]
+    m0 = ssm.m0 if "m0" in structure.fixed else total / weight
+    apart = moments.first_mean - m0
+    W = count * moments.first_cov + apart.T @ apart
+    if prior is not None:
+        apart = m0 - prior.mean[:, 0]
+        W = W + prior.scale + prior.precision[0, 0] * jnp.outer(apart, apart)
+        count = count + strength(prior)
+    return m0, W, count
 
 
 def _fit(old: Array, names: tuple[str, ...], ssm: LinearGaussianSSM, r: Regression, structure: Structure) -> Array:

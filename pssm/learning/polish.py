@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from pssm._types import Array
 from pssm.filters import log_likelihood
 from pssm.learning.maximise import Constraint, Structure
+from pssm.learning.priors import Prior, log_prior
 from pssm.ssm import LinearGaussianSSM
 
 
@@ -19,9 +20,10 @@ def polish(
     u: Array | None,
     structure: Structure,
     constraint: Constraint | None,
+    prior: Prior,
     num_steps: int,
-) -> tuple[LinearGaussianSSM, float]:
-    """At most `num_steps` steps of L-BFGS from `ssm` within its structure; the model and its log-likelihood.
+) -> tuple[LinearGaussianSSM, float, float]:
+    """At most `num_steps` steps of L-BFGS from `ssm` within its structure; the model, its log-likelihood and log prior.
 
     Covariances are free triangular factors within the range of the start's: noise-free directions stay so.
     """
@@ -31,9 +33,12 @@ def polish(
     start, unravel = ravel_pytree(free)
     count = y.size
 
+    def values(x: Array) -> tuple[Array, Array]:
+        return jnp.sum(log_likelihood(model(unravel(x)), y, u)), log_prior(model(unravel(x)), prior)
+
     @jax.jit
     def loss(x: Array) -> tuple[Array, Array]:
-        return jax.value_and_grad(lambda x: -jnp.sum(log_likelihood(model(unravel(x)), y, u)) / count)(x)
+        return jax.value_and_grad(lambda x: -sum(values(x)) / count)(x)
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = loss(jnp.asarray(x, start.dtype))
@@ -42,7 +47,9 @@ def polish(
         return float(value), np.asarray(gradient, float)
 
     found = minimize(evaluate, np.asarray(start, float), jac=True, method="L-BFGS-B", options={"maxiter": num_steps})
-    return model(unravel(jnp.asarray(found.x, start.dtype))), -found.fun * count
+    best = jnp.asarray(found.x, start.dtype)
+    value, density = jax.jit(values)(best)
+    return model(unravel(best)), float(value), float(density)
 
 
 def _parameters(

@@ -230,7 +230,7 @@ def save_result(result: MethodResult, folder: Path) -> None:
 
 def _model(model: str | Callable[..., Any], options: dict[str, Any]) -> tuple[Callable[..., Any], str]:
     if isinstance(model, str):
-        check_choice("model", model, models.__all__)
+        check_choice("model", model, models.NAMES)
         return partial(getattr(models, model), **options), model
     if not callable(model):
         raise TypeError(f"`model` must be a NumPyro model or a name in pssm.models; got {type(model).__name__}.")

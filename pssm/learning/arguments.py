@@ -1,0 +1,165 @@
+"""What `fit_em` is given, checked and brought to the form that its iterations work on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pssm._checks import as_float, check_choice, check_series
+from pssm._types import Array, ArrayLike
+from pssm.learning.maximise import PARTS, Constraint, Limits, Structure
+from pssm.learning.start import subspace_start
+from pssm.linalg import factor_from_covariance
+from pssm.ssm import LinearGaussianSSM, check_inputs
+
+COVARIANCES = ("P0", "Q", "R")
+
+
+def sequences(
+    ssm: LinearGaussianSSM, y: ArrayLike | list[ArrayLike], u: ArrayLike | list[ArrayLike] | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Series `(sequence, time, obs)`, inputs likewise, and the lengths where these differ."""
+    if not _is_list_of_series(y, ssm.n_obs):
+        series = check_series(y, ssm.n_obs)
+        if series.ndim > 3:
+            raise ValueError(f"`y` must have shape (time, obs) or (sequence, time, obs); got {series.shape}.")
+        inputs = check_inputs(ssm, u, series.shape[-2])
+        batch = series.shape[:-2] or (1,)
+        inputs = None if inputs is None else jnp.broadcast_to(inputs, (*batch, *inputs.shape[-2:]))
+        return series.reshape(-1, *series.shape[-2:]), inputs, None
+    parts = [check_series(x, ssm.n_obs, f"y[{i}]") for i, x in enumerate(y)]
+    lengths = np.asarray([len(x) for x in parts])
+    if u is not None and (not isinstance(u, list | tuple) or len(u) != len(parts)):
+        raise ValueError(f"`u` must be a list of {len(parts)} arrays, as `y` is.")
+    given = [None] * len(parts) if u is None else u
+    inputs = [check_inputs(ssm, x, len(part), f"u[{i}]") for i, (x, part) in enumerate(zip(given, parts, strict=True))]
+
+    def pad(x: Array, value: float) -> Array:
+        return jnp.pad(x, ((0, lengths.max() - len(x)), (0, 0)), constant_values=value)
+
+    series = jnp.stack([pad(x, jnp.nan) for x in parts])
+    stacked = None if u is None else jnp.stack([pad(x, 0.0) for x in inputs if x is not None])
+    return series, stacked, None if np.ptp(lengths) == 0 else jnp.asarray(lengths)
+
+
+def found_start(
+    y: ArrayLike | list[ArrayLike], num_states: int, u: ArrayLike | list[ArrayLike] | None
+) -> LinearGaussianSSM:
+    """A start with so many states, from the data."""
+
+    def as_list(name: str, x: ArrayLike | list[ArrayLike]) -> list[np.ndarray]:
+        several = isinstance(x, list | tuple) and all(np.ndim(part) == 2 for part in x)
+        parts = [np.asarray(as_float(name, part), float) for part in (x if several else [x])]
+        parts = [part[:, None] if part.ndim == 1 else part for part in parts]
+        return [row for part in parts for row in (part if part.ndim == 3 else [part])]
+
+    return subspace_start(as_list("y", y), num_states, None if u is None else as_list("u", u))
+
+
+def _is_list_of_series(y: object, n_obs: int) -> bool:
+    if not isinstance(y, list | tuple) or not y:
+        return False
+    axes = {np.ndim(x) for x in y}
+    return axes == {2} or (axes == {1} and n_obs == 1)
+
+
+def make_structure(
+    ssm: LinearGaussianSSM,
+    fixed: tuple[str, ...],
+    diagonal: tuple[str, ...],
+    isotropic: tuple[str, ...],
+    tied: dict[str, list[int]],
+) -> Structure:
+    """What the arguments `fixed`, `diagonal`, `isotropic` and `tied` ask for."""
+    for name, value in (("fixed", fixed), ("diagonal", diagonal), ("isotropic", isotropic)):
+        if isinstance(value, str):
+            raise TypeError(f"`{name}` must be a tuple of names; got {value!r}. Write ({value!r},).")
+        for part in value:
+            check_choice(name, part, PARTS if name == "fixed" else COVARIANCES)
+    ties: dict[str, tuple[int, ...]] = {}
+    for name in COVARIANCES:
+        size = ssm.n_obs if name == "R" else ssm.n_state
+        if name in diagonal:
+            ties[name] = tuple(range(size))
+        if name in isotropic:
+            ties[name] = (0,) * size
+    for name, groups in tied.items():
+        check_choice("tied", name, COVARIANCES)
+        size = ssm.n_obs if name == "R" else ssm.n_state
+        _, index = np.unique(np.asarray(groups), return_inverse=True)
+        if len(index) != size:
+            raise ValueError(f"`tied[{name!r}]` must have a group for each of {size} variables; got {len(index)}.")
+        ties[name] = tuple(int(i) for i in index)
+    return Structure(frozenset(fixed), tuple(sorted(ties.items())))
+
+
+def choose_form(ssm: LinearGaussianSSM, y: Array, lengths: Array | None, structure: Structure, missing: str) -> str:
+    """Which form the sums over observations take: "complete", "observed" or "augmented"."""
+    check_choice("missing", missing, ("auto", "augmented", "observed"))
+    R = np.asarray(ssm.R)
+    is_diagonal = structure.groups("R") is not None or ("R" in structure.fixed and not (R - np.diag(np.diag(R))).any())
+    if missing == "observed" and not is_diagonal:
+        raise ValueError('`missing="observed"` needs a diagonal `R`: pass diagonal=("R",), or missing="augmented".')
+    holes = np.isnan(np.asarray(y))
+    if holes.all():
+        raise ValueError("`y` has no observed value.")
+    counted = np.ones(y.shape[:2], bool) if lengths is None else np.arange(y.shape[1]) < np.asarray(lengths)[:, None]
+    if not holes[counted].any():
+        return "complete"
+    return "augmented" if missing == "augmented" or not is_diagonal else "observed"
+
+
+def check_size(y: Array, lengths: Array | None, structure: Structure, n_state: int) -> None:
+    """Refuses a full `R` that the data cannot determine: its likelihood has no upper bound."""
+    if "R" in structure.fixed or structure.groups("R") is not None:
+        return
+    steps = y.shape[0] * y.shape[1] if lengths is None else int(np.sum(np.asarray(lengths)))
+    n_obs = y.shape[-1]
+    if steps <= n_obs + n_state:
+        raise ValueError(
+            f"`y` has {steps} steps, too few for a full `R` of {n_obs} x {n_obs}: the likelihood grows without bound "
+            'as it becomes singular. Pass diagonal=("R",) or isotropic=("R",), or hold it with fixed=(..., "R").'
+        )
+
+
+def affine_space(ssm: LinearGaussianSSM, offset: ArrayLike, basis: ArrayLike) -> Constraint:
+    """The argument `constraint`, checked."""
+    size = ssm.n_state**2
+    f, G = as_float("constraint[0]", offset), as_float("constraint[1]", basis)
+    if f.shape != (size,) or G.ndim != 2 or G.shape[0] != size:
+        raise ValueError(
+            f"`constraint` must be (f, G) of shapes ({size},) and ({size}, free); got {f.shape} and {G.shape}."
+        )
+    if np.linalg.eigvalsh(np.asarray(ssm.Q)).min() <= 0:
+        raise ValueError("`constraint` needs a `Q` without noise-free directions at the start.")
+    return Constraint(f.astype(ssm.dtype), G.astype(ssm.dtype))
+
+
+def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | None) -> LinearGaussianSSM:
+    """The start, brought to the structure that all later models have."""
+    fields: dict[str, Array] = {}
+    if "Q" not in structure.fixed and ssm.chol_Q.shape[1] != ssm.n_state:
+        fields["chol_Q"] = factor_from_covariance("Q", ssm.Q)  # square, as the factors to come are
+    for name, groups in structure.ties:
+        if name not in structure.fixed:
+            index = jnp.asarray(groups)
+            variances = jnp.diagonal(getattr(ssm, name))
+            means = jax.ops.segment_sum(variances, index) / jax.ops.segment_sum(jnp.ones_like(variances), index)
+            fields[f"chol_{name}"] = jnp.diag(jnp.sqrt(means[index]))
+    if space is not None:
+        free = jnp.linalg.lstsq(space.basis, ssm.A.T.reshape(-1) - space.offset)[0]
+        fields["A"] = (space.offset + space.basis @ free).reshape(ssm.A.shape).T
+    return ssm.replace(**fields) if fields else ssm
+
+
+def make_limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
+    """The floor, or the least eigenvalue of the start where that is below it: EM must not have to leave its start."""
+    if not floor >= 0:
+        raise ValueError(f"`floor` must not be negative; got {floor}.")
+    scales = {"R": float(np.nanmean(np.nanvar(np.asarray(y, float), axis=(0, 1))))}
+    limits = {}
+    for name in COVARIANCES:
+        cov = np.asarray(getattr(ssm, name), float)
+        scale = scales.get(name, float(np.trace(cov)) / len(cov))
+        least = np.linalg.eigvalsh(cov).min()
+        limits[name] = jnp.asarray(max(0.0, min(floor * scale, least)), ssm.dtype)
+    return Limits(**limits)

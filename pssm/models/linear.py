@@ -1,0 +1,190 @@
+"""The linear dynamical system with free matrices, and its agreement with EM."""
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+from pssm._checks import check_choice, check_count, check_series
+from pssm._types import Array, ArrayLike
+from pssm.distributions import StableMatrixNormal
+from pssm.learning import MatrixNormalInverseWishart, Prior, fit_em
+from pssm.models.several import below_diagonal, look_at, observe_series, triangular_loadings
+from pssm.models.structural import STATES
+from pssm.ssm import LinearGaussianSSM
+
+FIRST_SD = 3.0  # of the first state, in units of one step's noise
+PERSISTENCE = 0.5  # centre of the prior of `A`, a multiple of the identity
+ROOM_A, ROOM_C, ROOM_INPUT, ROOM_MEAN = 4.0, 0.1, 0.01, 0.01  # precisions, in units of the noise
+NOISE_SHARE = 0.1  # mode of the prior of a series' noise, in units of its variance
+
+
+def lds(
+    y: ArrayLike | None = None,
+    *,
+    num_states: int = 2,
+    num_steps: int | None = None,
+    num_obs: int | None = None,
+    u: ArrayLike | None = None,
+    states: str = "marginal",
+    location: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+) -> None:
+    """A linear dynamical system: `z_t = A z_{t-1} + B u_t + N(0, 1)`, `y_t = C z_t + D u_t + d + N(0, diag(R))`.
+
+    `A` is stable, the noise of the states is the identity, and `C` is lower triangular with a positive diagonal, so
+    that the basis of the states is settled. Priors are conjugate, and the same as those of `lds_prior`, so that MAP-EM
+    and this model agree: what `fit_em` climbs to is a stationary point of this model's log joint density.
+
+        A ~ N(0.5, 1 / (4 n)) about the identity, stable;    B ~ N(0, 1 / (0.01 var u))
+        C_ij ~ N(0, R_i / 0.1),    D_ij ~ N(0, R_i / (0.01 var u_j)),    d_i ~ N(location_i, R_i / 0.01)
+        R_i ~ InverseGamma(1 + max(n - i, 0) / 2, 0.2 scale_i^2),  i = 1..p
+        z_1 ~ N(0, 9)
+
+    The first few `R_i` have more degrees because of the loadings that are zero: over all rotations of the states, the
+    priors of the series are alike.
+
+    Args:
+        y: data `(time, obs)`, or `(sequence, time, obs)` for independent sequences of one system; NaN where missing;
+            None to predict.
+        num_states: size `n` of the state. With more states than series some rotations are left open.
+        num_steps: number of steps, needed where `y` is None.
+        num_obs: number of series, likewise.
+        u: inputs `(time, input)`, or `(sequence, time, input)`.
+        states: "marginal" (integrated out) or "sampled" (a site `z` of shape `(time, state)`).
+        location: centre of the prior of `d`, one for each series; by default the means of the data, 0 without data.
+        scale: spread of each series; by default the standard deviations of the data, 1 without data.
+
+    Sites:
+        `A`, `C_diagonal`, `C_below`, `R` (variances), `d`; `B`, `D` with inputs; `C` is deterministic.
+
+    Example:
+        >>> from numpyro import handlers
+        >>> trace = handlers.trace(handlers.seed(lds, 0)).get_trace(num_states=2, num_steps=50, num_obs=5)
+        >>> trace["C"]["value"].shape, trace["y"]["value"].shape
+        ((5, 2), (50, 5))
+
+    Source:
+        Ghahramani & Hinton 1996; the basis: Geweke & Zhou 1996.
+    """
+    check_choice("states", states, STATES)
+    n = check_count("num_states", num_states)
+    about = look_at(y, num_steps, num_obs, u, location, scale)
+    p, one = about.num_obs, jnp.eye(n)
+    A = numpyro.sample("A", StableMatrixNormal(PERSISTENCE * one, (ROOM_A * n) ** -0.5))
+    degrees = 1.0 + 0.5 * jnp.clip(n - 1 - jnp.arange(p), 0)
+    R = numpyro.sample("R", dist.InverseGamma(degrees, 2 * NOISE_SHARE * about.scale**2).to_event(1))
+    C = triangular_loadings("C", jnp.sqrt(R / ROOM_C), n)
+    d = numpyro.sample("d", dist.Normal(about.location, jnp.sqrt(R / ROOM_MEAN)).to_event(1))
+    B = D = None
+    if about.u is not None:
+        room = (ROOM_INPUT * about.input_scale**2) ** -0.5
+        B = numpyro.sample("B", dist.Normal(jnp.zeros((n, len(room))), room).to_event(2))
+        D = numpyro.sample("D", dist.Normal(jnp.zeros((p, len(room))), jnp.sqrt(R)[:, None] * room).to_event(2))
+    noise = jnp.diag(jnp.sqrt(R))
+    ssm = LinearGaussianSSM(jnp.zeros(n), FIRST_SD * one, A, one, C, noise, B=B, d=d, D=D)
+    observe_series(ssm, about, states)
+
+
+def lds_prior(
+    y: ArrayLike,
+    num_states: int,
+    *,
+    u: ArrayLike | None = None,
+    location: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+) -> Prior:
+    """The priors of `lds` for `fit_em`, with `fixed=("m0", "P0", "Q")`, `Q = 1`, and `diagonal=("R",)`.
+
+    EM knows no lower triangle: it finds the same system in a basis that `lds_values` turns. Arguments as in `lds`.
+    """
+    n, about = check_count("num_states", num_states), look_at(y, None, None, u, location, scale)
+    inputs = jnp.zeros(0) if about.u is None else ROOM_INPUT * about.input_scale**2
+    m, p = len(inputs), about.num_obs
+    transition = MatrixNormalInverseWishart(
+        mean=jnp.eye(n, n + m) * PERSISTENCE,
+        precision=jnp.concatenate([jnp.full(n, ROOM_A * n), inputs]),
+        scale=jnp.ones(n),
+        degrees=n + 2.0,
+    )
+    emission = MatrixNormalInverseWishart(
+        mean=jnp.zeros((p, n + m + 1)).at[:, -1].set(about.location),
+        precision=jnp.concatenate([jnp.full(n, ROOM_C), inputs, jnp.full(1, ROOM_MEAN)]),
+        scale=4 * NOISE_SHARE * about.scale**2,
+        degrees=3.0 - p,
+    )
+    return Prior(transition=transition, emission=emission)
+
+
+def lds_values(ssm: LinearGaussianSSM) -> dict[str, Array]:
+    """Values of the sites of `lds` that make the system `ssm`, for `numpyro.infer.init_to_value(values=...)`.
+
+    Args:
+        ssm: time-invariant, with a regular `Q`; of `R` the diagonal is kept. An unstable `A` is shrunk.
+
+    Raises:
+        ValueError: `Q` is singular: there is no basis in which it is the identity.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from numpyro.infer import MCMC, NUTS, init_to_value
+        >>> y = np.random.default_rng(0).normal(size=(60, 3)).cumsum(0)
+        >>> values = lds_values(lds_start(y, 1))
+        >>> mcmc = MCMC(NUTS(lds, init_strategy=init_to_value(values=values)), num_warmup=50, num_samples=50,
+        ...             progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), y, num_states=1)
+    """
+    ssm = unit_noise(ssm)
+    n, p = ssm.n_state, ssm.n_obs
+    k = min(n, p)
+    turn = jnp.linalg.qr(ssm.C[:k].T, mode="complete")[0].T
+    sign = jnp.where(jnp.diagonal(ssm.C[:k] @ turn[:k].T) < 0, -1.0, 1.0)
+    turn = jnp.concatenate([sign[:, None] * turn[:k], turn[k:]])
+    C = ssm.C @ turn.T
+    values = {
+        "A": turn @ ssm.A @ turn.T,
+        "C_diagonal": jnp.maximum(jnp.diagonal(C), 1e-6),
+        "C_below": C[below_diagonal(p, n)],
+        "R": jnp.diagonal(ssm.R),
+        "d": jnp.zeros(p) if ssm.d is None else ssm.d,
+    }
+    if ssm.B is not None or ssm.D is not None:
+        m = ssm.n_input
+        values["B"] = jnp.zeros((n, m)) if ssm.B is None else turn @ ssm.B
+        values["D"] = jnp.zeros((p, m)) if ssm.D is None else ssm.D
+    return values
+
+
+def unit_noise(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
+    """The same system in a basis where `Q` is the identity and the first state `N(0, 9)`; `A` shrunk to stable."""
+    Q = np.asarray(ssm.Q)
+    if np.linalg.eigvalsh(Q).min() <= 1e-12 * np.abs(Q).max():
+        raise ValueError("`ssm` has a singular `Q`: there is no basis in which it is the identity.")
+    L = np.linalg.cholesky(Q)
+    A = np.linalg.solve(L, np.asarray(ssm.A) @ L)
+    radius = np.abs(np.linalg.eigvals(A)).max()
+    one = jnp.eye(ssm.n_state, dtype=ssm.dtype)
+    fields = {"A": A * min(1.0, 0.995 / radius), "C": ssm.C @ L, "m0": 0.0 * ssm.m0}
+    if ssm.B is not None:
+        fields["B"] = np.linalg.solve(L, ssm.B)
+    return ssm.replace(chol_Q=one, chol_P0=FIRST_SD * one, **{k: jnp.asarray(x, ssm.dtype) for k, x in fields.items()})
+
+
+def lds_start(
+    y: ArrayLike, num_states: int, *, u: ArrayLike | None = None, num_iters: int = 100, progress_bar: bool = False
+) -> LinearGaussianSSM:
+    """A mode of `lds` by EM, from a start by subspace identification. Arguments as in `lds` and `fit_em`."""
+    n = check_count("num_states", num_states)
+    data = check_series(y, look_at(y, None, None, u, None, None).num_obs)
+    first = fit_em(data, n, u=u, num_iters=1, diagonal=("R",)).ssm
+    result = fit_em(
+        data,
+        unit_noise(first),
+        u=u,
+        num_iters=num_iters,
+        prior=lds_prior(data, n, u=u),
+        fixed=("m0", "P0", "Q"),
+        diagonal=("R",),
+        progress_bar=progress_bar,
+    )
+    return result.ssm

@@ -1,0 +1,126 @@
+"""What models of several series share: their data, the basis of their states, and their observed site.
+
+`z -> M z` changes all matrices of a linear system and nothing that is observed, so a sampler that may move along it
+never settles. Here the transition's noise is the identity, which leaves rotations, and the loadings are zero above the
+diagonal and positive on it, which leaves none.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+from pssm._checks import as_float, check_count, check_series
+from pssm._types import Array, ArrayLike
+from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.ssm import LinearGaussianSSM
+
+
+class About(NamedTuple):
+    """The data and what the priors are scaled by."""
+
+    y: Array | None
+    u: Array | None
+    num_sequences: int | None
+    num_steps: int
+    num_obs: int
+    location: Array
+    scale: Array
+    input_scale: Array
+
+
+def look_at(
+    y: ArrayLike | None,
+    num_steps: int | None,
+    num_obs: int | None,
+    u: ArrayLike | None,
+    location: ArrayLike | None,
+    scale: ArrayLike | None,
+) -> About:
+    """The arguments that all these models have, checked, and the scales of the data."""
+    if y is None:
+        if num_steps is None or num_obs is None:
+            raise ValueError("`num_steps` and `num_obs` are required where `y` is None.")
+        data, shape = None, (check_count("num_steps", num_steps), check_count("num_obs", num_obs))
+    else:
+        data = as_float("y", y)
+        data = check_series(data, data.shape[-1] if data.ndim > 1 else 1)
+        shape = data.shape
+        if len(shape) > 3:
+            raise ValueError(f"`y` must have shape (time, obs) or (sequence, time, obs); got {shape}.")
+        for name, value, size in (("num_steps", num_steps, shape[-2]), ("num_obs", num_obs, shape[-1])):
+            if value is not None and value != size:
+                raise ValueError(f"`{name}` is {value}, but `y` has {size}; leave it out.")
+    inputs = None
+    if u is not None:
+        inputs = as_float("u", u)
+        inputs = inputs[:, None] if inputs.ndim == 1 else inputs
+        if inputs.shape[-2] != shape[-2] or inputs.ndim > max(len(shape), 2):
+            raise ValueError(f"`u` must have shape ({', '.join(map(str, shape[:-1]))}, input); got {inputs.shape}.")
+    p = shape[-1]
+    mean, spread = jnp.zeros(p), jnp.ones(p)
+    if data is not None:
+        flat = data.reshape(-1, p)
+        seen = ~jnp.isnan(flat)
+        count = jnp.maximum(seen.sum(0), 1)
+        mean = jnp.where(seen, flat, 0.0).sum(0) / count
+        spread = jnp.sqrt(jnp.where(seen, (flat - mean) ** 2, 0.0).sum(0) / count)
+        spread = jnp.where(spread > 0, spread, 1.0)
+    width = jnp.ones(0) if inputs is None else jnp.sqrt(jnp.mean(inputs**2, axis=tuple(range(inputs.ndim - 1))))
+    return About(
+        data,
+        inputs,
+        shape[0] if len(shape) == 3 else None,
+        shape[-2],
+        p,
+        mean if location is None else jnp.broadcast_to(as_float("location", location), (p,)),
+        spread if scale is None else jnp.broadcast_to(as_float("scale", scale), (p,)),
+        jnp.where(width > 0, width, 1.0),
+    )
+
+
+def below_diagonal(p: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places below the diagonal of a `(p, n)` matrix."""
+    return np.tril_indices(p, -1, n)
+
+
+def triangular_loadings(name: str, spread: Array, n: int) -> Array:
+    """A `(p, n)` matrix, zero above the diagonal and positive on it, whose rows are scaled by `spread`."""
+    p = len(spread)
+    k = min(n, p)
+    rows, cols = below_diagonal(p, n)
+    diagonal = numpyro.sample(f"{name}_diagonal", dist.HalfNormal(spread[:k]).to_event(1))
+    C = jnp.zeros((p, n), spread.dtype).at[np.arange(k), np.arange(k)].set(diagonal)
+    below = numpyro.sample(f"{name}_below", dist.Normal(jnp.zeros(len(rows)), spread[rows]).to_event(1))
+    return numpyro.deterministic(name, C.at[rows, cols].set(below))
+
+
+def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
+    """The site `z`, `(time, state)`, driven by the noise where the path has no density of its own."""
+    path = StatePath.from_ssm(ssm, about.num_steps, about.u)
+    if ssm.chol_Q.shape[-1] < ssm.n_state:
+        return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
+    return numpyro.sample("z", path)
+
+
+def observe_series(ssm: LinearGaussianSSM, about: About, states: str) -> None:
+    """The observed site `y`, states integrated out or sampled; inside a plate where there are several sequences."""
+    if about.num_sequences is not None:
+        with numpyro.plate("sequences", about.num_sequences):
+            observe_series(ssm, about._replace(num_sequences=None), states)
+        return
+    inputs = about.u if ssm.n_input else None
+    if states == "marginal":
+        numpyro.sample("y", LinearGaussianMarginal(ssm, about.num_steps, inputs), obs=about.y)
+        return
+    z = sample_path(ssm, about)
+    observe("y", dist.Normal(signal(ssm, z, about.u), jnp.sqrt(jnp.diagonal(ssm.R))).to_event(2), about.y)
+
+
+def signal(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
+    """`C z + D u + d`."""
+    mean = z @ ssm.C.T
+    mean = mean if ssm.d is None else mean + ssm.d
+    return mean if ssm.D is None or u is None else mean + u @ ssm.D.T
