@@ -203,18 +203,26 @@ class DynamicTexture:
 
     def reconstruct(self, frames: Any) -> np.ndarray:
         """The frames as smoothed states show them: what the model keeps of a clip."""
+        return self.render(self.smoothed_states(frames))
+
+    def smoothed_states(self, frames: Any) -> np.ndarray:
+        """Means of the states given a whole clip, `(time, state)`."""
         y = jnp.asarray(self.project(frames), self.A.dtype)
-        return self.render(kalman_smoother(self.reduced, y).mean)
+        return np.asarray(kalman_smoother(self.reduced, y).mean)
 
     def forecast(self, frames: Any, num_frames: int) -> np.ndarray:
         """Mean of the `num_frames` frames that follow a clip."""
+        return self.render(self.forecast_states(frames, num_frames))
+
+    def forecast_states(self, frames: Any, num_frames: int) -> np.ndarray:
+        """Means of the states of the `num_frames` frames that follow a clip, `(num_frames, state)`."""
         y = jnp.asarray(self.project(frames), self.A.dtype)
         z = np.asarray(kalman_filter(self.reduced, y).mean[-1])
         states = []
         for _ in range(check_count("num_frames", num_frames)):
             z = np.asarray(self.A) @ z
             states.append(z)
-        return self.render(np.stack(states))
+        return np.stack(states)
 
     def log_likelihood(self, frames: Any, *, start: tuple[ArrayLike, ArrayLike] | None = None) -> float:
         """`log p(frames)` over all pixels.
