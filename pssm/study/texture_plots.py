@@ -31,9 +31,9 @@ def plot_components(components: np.ndarray, shares: np.ndarray, shape: Sequence[
     count = components.shape[1]
     figure, axes = _grid(-(-count // _COLUMNS), _COLUMNS, shape, "Components, with their share of the variance", 0.3)
     for ax, column, share, k in zip(axes.ravel(), components.T, shares, range(count), strict=False):
-        image = column.reshape(shape) / max(np.abs(column).max(), 1e-300)
+        image = column.reshape(shape) / max(np.quantile(np.abs(column), 0.995), 1e-300)  # a few pixels are cut
         look = {"vmin": -1.0, "vmax": 1.0, "cmap": "PuOr_r"} if image.ndim == 2 else {}
-        ax.imshow(image if image.ndim == 2 else 0.5 + 0.5 * image, interpolation="nearest", **look)
+        ax.imshow(image if image.ndim == 2 else np.clip(0.5 + 0.5 * image, 0.0, 1.0), interpolation="nearest", **look)
         percent = f"{100 * share:.1f}" if share >= 0.001 else "< 0.1"
         ax.set_title(f"{k + 1}: {percent} %", fontsize=10.5, color=INK)
     for ax in axes.ravel()[count:]:
@@ -67,6 +67,8 @@ def plot_spectrum(A: np.ndarray, fps: float) -> Figure:
         A: transition `(state, state)`.
         fps: steps a second.
     """
+    from matplotlib.ticker import FuncFormatter
+
     values = np.linalg.eigvals(A)
     size = np.abs(values)
     figure = new_figure([4.0], f"Eigenvalues of the transition; spectral radius {size.max():.4f}")
@@ -89,6 +91,7 @@ def plot_spectrum(A: np.ndarray, fps: float) -> Figure:
     modes.axhline(1.0 / fps, color=GREY, lw=1.0, ls=":")
     modes.annotate("one frame", (fps / 2, 1.0 / fps), (0, 3), textcoords="offset points", ha="right", color=GREY)
     modes.set_yscale("log")
+    modes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     modes.set_xlim(0.0, fps / 2)
     modes.set_xlabel("frequency (cycles a second)", fontsize=11)
     modes.set_ylabel("seconds until a mode is down to 1/e", fontsize=11)
@@ -115,8 +118,8 @@ def plot_errors(
     axes = figure.subplots(len(heights), 1)
     styles = {
         "texture": (SIGNAL, "-", "texture"),
-        "last frame": (FORECAST, "--", "the last frame, held"),
-        "mean frame": (GREY, "-.", "the mean frame"),
+        "last frame": (FORECAST, "--", "last frame, held"),
+        "mean frame": (GREY, "-.", "mean frame"),
     }
     _lines(axes[0], 1, {"texture": reconstruction, "mean frame": deviation}, styles)
     _name(axes[0], "Reconstruction", "frame")
@@ -126,7 +129,7 @@ def plot_errors(
     _name(axes[1], "What is left of the clip by the number of components", "components")
     if extrapolation:
         _lines(axes[2], 1, extrapolation, styles)
-        _name(axes[2], "Forecast of the last frames from those before", "frames ahead")
+        _name(axes[2], f"Forecast of the last {len(extrapolation['texture'])} frames", "frames ahead")
     figure.align_ylabels(axes)
     return figure
 
