@@ -342,7 +342,8 @@ def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> None:
     from PIL import Image
 
     pictures = (Image.fromarray(image) for image in images)
-    pictures = (p if p.mode == "L" else p.quantize(256, dither=Image.Dither.NONE) for p in pictures)
+    # Grey stays exact. The first guess at 256 colours shows edges in smooth shades; k-means takes them away.
+    pictures = (p if p.mode == "L" else p.quantize(256, kmeans=2) for p in pictures)
     hundredths = max(2, round(100.0 / fps))  # viewers play what is shorter slowly
     first = next(pictures)
     first.save(path, save_all=True, append_images=pictures, duration=10 * hundredths, loop=0)

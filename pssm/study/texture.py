@@ -222,8 +222,8 @@ def _write_files(study: TextureStudy, source: str, settings: Settings, folder: P
     drawn_at = np.resize(drawn_at, len(at))  # a synthesis shorter than six frames starts again
     rows = {
         "clip": [as_image(frames[t], limits) for t in at],
-        "reconstruction": [as_image(f, limits) for f in texture.render(study.states[at])],
-        "synthesis": [as_image(f, limits) for f in texture.render(states[drawn_at])],
+        "compressed": [as_image(f, limits) for f in texture.render(study.states[at])],
+        "synthetic": [as_image(f, limits) for f in texture.render(states[drawn_at])],
     }
     errors = (study.reconstruction, study.deviation, study.by_components, study.extrapolation)
     for name, figure in (

@@ -51,7 +51,7 @@ def plot_frames(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str])
     shape = next(iter(rows.values()))[0].shape
     figure, axes = _grid(len(rows), len(titles), shape, "", 0.1)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(shown_text(name), fontsize=11, color=INK)
+        row[0].set_ylabel(shown_text(name), fontsize=10.5, color=INK)
         for ax, image in zip(row, images, strict=True):
             look = {"vmin": 0, "vmax": 255, "cmap": "gray"} if image.ndim == 2 else {}
             ax.imshow(image, interpolation="nearest", **look)
@@ -78,7 +78,7 @@ def plot_spectrum(A: np.ndarray, fps: float) -> Figure:
     circle.axhline(0.0, color=GREY, lw=0.6)
     circle.axvline(0.0, color=GREY, lw=0.6)
     dots: dict[str, Any] = {"ls": "", "marker": "o", "ms": 6, "color": SIGNAL, "mec": "white", "mew": 0.7}
-    circle.plot(values.real, values.imag, **dots)
+    circle.plot(np.real(values), np.imag(values), **dots)
     reach = 1.06 * max(1.0, size.max())
     circle.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     circle.set_xlabel("real part", fontsize=11)
@@ -154,7 +154,7 @@ def _name(ax: Axes, title: str, xlabel: str) -> None:
 
 def _grid(rows: int, columns: int, shape: Sequence[int], title: str, room: float) -> tuple[Figure, np.ndarray]:
     """An empty figure of `rows` x `columns` images, each with `room` inches above it."""
-    height = min(max(8.6 / columns * shape[0] / shape[1], 0.5), 4.0)
+    height = min(max(8.6 / columns * shape[0] / shape[1], 0.8), 4.0)
     figure = new_figure([rows * (height + room)], title)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.ravel():
