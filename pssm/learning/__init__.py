@@ -2,5 +2,16 @@
 
 from pssm.learning.em import EMResult, LikelihoodFellError, fit_em
 from pssm.learning.textures import Compression, DynamicTexture
+from pssm.learning.video import Clip, MissingExtraError, read_frames, write_frames
 
-__all__ = ["Compression", "DynamicTexture", "EMResult", "LikelihoodFellError", "fit_em"]
+__all__ = [
+    "Clip",
+    "Compression",
+    "DynamicTexture",
+    "EMResult",
+    "LikelihoodFellError",
+    "MissingExtraError",
+    "fit_em",
+    "read_frames",
+    "write_frames",
+]

@@ -206,7 +206,7 @@ def _collect(images: Iterable[np.ndarray], source: str) -> np.ndarray:
                 shape, dtype = image.shape, image.dtype
             elif image.shape != shape:
                 raise ValueError(
-                    f"{source} must have frames of one shape; number {count} has {image.shape} after {shape}."
+                    f"{source} must have frames of one shape; frame {count} has {image.shape} after {shape}."
                 )
             file.write(image.astype(dtype, copy=False).tobytes())
             count += 1
