@@ -252,7 +252,8 @@ def _texture(a: argparse.Namespace) -> int:
     import jax
 
     from pssm._checks import check_choice
-    from pssm.learning.video import MissingExtraError, has_video
+    from pssm.learning import LikelihoodFellError, MissingExtraError
+    from pssm.learning.video import has_video
     from pssm.study.texture import Settings, study_texture, write_study
 
     check_choice("--method", a.method, ("svd", "em"))
@@ -277,7 +278,7 @@ def _texture(a: argparse.Namespace) -> int:
             say = (lambda text: None) if a.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
             study = study_texture(clip, settings, say)
             summary = write_study(study, a.clip, settings, out)
-    except (MissingExtraError, OSError) as error:
+    except (LikelihoodFellError, MissingExtraError, OSError) as error:
         raise UsageError(str(error)) from None
     _show_texture(summary, out)
     return 0

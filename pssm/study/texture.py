@@ -22,7 +22,6 @@ from pssm.study import texture_plots as plots
 
 FORMATS = ("mp4", "gif")
 SHOWN = 320  # a written clip or image is enlarged, by whole factors, up to this many pixels
-COMPONENTS = 24  # images of so many components
 FIGURES = ("mean.png", "components.png", "spectrum.png", "errors.png", "frames.png")
 FILES = (*FIGURES, "texture.npz", "summary.json", *(f"synthetic.{kind}" for kind in FORMATS))
 
@@ -216,7 +215,7 @@ def _write_files(study: TextureStudy, source: str, settings: Settings, folder: P
     # EM leaves the components in no order: shown are the principal ones of their span.
     sizes, turn = np.linalg.svd(texture.states, full_matrices=False)[1:]
     sign = np.sign(turn[np.arange(len(turn)), np.abs(turn).argmax(1)])
-    components = texture.components @ (sign[:, None] * turn)[:COMPONENTS].T
+    components = texture.components @ (sign[:, None] * turn).T
     shares = sizes**2 / (np.sum(study.deviation**2) * texture.mean.size)
     at, drawn_at = (np.unique(np.linspace(0, n - 1, 6).astype(int)) for n in (len(frames), length))
     drawn_at = np.resize(drawn_at, len(at))  # a synthesis shorter than six frames starts again

@@ -16,21 +16,23 @@ if TYPE_CHECKING:
 else:  # matplotlib is imported when a figure is drawn
     Axes = Figure = Any
 
-_COLUMNS = 6
+_COLUMNS, _ROWS = 6, 4
 _STILL = 1e-6  # modulus of an eigenvalue below which there is no mode to speak of
 
 
 def plot_components(components: np.ndarray, shares: np.ndarray, shape: Sequence[int]) -> Figure:
-    """Images of components; grey ones in purple (below zero) and orange, each on a scale of its own.
+    """Images of the first components; grey ones in purple (below zero) and orange, each on a scale of its own.
 
     Args:
         components: columns `(pixels, count)`.
         shares: share of the clip's variance of each, `(count,)`.
         shape: of a frame, `(height, width)` or `(height, width, 3)`.
     """
-    count = components.shape[1]
-    figure, axes = _grid(-(-count // _COLUMNS), _COLUMNS, shape, "Components, with their share of the variance", 0.3)
-    for ax, column, share, k in zip(axes.ravel(), components.T, shares, range(count), strict=False):
+    shown = components[:, : _ROWS * _COLUMNS]
+    count, total = shown.shape[1], components.shape[1]
+    which = "Components" if count == total else f"The first {count} of {total} components"
+    figure, axes = _grid(-(-count // _COLUMNS), _COLUMNS, shape, f"{which}, with their share of the variance", 0.3)
+    for ax, column, share, k in zip(axes.ravel(), shown.T, shares, range(count), strict=False):
         image = column.reshape(shape) / max(np.quantile(np.abs(column), 0.995), 1e-300)  # a few pixels are cut
         look = {"vmin": -1.0, "vmax": 1.0, "cmap": "PuOr_r"} if image.ndim == 2 else {}
         ax.imshow(image if image.ndim == 2 else np.clip(0.5 + 0.5 * image, 0.0, 1.0), interpolation="nearest", **look)
