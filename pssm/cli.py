@@ -1,4 +1,4 @@
-"""The command line: `pssm compare`, `pssm datasets`, `pssm models`. Wrong input ends with a message and exit code 2."""
+"""The command line: `pssm compare`, `pssm texture`, and lists. Wrong input ends with a message and exit code 2."""
 
 import argparse
 import inspect
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pssm", description="State-space models in NumPyro: compare inference methods on a time series."
+        prog="pssm",
+        description="State-space models in NumPyro: compare inference methods on a time series, or learn a video.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     compare = commands.add_parser(
@@ -64,9 +65,42 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--x64", action="store_true", help="64-bit arithmetic")
     compare.add_argument("--quiet", action="store_true", help="no progress bars")
     compare.set_defaults(run=_compare)
+    _add_texture(commands)
     commands.add_parser("datasets", help="list the embedded data sets").set_defaults(run=_datasets)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     return parser
+
+
+def _add_texture(commands: Any) -> None:
+    texture = commands.add_parser(
+        "texture",
+        help="learn a video clip as a linear dynamical system, and synthesise more of it",
+        description="Fits a dynamic texture to a clip and writes a synthesised clip, figures, errors and the model.",
+    )
+    texture.add_argument("clip", help="a video or gif, a folder of images, or an array (.npy, .npz)")
+    texture.add_argument("--states", type=int, help="size of the state; default 30, fewer for short clips")
+    texture.add_argument("--method", default="svd", help="svd (closed form) or em (maximum likelihood); default svd")
+    texture.add_argument("--noise", type=int, help="directions of the transition's noise; default all")
+    texture.add_argument("--frames", type=int, help="use at most so many frames")
+    texture.add_argument("--every", type=int, default=1, help="use one frame in so many; default 1")
+    texture.add_argument(
+        "--size",
+        type=int,
+        default=160,
+        help="longest side in pixels, reached by whole blocks; default 160; 0: as it is",
+    )
+    texture.add_argument("--grey", action="store_true", help="brightness in place of colours")
+    texture.add_argument("--fps", type=float, help="frames a second; default what the file says, or 25")
+    texture.add_argument(
+        "--holdout", type=float, default=0.2, help="share of the clip, its end, that is forecast; default 0.2; 0: none"
+    )
+    texture.add_argument("--length", type=int, help="frames to synthesise; default as many as the clip has")
+    texture.add_argument("--format", choices=("mp4", "gif"), help="of the synthesised clip; default mp4 if possible")
+    texture.add_argument("--out", help="folder for the results; default results/<clip>-texture")
+    texture.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
+    texture.add_argument("--seed", type=int, default=0, help="fixes the synthesis; default 0")
+    texture.add_argument("--quiet", action="store_true", help="no word on what goes on")
+    texture.set_defaults(run=_texture)
 
 
 def _compare(a: argparse.Namespace) -> int:
@@ -74,7 +108,9 @@ def _compare(a: argparse.Namespace) -> int:
 
     from pssm import datasets
 
-    _check_counts(a)
+    _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics")
+    if not 0 <= a.budget < float("inf"):
+        raise UsageError(f"`--budget` must be a number of seconds, 0 or more; got {a.budget}.")
     known = {row[0] for row in datasets.available()}
     if a.data in known:
         series = datasets.load(a.data, a.column)
@@ -83,10 +119,7 @@ def _compare(a: argparse.Namespace) -> int:
     else:
         raise UsageError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(known))}) nor a file.")
     out = Path(a.out) if a.out else Path("results") / f"{series.name}-{a.model}"
-    if out.exists() and not a.force:
-        raise UsageError(f"`--out` {out} exists already; nothing was changed. Choose another folder, or add --force.")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"`--out` {out} is a file, not a folder.")
+    _check_out(out, a.force)
     methods = [m.strip() for m in a.methods.split(",") if m.strip()]
 
     import jax
@@ -134,13 +167,18 @@ def _compare(a: argparse.Namespace) -> int:
     return 0
 
 
-def _check_counts(a: argparse.Namespace) -> None:
-    for name in ("warmup", "samples", "chains", "steps", "horizon", "order", "harmonics"):
+def _check_counts(a: argparse.Namespace, *names: str) -> None:
+    for name in names:
         value = getattr(a, name)
         if value is not None and value < 1:
             raise UsageError(f"`--{name}` must be at least 1; got {value}.")
-    if not 0 <= a.budget < float("inf"):
-        raise UsageError(f"`--budget` must be a number of seconds, 0 or more; got {a.budget}.")
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise UsageError(f"`--out` {out} exists already; nothing was changed. Choose another folder, or add --force.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"`--out` {out} is a file, not a folder.")
 
 
 def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
@@ -195,6 +233,72 @@ def _show(study: Any) -> None:
         console.print(Text(f"{result.name}: {result.verdict}"))
     if study.best:
         console.print(Text(f"\nUse: {study.best}"))
+
+
+def _texture(a: argparse.Namespace) -> int:
+    _check_counts(a, "states", "noise", "frames", "every", "length")
+    if a.size < 0:
+        raise UsageError(f"`--size` must be a number of pixels, or 0; got {a.size}.")
+    if not 0 <= a.holdout < 1:
+        raise UsageError(f"`--holdout` must be a share, 0 or more and less than 1; got {a.holdout}.")
+    if a.fps is not None and not 0 < a.fps < float("inf"):
+        raise UsageError(f"`--fps` must be a positive number; got {a.fps}.")
+    clip = Path(a.clip)
+    if not clip.exists():
+        raise UsageError(f"`clip` {a.clip!r} is not there: no such file or folder.")
+    out = Path(a.out) if a.out else Path("results") / f"{clip.resolve().stem}-texture"
+    _check_out(out, a.force)
+
+    import jax
+
+    from pssm._checks import check_choice
+    from pssm.learning import LikelihoodFellError, MissingExtraError
+    from pssm.learning.video import has_video
+    from pssm.study.texture import Settings, study_texture, write_study
+
+    check_choice("--method", a.method, ("svd", "em"))
+    if a.format == "mp4" and not has_video():
+        raise UsageError('`--format mp4` needs PyAV: pip install "pssm-numpyro[video]". Or take --format gif.')
+    settings = Settings(
+        num_states=a.states,
+        method=a.method,
+        num_noise=a.noise,
+        num_frames=a.frames,
+        every=a.every,
+        size=a.size or None,
+        grey=a.grey,
+        holdout=a.holdout,
+        length=a.length,
+        seed=a.seed,
+        fps=a.fps,
+        video_format=a.format,
+    )
+    try:
+        with jax.enable_x64(True):  # the states of a clip have a wide range, and cost little
+            say = (lambda text: None) if a.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+            study = study_texture(clip, settings, say)
+            summary = write_study(study, a.clip, settings, out)
+    except (LikelihoodFellError, MissingExtraError, OSError) as error:
+        raise UsageError(str(error)) from None
+    _show_texture(summary, out)
+    return 0
+
+
+def _show_texture(summary: dict[str, Any], out: Path) -> None:
+    size, error = summary["compression"], summary["error_of_a_pixel"]
+    print(
+        f"{summary['model']['states']} states hold {100 * size['explained']:.1f} % of the variance; the clip has "
+        f"{size['ratio']:.2f} times as many numbers as the texture. Spectral radius "
+        f"{summary['model']['spectral_radius']:.4f}."
+    )
+    print(f"Error of a pixel: {error['reconstruction']:.4g}; of the mean frame, {error['mean_frame']:.4g}.")
+    if error["forecast"]:
+        ahead = len(summary["curves"]["forecast_by_horizon"]["texture"])
+        by_name = ", ".join(f"{name} {value:.4g}" for name, value in error["forecast"].items())
+        print(f"Error of a forecast over {ahead} frames: {by_name}.")
+    for note in summary["notes"]:
+        print(f"Note: {note}")
+    print(f"Written: {out}")
 
 
 def _datasets(_: argparse.Namespace) -> int:

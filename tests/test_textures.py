@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,6 +124,7 @@ def test_an_unstable_transition_is_moved_inside_with_a_warning(x64):
         (np.full((9, 2, 2), np.nan), dict(num_states=2), "`frames` must be finite"),
         (np.zeros((9, 2, 2)), dict(num_states=2, method="pca"), "`method` must be one of"),
         (np.zeros((9, 2, 2)), dict(num_states=2, num_noise=3), "`num_noise` must be at most 2"),
+        (np.zeros((9, 2, 2)), dict(num_states=5), "`num_states` must be at most 4"),
         (np.zeros((9, 2, 2)), dict(num_states=0), "`num_states` must be at least 1"),
     ],
     ids=str,
@@ -154,3 +156,67 @@ def test_running_water(x64, key):
     synthetic = by_svd.synthesize(key, 300)
     assert np.abs(synthetic - by_svd.mean).std() < 3 * np.abs(train - by_svd.mean).std()
     assert synthetic[-50:].std(0).mean() > 0.3 * train.std(0).mean(), "and it still moves"
+
+
+# Clips with nothing left over, colour in bytes, files
+
+
+def exact_clip(n=2):
+    """Frames of exactly `n` components: nothing is left over for the noise of the pixels."""
+    rng = np.random.default_rng(3)
+    return (100.0 + rng.normal(size=(20, n)) @ rng.normal(size=(n, 12))).reshape(20, 3, 4)
+
+
+@pytest.mark.parametrize("num_states", [2, 5], ids=["as many states", "more states"])
+def test_a_clip_of_few_components_has_no_density(num_states, x64):
+    texture = DynamicTexture.fit(exact_clip(), num_states)
+    assert texture.sigma == 0.0
+    assert texture.spectral_radius < 1
+    assert not texture.states[:, 2:].any(), "components that the clip does not have stand still"
+    np.testing.assert_allclose(texture.reconstruct(exact_clip()), exact_clip(), atol=1e-6)
+    with pytest.raises(ValueError, match="`sigma` is 0"):
+        texture.log_likelihood(exact_clip())
+    with pytest.raises(ValueError, match="nothing for the noise"):
+        DynamicTexture.fit(exact_clip(), num_states, method="em")
+    assert np.isfinite(DynamicTexture.fit(exact_clip(), 1).log_likelihood(exact_clip()))
+
+
+@pytest.mark.parametrize("method", ["svd", "em"])
+def test_bytes_in_colour_are_as_good_as_floats(method, x64, key):
+    rng = np.random.default_rng(1)
+    waves = np.sin(0.4 * np.arange(30)[:, None] + rng.uniform(0, 6, size=60))
+    frames = np.clip(128 + 90 * waves + 5 * rng.normal(size=(30, 60)), 0, 255).astype(np.uint8).reshape(30, 4, 5, 3)
+    in_bytes, in_floats = (DynamicTexture.fit(f, 2, method=method, num_iters=5) for f in (frames, frames.astype(float)))
+    np.testing.assert_array_equal(in_bytes.A, in_floats.A)
+    assert in_bytes.log_likelihood(frames) == in_floats.log_likelihood(frames.astype(float))
+    np.testing.assert_array_equal(in_bytes.forecast(frames, 3), in_floats.forecast(frames.astype(float), 3))
+    kept = in_bytes.reconstruct(frames)
+    assert kept.shape == frames.shape
+    assert np.abs(kept - frames).mean() < 8, "the noise and half a grey level, no byte that wrapped round"
+    assert in_bytes.synthesize(key, 4, noise=True).shape == (4, 4, 5, 3)
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+def test_a_saved_texture_is_the_same(double, tmp_path, key):
+    with jax.enable_x64(double):
+        texture = DynamicTexture.fit(clip(), 3, num_noise=2)
+        texture.save(tmp_path / "texture")  # no suffix is added
+        again = DynamicTexture.load(tmp_path / "texture")
+        np.testing.assert_array_equal(again.synthesize(key, 5, noise=True), texture.synthesize(key, 5, noise=True))
+        assert again.log_likelihood(clip()) == texture.log_likelihood(clip())
+        assert again.compression == texture.compression
+        assert again.sigma == texture.sigma
+
+
+@pytest.mark.parametrize("content", ["text", "array", "arrays"])
+def test_a_file_that_is_no_texture_is_named(content, tmp_path):
+    path = tmp_path / "clip.npz"
+    if content == "text":
+        path.write_text("not a zip file")
+    elif content == "array":
+        with open(path, "wb") as file:
+            np.save(file, clip())
+    else:
+        np.savez(path, mean=clip())
+    with pytest.raises(ValueError, match=r"`path` .*clip\.npz' is not a texture"):
+        DynamicTexture.load(path)

@@ -11,7 +11,9 @@ Source:
 """
 
 import math
+import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +31,9 @@ from pssm.ssm import LinearGaussianSSM
 PIECE = 2**25  # numbers read at once, in whole frames
 LARGEST = 0.999  # modulus of an eigenvalue that was 1 or more
 OVERSAMPLE = 10  # directions kept beside `num_states` while frames come in pieces
+ROUNDING = 1e-13  # share of the clip's energy that is taken for rounding, and not for noise
+FORMAT = "pssm.DynamicTexture 1"  # stands in every saved file
+SAVED = ("mean", "components", "A", "chol_Q", "sigma", "m0", "chol_P0", "states")
 
 
 class Compression(NamedTuple):
@@ -92,8 +97,8 @@ class DynamicTexture:
 
         Args:
             frames: `(time, height, width)` or `(time, height, width, colour)`, at least `num_states + 2` frames; any
-                array with slices, so that a `numpy.memmap` larger than memory will do.
-            num_states: size of the state.
+                array with slices, of any real dtype, so that a `numpy.memmap` larger than memory will do.
+            num_states: size of the state, at most the number of pixels.
             num_noise: directions of the transition's noise; all of them by default.
             method: "svd" (closed form) or "em" (maximum likelihood, started at the former).
             stable: move eigenvalues of an unstable transition inside the unit circle, with a warning.
@@ -101,7 +106,8 @@ class DynamicTexture:
             tol: relative gain of the log-likelihood at which EM stops.
 
         Raises:
-            ValueError: too few frames, values that are not finite, or an unknown method.
+            ValueError: too few frames or pixels, values that are not finite, an unknown method, or EM on a clip that
+                `num_states` components hold wholly.
 
         Example:
             >>> import numpy as np, jax
@@ -118,12 +124,15 @@ class DynamicTexture:
             raise ValueError(f"`frames` must have shape (time, height, width[, colour]); got {shape}.")
         if shape[0] < n + 2:
             raise ValueError(f"`frames` must have at least {n + 2} frames for {n} states; got {shape[0]}.")
+        if math.prod(shape[1:]) < n:
+            raise ValueError(f"`num_states` must be at most {math.prod(shape[1:])}, the number of pixels; got {n}.")
         if num_noise is not None and check_count("num_noise", num_noise) > n:
             raise ValueError(f"`num_noise` must be at most {n}, the number of states; got {num_noise}.")
         mean, components, states, energy = _principal(frames, n)
         pixels = len(components)
         A, chol_Q = _transition(states, num_noise)
-        left = max(energy - float(np.sum(states**2)), 0.0)
+        left = energy - float(np.sum(states**2))
+        left = left if left > ROUNDING * energy else 0.0
         sigma = math.sqrt(left / (shape[0] * max(pixels - n, 1)))
         texture = cls(
             mean.reshape(shape[1:]),
@@ -137,6 +146,11 @@ class DynamicTexture:
             energy,
         )
         if method == "em":
+            if sigma == 0:
+                raise ValueError(
+                    f"`frames` leave nothing for the noise: {n} components hold them wholly, and the likelihood has no "
+                    'maximum. Take fewer states, or method="svd".'
+                )
             texture = _by_em(texture, frames, num_noise, num_iters, tol)
         return texture._stabilised() if stable else texture
 
@@ -189,21 +203,42 @@ class DynamicTexture:
 
     def reconstruct(self, frames: Any) -> np.ndarray:
         """The frames as smoothed states show them: what the model keeps of a clip."""
+        return self.render(self.smoothed_states(frames))
+
+    def smoothed_states(self, frames: Any) -> np.ndarray:
+        """Means of the states given a whole clip, `(time, state)`."""
         y = jnp.asarray(self.project(frames), self.A.dtype)
-        return self.render(kalman_smoother(self.reduced, y).mean)
+        return np.asarray(kalman_smoother(self.reduced, y).mean)
 
     def forecast(self, frames: Any, num_frames: int) -> np.ndarray:
         """Mean of the `num_frames` frames that follow a clip."""
+        return self.render(self.forecast_states(frames, num_frames))
+
+    def forecast_states(self, frames: Any, num_frames: int) -> np.ndarray:
+        """Means of the states of the `num_frames` frames that follow a clip, `(num_frames, state)`."""
         y = jnp.asarray(self.project(frames), self.A.dtype)
         z = np.asarray(kalman_filter(self.reduced, y).mean[-1])
         states = []
         for _ in range(check_count("num_frames", num_frames)):
             z = np.asarray(self.A) @ z
             states.append(z)
-        return self.render(np.stack(states))
+        return np.stack(states)
 
     def log_likelihood(self, frames: Any, *, start: tuple[ArrayLike, ArrayLike] | None = None) -> float:
-        """`log p(frames)` over all pixels; `start` is the mean and factor of the first state where it is another."""
+        """`log p(frames)` over all pixels.
+
+        Args:
+            frames: `(time, ...)`, each of the shape of `mean`.
+            start: mean and factor of the first state, where it is another than that of the clip.
+
+        Raises:
+            ValueError: other shapes, or `sigma` is 0: then all frames lie in `state` dimensions, and have no density.
+        """
+        if self.sigma == 0:
+            raise ValueError(
+                "`log_likelihood` needs noise of the pixels, but `sigma` is 0: the components hold the clip that was "
+                "fitted wholly, and frames have no density. Fit fewer states."
+            )
         y = self.project(frames)
         model = self.reduced if start is None else self.reduced.replace(m0=start[0], chol_P0=start[1])
         value = float(log_likelihood_of(model, jnp.asarray(y, self.A.dtype)))
@@ -212,6 +247,33 @@ class DynamicTexture:
         left = max(energy - float(np.sum(y**2)), 0.0)
         constant = len(y) * (pixels - n) * math.log(2 * math.pi * self.sigma**2)
         return value - 0.5 * (constant + left / self.sigma**2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the texture to an `.npz` file, over one that is there; `DynamicTexture.load` reads it.
+
+        Raises:
+            OSError: `path` cannot be written to.
+        """
+        with open(path, "wb") as file:  # a file and not a name, to which NumPy might add ".npz"
+            arrays = {name: np.asarray(getattr(self, name)) for name in SAVED}
+            np.savez_compressed(file, format=FORMAT, energy=self._energy, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DynamicTexture":
+        """The texture that `save` has written.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds something else.
+        """
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (EOFError, TypeError, ValueError, zipfile.BadZipFile):  # TypeError: it is a single array, as in .npy
+            arrays = {}
+        if str(arrays.pop("format", "")) != FORMAT:
+            raise ValueError(f"`path` {os.fspath(path)!r} is not a texture; expected a file of `DynamicTexture.save`.")
+        return cls(**arrays | {"sigma": float(arrays["sigma"]), "energy": float(arrays["energy"])})
 
     def _stabilised(self) -> "DynamicTexture":
         radius = self.spectral_radius
@@ -270,6 +332,7 @@ def _principal(frames: Any, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
         basis = np.concatenate([basis, rest], axis=1) @ right[:count].T
         coordinates = left[:, :count] * sizes[:count]
     basis, coordinates = basis[:, :n], coordinates[:, :n]
+    coordinates[:, np.linalg.norm(coordinates, axis=0) ** 2 <= ROUNDING * energy] = 0.0  # what the clip does not have
     sign = np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
     return mean, basis * sign, coordinates * sign, energy
 
