@@ -16,6 +16,8 @@ from pssm import models as models
 from pssm._version import __version__ as __version__
 from pssm.distributions import observe as observe
 from pssm.filters import forecast as forecast
+from pssm.filters import gaussian_filter as gaussian_filter
+from pssm.filters import gaussian_smoother as gaussian_smoother
 from pssm.filters import kalman_filter as kalman_filter
 from pssm.filters import kalman_smoother as kalman_smoother
 from pssm.filters import log_likelihood as log_likelihood
@@ -26,6 +28,7 @@ from pssm.filters import simulate as simulate
 from pssm.learning import DynamicTexture as DynamicTexture
 from pssm.learning import EMResult as EMResult
 from pssm.learning import fit_em as fit_em
+from pssm.nonlinear import NonlinearSSM as NonlinearSSM
 from pssm.results import FilterResult as FilterResult
 from pssm.results import ForecastResult as ForecastResult
 from pssm.results import SmootherResult as SmootherResult

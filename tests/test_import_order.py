@@ -23,6 +23,8 @@ ORDER = [
     "ssm",
     "batch",
     "missing",
+    "observed",
+    "nonlinear",
     "filters",
     "learning",
     "distributions",

@@ -17,10 +17,10 @@ from numpyro.infer import MCMC
 from pssm._types import ArrayLike, Key
 from pssm._version import __version__
 from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
-from pssm.distributions.missing import _log_prob
 from pssm.infer.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
+from pssm.observed import log_prob_observed
 
 # Names of the axes of the vector sites in pssm's own models.
 SITE_DIMS = {"phi": ("lag",), "ar_partial": ("lag",), "beta": ("input",), "z": ("time", "state")}
@@ -238,9 +238,9 @@ def _pointwise(site: dict[str, Any]) -> jax.Array:
     if isinstance(fn, LinearGaussianMarginal):
         return fn.log_prob_steps(value)
     if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 2:
-        return _log_prob(fn.base_dist, value).sum(-1)
+        return log_prob_observed(fn.base_dist, value).sum(-1)
     if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and fn.base_dist.event_dim == 1:
-        return _log_prob(fn.base_dist, value)
+        return log_prob_observed(fn.base_dist, value)
     return site["fn"].log_prob(value)
 
 

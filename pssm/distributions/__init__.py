@@ -3,10 +3,10 @@
 from pssm.distributions import kl as _registered  # noqa: F401
 from pssm.distributions.chain import LowRankChain
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
-from pssm.distributions.missing import WithMissing, observe
 from pssm.distributions.moment_matched import LowRankMomentMatched
 from pssm.distributions.stable import StableMatrixNormal, StableMatrixTransform, stable_matrix
 from pssm.distributions.state_path import NonCenteredPath, StatePath
+from pssm.observed import WithMissing, observe
 
 __all__ = [
     "LinearGaussianMarginal",

@@ -1,11 +1,14 @@
-"""Exact filters and smoothers for linear-Gaussian models."""
+"""Filters and smoothers: exact for linear-Gaussian models, approximate for others."""
 
+from pssm.filters.gaussian import gaussian_filter, gaussian_smoother
 from pssm.filters.kalman import forecast, kalman_filter, log_likelihoods, simulate
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother, most_likely_states, sample_states
 
 __all__ = [
     "forecast",
+    "gaussian_filter",
+    "gaussian_smoother",
     "kalman_filter",
     "kalman_smoother",
     "log_likelihood",

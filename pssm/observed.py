@@ -93,7 +93,7 @@ class WithMissing(dist.Distribution):
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """Log density of the entries that are there, `batch_shape`."""
-        return _log_prob(self.base, value)
+        return log_prob_observed(self.base, value)
 
 
 @promote_batch_shape.register
@@ -109,19 +109,19 @@ def _understands_missing(d: dist.Distribution) -> bool:
     return getattr(d, "understands_missing", False)
 
 
-def _log_prob(d: dist.Distribution, value: Array) -> Array:
+def log_prob_observed(d: dist.Distribution, value: Array) -> Array:
     """`d.log_prob` over the observed entries, by what kind of distribution `d` is."""
     if isinstance(d, WithMissing) or _understands_missing(d):
         return d.log_prob(value)
     if isinstance(d, dist.Independent):
-        each = _log_prob(d.base_dist, value)
+        each = log_prob_observed(d.base_dist, value)
         return each.sum(tuple(range(-d.reinterpreted_batch_ndims, 0)))
     if isinstance(d, dist.ExpandedDistribution):
-        each = _log_prob(d.base_dist, value)
+        each = log_prob_observed(d.base_dist, value)
         sample_and_batch = jnp.shape(value)[: jnp.ndim(value) - d.event_dim]
         return jnp.broadcast_to(each, jnp.broadcast_shapes(sample_and_batch, d.batch_shape))
     if isinstance(d, dist.MaskedDistribution):
-        return jnp.where(d._mask, _log_prob(d.base_dist, value), 0.0)
+        return jnp.where(d._mask, log_prob_observed(d.base_dist, value), 0.0)
     if isinstance(d, dist.MultivariateNormal):
         return _marginal_normal(d, value)
     missing = jnp.isnan(value)

@@ -1,0 +1,297 @@
+"""The nonlinear, non-Gaussian state-space model: dynamics and emission written once, for every method.
+
+    z_1 ~ N(m0, P0),   z_t = f(z_{t-1}, u_t) + w_t,   w_t ~ N(0, Q_t),   y_t ~ p(. | z_t, u_t)
+
+Time runs as in `ssm.py`: the first observation comes from `z_1` itself, and inputs and noise carry the index of the
+step that they act into.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from pssm._checks import as_float, check_finite, check_shape
+from pssm._types import Array, ArrayLike, Float, Key
+from pssm.linalg import triangularise
+from pssm.linalg.small import matvec
+from pssm.observed import log_prob_observed
+from pssm.ssm import LinearGaussianSSM
+
+
+class EmissionMoments(NamedTuple):
+    """Mean and noise of the observation given the state.
+
+    Attributes:
+        mean: `E[s(y) | z]`, `(obs,)`; `s` is the identity, or the indicators of all but the last category.
+        factor: factor of `Cov(s(y) | z)`, `(obs, noise)`, or `(obs,)` for a diagonal one.
+    """
+
+    mean: Array
+    factor: Array
+
+
+@jax.tree_util.register_pytree_node_class
+class NonlinearSSM:
+    """A state-space model with any transition function and any NumPyro distribution as emission.
+
+    A pytree: arrays inside `transition` and `emission` (Equinox modules, `jax.tree_util.Partial`) are its leaves.
+
+    Args:
+        m0: mean of the first state, `(state,)`.
+        chol_P0: factor of its covariance, `(state, state)`.
+        transition: `f(z, u) -> (state,)`; `u` is `(input,)`, or None without inputs. A plain function or a pytree.
+        chol_Q: factor of the transition noise, `(state, noise)`, singular or not; `(time, state, noise)` if it is named
+            in `time_varying`.
+        emission: `g(z)` or `g(z, u)`, a NumPyro distribution over one observation: `(obs,)`, or a scalar.
+        time_varying: `("chol_Q",)` where the noise has a time axis. Other things vary through `u`.
+
+    Raises:
+        ValueError: a shape does not fit, or a value is not finite.
+        TypeError: `transition` or `emission` cannot be called.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> model = NonlinearSSM(
+        ...     jnp.zeros(2), jnp.eye(2), lambda z, u: z + 0.1 * jnp.stack([z[1], -jnp.sin(z[0])]), 0.1 * jnp.eye(2),
+        ...     lambda z: dist.Poisson(jnp.exp(z)).to_event(1))
+        >>> model
+        NonlinearSSM(n_state=2, n_obs=2)
+    """
+
+    def __init__(
+        self,
+        m0: ArrayLike,
+        chol_P0: ArrayLike,
+        transition: Callable[..., Array],
+        chol_Q: ArrayLike,
+        emission: Callable[..., dist.Distribution],
+        *,
+        time_varying: tuple[str, ...] = (),
+    ):
+        for name, x in (("transition", transition), ("emission", emission)):
+            if not callable(x):
+                raise TypeError(f"`{name}` must be a function; got {type(x).__name__}.")
+        if tuple(time_varying) not in ((), ("chol_Q",)):
+            raise ValueError(f'`time_varying` must be () or ("chol_Q",); got {time_varying!r}.')
+        arrays = {
+            "m0": as_float("m0", m0),
+            "chol_P0": as_float("chol_P0", chol_P0),
+            "chol_Q": as_float("chol_Q", chol_Q),
+        }
+        if arrays["m0"].ndim != 1:
+            raise ValueError(f"`m0` must have shape (state,); got {arrays['m0'].shape}. For batches use `jax.vmap`.")
+        n = len(arrays["m0"])
+        check_shape("chol_P0", arrays["chol_P0"], (n, n), "state, state")
+        timed = bool(time_varying)
+        if arrays["chol_Q"].ndim != 2 + timed or arrays["chol_Q"].shape[-2] != n:
+            raise ValueError(
+                f"`chol_Q` must have shape ({'time, ' if timed else ''}{n}, noise); got {arrays['chol_Q'].shape}."
+            )
+        dtype = jnp.result_type(*arrays.values())
+        for name, x in arrays.items():
+            check_finite(name, x)
+            setattr(self, name, x.astype(dtype))
+        self.time_varying = tuple(time_varying)
+        self._transition, self._emission = _split(transition), _split(emission)
+        self._emission_takes_inputs = _takes_two(emission)
+
+    m0: Float[Array, " state"]
+    chol_P0: Float[Array, "state state"]
+    chol_Q: Float[Array, "state noise"]
+    time_varying: tuple[str, ...]
+
+    @classmethod
+    def from_linear(cls, ssm: LinearGaussianSSM) -> "NonlinearSSM":
+        """The same model as a `LinearGaussianSSM`, time-invariant apart from `chol_Q`."""
+        if ssm.batch_shape or set(ssm.time_varying) - {"chol_Q"}:
+            raise ValueError("`ssm` must have no batch axes and no time-varying arrays but `chol_Q`.")
+        chol_R = triangularise(ssm.chol_R)
+        transition = jax.tree_util.Partial(_affine, ssm.A, ssm.B, ssm.b)
+        emission = jax.tree_util.Partial(_normal, chol_R, ssm.C, ssm.D, ssm.d)
+        model = cls(ssm.m0, ssm.chol_P0, transition, ssm.chol_Q, emission, time_varying=ssm.time_varying)
+        model._emission_takes_inputs = True
+        return model
+
+    @property
+    def n_state(self) -> int:
+        """Size of the state."""
+        return self.m0.shape[-1]
+
+    @property
+    def transition(self) -> Callable[..., Array]:
+        """`f(z, u)`."""
+        return eqx.combine(*self._transition)
+
+    def emission(self, z: Array, u: Array | None = None) -> dist.Distribution:
+        """`p(y | z, u)`."""
+        function = eqx.combine(*self._emission)
+        return function(z, u) if self._emission_takes_inputs else function(z)
+
+    def noise(self, t: Array | int) -> Array:
+        """`chol_Q` of the step into `t`."""
+        return self.chol_Q[t] if self.time_varying else self.chol_Q
+
+    def log_prob(self, y: Array, z: Array, u: Array | None = None) -> Array:
+        """`log p(y | z, u)` of one observation, over its entries that are not NaN."""
+        d = self.emission(z, u)
+        shape = d.batch_shape + d.event_shape
+        return jnp.sum(log_prob_observed(d, y.reshape(shape)))
+
+    def moments(self, z: Array, u: Array | None = None) -> EmissionMoments:
+        """Mean and noise of the observation (for categories, of their indicators) at the state `z`."""
+        return _moments(self.emission(z, u))
+
+    def statistic(self, y: Array, u: Array | None = None) -> Array:
+        """`s(y)` of one observation or of a series: itself, or the indicators of all but the last category."""
+        base = _base(self.emission(self.m0, u))
+        if not isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
+            return y
+        kinds = jnp.arange(base.probs.shape[-1] - 1)
+        found = jnp.where(jnp.isnan(y)[..., None], jnp.nan, y[..., None] == kinds)
+        return found.reshape(*y.shape[:-1], -1).astype(y.dtype)
+
+    def is_gaussian(self, u: Array | None = None) -> bool:
+        """Whether the emission is normal given the state."""
+        return isinstance(_base(self.emission(self.m0, u)), dist.Normal | dist.MultivariateNormal)
+
+    def check_series(self, y: ArrayLike, u: ArrayLike | None) -> tuple[Array, Array | None]:
+        """Data `(time, obs)` and inputs `(time, input)` or None, checked."""
+        series = as_float("y", y)
+        inputs = None if u is None else as_float("u", u)
+        inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
+        size = self.emission_size(None if inputs is None else inputs[0])
+        series = series[:, None] if series.ndim == 1 and size == 1 else series
+        if series.ndim != 2 or series.shape[1] != size or not len(series):
+            raise ValueError(f"`y` must have shape (time, {size}) with at least one step; got {series.shape}.")
+        check_finite("y", series, allow_nan=True)
+        if inputs is not None and (inputs.ndim != 2 or len(inputs) != len(series)):
+            raise ValueError(f"`u` must have shape ({len(series)}, input); got {inputs.shape}.")
+        if self.time_varying and len(self.chol_Q) != len(series):
+            raise ValueError(f"`chol_Q` must have {len(series)} time steps, as `y` has; got {len(self.chol_Q)}.")
+        dtype = jnp.result_type(self.m0, series)
+        return series.astype(dtype), None if inputs is None else inputs.astype(dtype)
+
+    def emission_size(self, u: Array | None = None) -> int:
+        """Number of observed variables."""
+        d = jax.eval_shape(lambda: self.emission(self.m0, u).sample(jax.random.key(0)))
+        if d.ndim > 1:
+            raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {d.shape}.")
+        return d.shape[0] if d.ndim else 1
+
+    def simulate(self, key: Key, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Draws states `(time, state)` and observations `(time, obs)`."""
+        inputs = None if u is None else as_float("u", u)
+        first, later, seen = jax.random.split(key, 3)
+        z = self.m0 + self.chol_P0 @ jax.random.normal(first, self.m0.shape, self.m0.dtype)
+        noise = jax.random.normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)
+
+        def step(z: Array, t: Array) -> tuple[Array, Array]:
+            new = self.transition(z, None if inputs is None else inputs[t]) + self.noise(t) @ noise[t]
+            return new, new
+
+        path = jnp.concatenate([z[None], jax.lax.scan(step, z, jnp.arange(1, num_steps))[1]])
+
+        def draw(key: Key, z: Array, u: Array | None) -> Array:
+            return jnp.atleast_1d(self.emission(z, u).sample(key)).astype(self.m0.dtype)
+
+        return path, jax.vmap(draw)(jax.random.split(seen, num_steps), path, inputs)
+
+    def __repr__(self) -> str:
+        try:
+            return f"NonlinearSSM(n_state={self.n_state}, n_obs={self.emission_size()})"
+        except Exception:  # noqa: BLE001 - the emission needs inputs, or leaves are not arrays: nothing to count
+            return "NonlinearSSM"
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Arrays, and what is static."""
+        children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
+        return children, (self._transition[1], self._emission[1], self.time_varying, self._emission_takes_inputs)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "NonlinearSSM":
+        """Rebuilds without checks."""
+        model = object.__new__(cls)
+        model.m0, model.chol_P0, model.chol_Q, transition, emission = children
+        model._transition, model._emission = (transition, static[0]), (emission, static[1])
+        model.time_varying, model._emission_takes_inputs = static[2:]
+        return model
+
+
+def check_nonlinear(model: Any) -> NonlinearSSM:
+    """The model, a linear one converted; refuses anything else."""
+    if isinstance(model, LinearGaussianSSM):
+        return NonlinearSSM.from_linear(model)
+    if not isinstance(model, NonlinearSSM):
+        raise TypeError(f"`model` must be a NonlinearSSM or a LinearGaussianSSM; got {type(model).__name__}.")
+    return model
+
+
+def _split(function: Any) -> tuple[Any, Any]:
+    """Arrays of a callable pytree, and the rest."""
+    leaves = jax.tree.leaves(function)
+    plain = len(leaves) == 1 and leaves[0] is function
+    return eqx.partition(jax.tree_util.Partial(function) if plain else function, eqx.is_array)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function needs a second argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters) >= 2
+
+
+def _affine(A: Array, B: Array | None, b: Array | None, z: Array, u: Array | None) -> Array:
+    mean = matvec(A, z)
+    mean = mean if b is None else mean + b
+    return mean if B is None or u is None else mean + matvec(B, u)
+
+
+def _normal(
+    chol: Array, C: Array, D: Array | None, d: Array | None, z: Array, u: Array | None
+) -> dist.MultivariateNormal:
+    return dist.MultivariateNormal(_affine(C, D, d, z, u), scale_tril=chol)
+
+
+def _base(d: dist.Distribution) -> dist.Distribution:
+    """What stands inside of `to_event`, `expand` and masks."""
+    while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        d = d.base_dist
+    return getattr(d, "base", d)  # WithMissing
+
+
+def _moments(d: dist.Distribution) -> EmissionMoments:
+    base = _base(d)
+    if isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
+        return _category_moments(jnp.atleast_2d(base.probs))
+    if isinstance(base, dist.MultivariateNormal):
+        return EmissionMoments(base.loc, base.scale_tril)
+    if base.event_dim:
+        raise NotImplementedError(
+            f"The moments of {type(base).__name__} are not known as a mean and a factor. Use independent entries or a "
+            "MultivariateNormal, or a particle filter."
+        )
+    shape = d.batch_shape + d.event_shape
+    mean = jnp.broadcast_to(base.mean, shape).reshape(-1)
+    sd = jnp.sqrt(jnp.broadcast_to(base.variance, shape)).reshape(-1)
+    return EmissionMoments(mean, sd)
+
+
+def _category_moments(probs: Array) -> EmissionMoments:
+    """Indicators of all but the last category, `(variables, categories)` probabilities.
+
+    `Cov = diag(p) - p p' = F F'` with the columns `sqrt(p_k) (e_k - p)` of all categories, the last one too.
+    """
+    count, kinds = probs.shape
+    p = probs[:, :-1]
+    columns = jnp.eye(kinds - 1, kinds, dtype=p.dtype) - p[:, :, None]
+    blocks = columns * jnp.sqrt(probs)[:, None]
+    factor = jnp.eye(count, dtype=p.dtype)[:, None, :, None] * blocks[:, :, None]
+    return EmissionMoments(p.reshape(-1), factor.reshape(count * (kinds - 1), count * kinds))
