@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_finite, check_shape
@@ -125,11 +125,11 @@ class NonlinearSSM:
     @property
     def transition(self) -> Callable[..., Array]:
         """`f(z, u)`."""
-        return eqx.combine(*self._transition)
+        return _join(*self._transition)
 
     def emission(self, z: Array, u: Array | None = None) -> dist.Distribution:
         """`p(y | z, u)`."""
-        function = eqx.combine(*self._emission)
+        function = _join(*self._emission)
         return function(z, u) if self._emission_takes_inputs else function(z)
 
     def noise(self, t: Array | int) -> Array:
@@ -151,7 +151,7 @@ class NonlinearSSM:
         base = _base(self.emission(self.m0, u))
         if not isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
             return y
-        kinds = jnp.arange(base.probs.shape[-1] - 1)
+        kinds = jnp.arange(jnp.shape(base.probs)[-1] - 1)
         found = jnp.where(jnp.isnan(y)[..., None], jnp.nan, y[..., None] == kinds)
         return found.reshape(*y.shape[:-1], -1).astype(y.dtype)
 
@@ -231,11 +231,27 @@ def check_nonlinear(model: Any) -> NonlinearSSM:
     return model
 
 
-def _split(function: Any) -> tuple[Any, Any]:
+class _Static(NamedTuple):
+    """A callable without its arrays, which two models can be compared by: its structure, and what else is in it."""
+
+    structure: Any
+    others: tuple[tuple[int, Any], ...]
+
+
+def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
     """Arrays of a callable pytree, and the rest."""
-    leaves = jax.tree.leaves(function)
-    plain = len(leaves) == 1 and leaves[0] is function
-    return eqx.partition(jax.tree_util.Partial(function) if plain else function, eqx.is_array)
+    leaves, structure = jax.tree.flatten(function)
+    if len(leaves) == 1 and leaves[0] is function:  # a plain function
+        leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))
+    others = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray))
+    places = dict(others)
+    return tuple(x for i, x in enumerate(leaves) if i not in places), _Static(structure, others)
+
+
+def _join(arrays: tuple[Array, ...], static: _Static) -> Any:
+    places, rest = dict(static.others), iter(arrays)
+    count = len(arrays) + len(places)
+    return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:

@@ -24,6 +24,12 @@ MODELS = {
     "structural": partial(models.structural, ar=1, u=U),
     "lds": partial(models.lds, num_states=1),
     "dynamic_factor": partial(models.dynamic_factor, factor_order=2, error_order=1),
+    "stochastic_volatility": models.stochastic_volatility,
+    "poisson_lds": partial(models.poisson_lds, num_states=1),
+    "pendulum": models.pendulum,
+    "lorenz63": models.lorenz63,
+    "van_der_pol": models.van_der_pol,
+    "ring_attractor": models.ring_attractor,
 }
 SLOW = {
     "seasonal harmonics": partial(models.seasonal, period=12.5, harmonics=2),

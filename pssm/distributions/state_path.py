@@ -18,6 +18,7 @@ from pssm.batch import map_batch
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.small import matvec
+from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
 
 LOG_2PI = 1.8378770664093453
@@ -149,8 +150,10 @@ class StatePath(dist.Distribution):
         return jnp.broadcast_shapes(*batches)
 
     @classmethod
-    def from_ssm(cls, ssm: LinearGaussianSSM, num_steps: int, u: ArrayLike | None = None) -> "StatePath":
-        """The path prior of a linear-Gaussian model."""
+    def from_ssm(cls, ssm: LinearGaussianSSM | NonlinearSSM, num_steps: int, u: ArrayLike | None = None) -> "StatePath":
+        """The path prior of a model, linear-Gaussian or not."""
+        if isinstance(ssm, NonlinearSSM):
+            return cls(ssm.m0, ssm.chol_P0, ssm.transition, ssm.chol_Q, num_steps, u, time_varying=ssm.time_varying)
         timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
         inputs = u if ssm.B is not None else None
         return cls(ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed)

@@ -1,6 +1,7 @@
-"""Guides for SVI: the structured low-rank posterior for any model with a state path."""
+"""Guides for SVI: the structured low-rank posterior for any model with a state path; Laplace's approximation."""
 
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.laplace import laplace_path
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 
-__all__ = ["AutoScanStateSpace", "AutoStateSpace", "scan_path"]
+__all__ = ["AutoScanStateSpace", "AutoStateSpace", "laplace_path", "scan_path"]

@@ -89,14 +89,15 @@ def mode_path(
     diagonal: bool = True,
     start: Array | None = None,
     num_iters: int = 30,
+    tolerance: float | None = None,
 ) -> Array:
-    """The path of highest posterior density near `start`; arguments as in `mode_potentials`."""
+    """The path of highest posterior density near `start`; arguments as in `mode_potentials` and `find_mode`."""
     if _is_large(prior):
         sd = noise_scale(prior)
         step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
     else:
         step = partial(gauss_newton, prior, log_lik)
-    return find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters)
+    return find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters, tolerance=tolerance)
 
 
 def potentials_at(
@@ -155,13 +156,18 @@ def find_mode(
     *,
     start: Array | None = None,
     num_iters: int = 30,
+    tolerance: float | None = None,
 ) -> Array:
-    """The path of highest posterior density near `start`, by steps along `direction(path)`; every step climbs."""
+    """The path of highest posterior density near `start`, by steps along `direction(path)`; every step climbs.
+
+    It ends when a step gains less than `tolerance` of the log density: 1e-8, in single precision 1e-5.
+    """
     if start is None:
         start = prior.path_from_noise(jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype))
         shape = jnp.broadcast_shapes(start.shape, jax.eval_shape(log_lik, start).shape + prior.event_shape)
         start = jnp.broadcast_to(start, shape)
-    tolerance = 1e-8 if start.dtype == jnp.float64 else 1e-5
+    if tolerance is None:
+        tolerance = 1e-8 if start.dtype == jnp.float64 else 1e-5
 
     def objective(path: Array) -> Array:
         value = prior.log_prob(path) + log_lik(path)

@@ -1,0 +1,93 @@
+"""The distribution of observations under a Gaussian filter: approximate, for nonlinear and non-Gaussian models."""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions.util import validate_sample
+
+from pssm._checks import as_float, check_count
+from pssm._types import Array, ArrayLike, Key
+from pssm.distributions.marginal import real_or_missing_matrix
+from pssm.filters import gaussian_filter, gaussian_smoother
+from pssm.filters.linearize import Linearize, rule
+from pssm.nonlinear import NonlinearSSM, check_nonlinear
+from pssm.results import FilterResult, SmootherResult
+
+
+class GaussianFilterMarginal(dist.Distribution):
+    """`p(y_{1:T})` with the states integrated out APPROXIMATELY, by a Gaussian filter; event shape `(time, obs)`.
+
+    For NUTS and SVI over the parameters of a nonlinear model, without its path. `log_prob` is the filter's likelihood
+    (Laplace's step by step where the emission is not normal): neither exact nor a bound, and it need not integrate to
+    one. Check it: against `particle_filter` at the posterior mean, or with the path sampled.
+
+    Args:
+        model: the model.
+        num_steps: number of time steps.
+        u: inputs `(time, input)`.
+        method: "ekf", "ukf", "cubature", "gauss_hermite" or a rule of one's own, as in `gaussian_filter`.
+        num_iters: iterations of each update.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro
+        >>> def counts(y=None, num_steps=None):
+        ...     sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+        ...     model = NonlinearSSM(jnp.zeros(1), jnp.eye(1), lambda z, u: 0.9 * z, sigma * jnp.eye(1),
+        ...                          lambda z: dist.Poisson(jnp.exp(z)).to_event(1))
+        ...     numpyro.sample("y", GaussianFilterMarginal(model, num_steps), obs=y)
+        >>> numpyro.handlers.trace(numpyro.handlers.seed(counts, 0)).get_trace(num_steps=5)["y"]["value"].shape
+        (5, 1)
+    """
+
+    pytree_data_fields = ("model", "u")
+    pytree_aux_fields = ("num_steps", "method", "num_iters")
+    support = real_or_missing_matrix  # pyright: ignore[reportAssignmentType]
+    reparametrized_params: list[str] = []
+    understands_missing = True
+
+    def __init__(
+        self,
+        model: NonlinearSSM,
+        num_steps: int,
+        u: ArrayLike | None = None,
+        *,
+        method: str | Linearize = "ekf",
+        num_iters: int = 1,
+        validate_args: bool | None = None,
+    ):
+        self.model = check_nonlinear(model)
+        self.num_steps, self.num_iters = check_count("num_steps", num_steps), check_count("num_iters", num_iters)
+        rule(method)
+        self.method = method
+        self.u = None if u is None else as_float("u", u)
+        if self.u is not None and self.u.ndim == 1:
+            self.u = self.u[:, None]
+        size = self.model.emission_size(None if self.u is None else self.u[0])
+        super().__init__((), (self.num_steps, size), validate_args=validate_args)
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        """The filter's log-likelihood."""
+        return self.log_prob_steps(value).sum(-1)
+
+    def log_prob_steps(self, value: ArrayLike) -> Array:
+        """`log p(y_t | y_{1:t-1})` as the filter has it, `(..., time)`."""
+        y = as_float("value", value)
+        run = jnp.vectorize(lambda y: self.filter(y).log_likelihoods, signature="(t,p)->(t)")
+        return run(y)
+
+    def filter(self, y: ArrayLike) -> FilterResult:
+        """Filtered states."""
+        return gaussian_filter(self.model, y, self.u, linearize=self.method, num_iters=self.num_iters)
+
+    def smooth(self, y: ArrayLike) -> SmootherResult:
+        """Smoothed states."""
+        return gaussian_smoother(self.model, y, self.u, linearize=self.method, num_iters=self.num_iters)
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draws from the model itself."""
+        if not sample_shape:
+            return self.model.simulate(key, self.num_steps, self.u)[1]
+        keys = jax.random.split(key, sample_shape)
+        draw = jax.vmap(lambda k: self.model.simulate(k, self.num_steps, self.u)[1])
+        return draw(keys.reshape(-1)).reshape(*sample_shape, *self.event_shape)
