@@ -15,7 +15,7 @@ from pssm import models
 STEPS = 30
 U = np.cos(np.arange(STEPS))[:, None]
 
-# Every name that `pssm.models` exports stands here; `slow` are variants that take longest to compile.
+# Every name that `pssm.models` exports stands here; what takes longest to compile is slow.
 MODELS = {
     "local_level": models.local_level,
     "local_linear_trend": models.local_linear_trend,
@@ -24,27 +24,47 @@ MODELS = {
     "structural": partial(models.structural, ar=1, u=U),
     "lds": partial(models.lds, num_states=1),
     "dynamic_factor": partial(models.dynamic_factor, factor_order=2, error_order=1),
+}
+NONLINEAR = {
     "stochastic_volatility": models.stochastic_volatility,
     "poisson_lds": partial(models.poisson_lds, num_states=1),
     "pendulum": models.pendulum,
     "lorenz63": models.lorenz63,
     "van_der_pol": models.van_der_pol,
-    "ring_attractor": models.ring_attractor,
+    "ring_attractor": partial(models.ring_attractor, u=U),
 }
-SLOW = {
+VARIANTS = {
     "seasonal harmonics": partial(models.seasonal, period=12.5, harmonics=2),
     "local_level inputs": partial(models.local_level, u=U),
     "autoregression inputs": partial(models.autoregression, order=1, u=U),
     "structural everything": partial(models.structural, trend=True, seasonal=4, cycle=True, ar=2, u=U),
     "structural stationary": partial(models.structural, level=False, cycle=(3.0, 12.0)),
+    "lds inputs": partial(models.lds, num_states=2, u=U),
 }
-CASES = [pytest.param(f, id=name) for name, f in MODELS.items()]
-CASES += [pytest.param(f, id=name, marks=pytest.mark.slow) for name, f in SLOW.items()]
+OBSERVED = {"lds": 2, "lds inputs": 3, "dynamic_factor": 2, "poisson_lds": 3, "lorenz63": 3, "van_der_pol": 2}
+OBSERVED |= {"ring_attractor": 5}
+COUNTS = ("poisson_lds", "ring_attractor")
+QUICK = ("stochastic_volatility", "poisson_lds")
 
 
-def data():
+def cases():
+    """A model by its name, and how its states are dealt with."""
+    everything = MODELS | NONLINEAR | VARIANTS
+    for name, model in everything.items():
+        slow = name in VARIANTS or (name in NONLINEAR and name not in QUICK)
+        for states in ("ekf" if name in NONLINEAR else "marginal", "sampled"):
+            marks = pytest.mark.slow if slow else ()
+            yield pytest.param(model, states, data(name), id=f"{name}-{states}", marks=marks)
+
+
+def data(name):
     rng = np.random.default_rng(0)
-    y = np.cumsum(rng.normal(size=STEPS)) + np.tile([2.0, 0.0, -2.0, 0.5], STEPS)[:STEPS] + rng.normal(size=STEPS)
+    size = OBSERVED.get(name, 1)
+    if name in COUNTS:
+        y = rng.poisson(2.0, (STEPS, size)).astype(float)
+    else:
+        y = np.cumsum(rng.normal(size=(STEPS, size)), axis=0) + rng.normal(size=(STEPS, size))
+        y = y + np.tile([2.0, 0.0, -2.0, 0.5], STEPS)[:STEPS, None]
     y[[3, 4, 17]] = np.nan
     return jnp.asarray(y, jnp.float32)
 
@@ -55,23 +75,21 @@ def assert_finite(tree):
 
 
 def test_every_exported_model_is_in_the_table():
-    assert set(MODELS) == set(models.NAMES)
+    assert set(MODELS) | set(NONLINEAR) == set(models.NAMES)
 
 
-@pytest.mark.parametrize("states", ["marginal", "sampled"])
-@pytest.mark.parametrize("model", CASES)
-def test_nuts(model, states):
+@pytest.mark.parametrize(("model", "states", "y"), cases())
+def test_nuts(model, states, y):
     kernel = NUTS(model, max_tree_depth=4)
     mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False)
-    mcmc.run(jax.random.key(0), data(), states=states, extra_fields=("potential_energy",))
+    mcmc.run(jax.random.key(0), y, states=states, extra_fields=("potential_energy",))
     assert_finite(mcmc.get_samples())
     assert_finite(mcmc.get_extra_fields())
 
 
-@pytest.mark.parametrize("states", ["marginal", "sampled"])
-@pytest.mark.parametrize("model", CASES)
-def test_svi(model, states):
+@pytest.mark.parametrize(("model", "states", "y"), cases())
+def test_svi(model, states, y):
     svi = SVI(model, AutoNormal(model), optim.Adam(0.01), Trace_ELBO())
-    result = svi.run(jax.random.key(0), 20, data(), states=states, progress_bar=False)
+    result = svi.run(jax.random.key(0), 20, y, states=states, progress_bar=False)
     assert_finite(result.params)
     assert_finite(result.losses)

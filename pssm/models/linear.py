@@ -126,13 +126,9 @@ def lds_values(ssm: LinearGaussianSSM) -> dict[str, Array]:
         ValueError: `Q` is singular: there is no basis in which it is the identity.
 
     Example:
-        >>> import jax, numpy as np
-        >>> from numpyro.infer import MCMC, NUTS, init_to_value
-        >>> y = np.random.default_rng(0).normal(size=(60, 3)).cumsum(0)
-        >>> values = lds_values(lds_start(y, 1))
-        >>> mcmc = MCMC(NUTS(lds, init_strategy=init_to_value(values=values)), num_warmup=50, num_samples=50,
-        ...             progress_bar=False)
-        >>> mcmc.run(jax.random.key(0), y, num_states=1)
+        >>> ssm = LinearGaussianSSM([0.0], [[1.0]], [[0.9]], [[0.5]], [[-2.0], [1.0]], jnp.eye(2))
+        >>> {name: x.tolist() for name, x in lds_values(ssm).items() if name.startswith("C")}
+        {'C_diagonal': [1.0], 'C_below': [-0.5]}
     """
     ssm = unit_noise(ssm)
     n, p = ssm.n_state, ssm.n_obs
