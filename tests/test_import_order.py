@@ -25,6 +25,7 @@ ORDER = [
     "missing",
     "observed",
     "nonlinear",
+    "sde",
     "filters",
     "learning",
     "distributions",

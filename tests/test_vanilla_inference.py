@@ -78,7 +78,7 @@ def test_every_exported_model_is_in_the_table():
     assert set(MODELS) | set(NONLINEAR) == set(models.NAMES)
 
 
-@pytest.mark.parametrize(("model", "states", "y"), cases())
+@pytest.mark.parametrize(("model", "states", "y"), list(cases()))
 def test_nuts(model, states, y):
     kernel = NUTS(model, max_tree_depth=4)
     mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False)
@@ -87,7 +87,7 @@ def test_nuts(model, states, y):
     assert_finite(mcmc.get_extra_fields())
 
 
-@pytest.mark.parametrize(("model", "states", "y"), cases())
+@pytest.mark.parametrize(("model", "states", "y"), list(cases()))
 def test_svi(model, states, y):
     svi = SVI(model, AutoNormal(model), optim.Adam(0.01), Trace_ELBO())
     result = svi.run(jax.random.key(0), 20, y, states=states, progress_bar=False)
