@@ -186,6 +186,9 @@ class NonlinearSSM:
     def simulate(self, key: Key, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
         """Draws states `(time, state)` and observations `(time, obs)`."""
         inputs = None if u is None else as_float("u", u)
+        inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
+        if inputs is not None and len(inputs) != num_steps:
+            raise ValueError(f"`u` must have {num_steps} time steps; got shape {inputs.shape}.")
         first, later, seen = jax.random.split(key, 3)
         z = self.m0 + self.chol_P0 @ jax.random.normal(first, self.m0.shape, self.m0.dtype)
         noise = jax.random.normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)

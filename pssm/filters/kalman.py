@@ -17,6 +17,7 @@ from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, ti
 from pssm.linalg import outer, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
+from pssm.nonlinear import NonlinearSSM
 from pssm.results import FilterResult, ForecastResult
 from pssm.ssm import (
     LinearGaussianSSM,
@@ -73,13 +74,13 @@ def log_likelihoods(
 
 
 def simulate(
-    key: Key, ssm: LinearGaussianSSM, num_steps: int, u: ArrayLike | None = None
+    key: Key, ssm: LinearGaussianSSM | NonlinearSSM, num_steps: int, u: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch time state"], Float[Array, "*batch time obs"]]:
     """Draws states and observations from the model, `p(z_{1:T}, y_{1:T})`.
 
     Args:
         key: JAX random key.
-        ssm: the model.
+        ssm: the model, linear-Gaussian or not.
         num_steps: number of time steps, at least 1.
         u: inputs `(num_steps, input)`, where the model has `B` or `D`.
 
@@ -96,8 +97,10 @@ def simulate(
         >>> z.shape, y.shape
         ((5, 1), (5, 1))
     """
-    check_model(ssm)
     check_count("num_steps", num_steps)
+    if isinstance(ssm, NonlinearSSM):
+        return ssm.simulate(key, num_steps, u)
+    check_model(ssm)
     check_num_steps(ssm, num_steps, "`num_steps`")
     inputs = check_inputs(ssm, u, num_steps)
     inputs = None if inputs is None else inputs.astype(ssm.dtype)
