@@ -17,7 +17,6 @@ Source:
     moments: Tronarp, García-Fernández & Särkkä 2018.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -271,7 +270,11 @@ def _affine_path(
         f = linearize(lambda z: model.transition(z, u_next), mean, chol)
         emission = _emission(model, mean, chol, u, linearize)
         chol_Q = model.chol_Q if own_noise is None else own_noise
-        A, C = _slopes(model, mean, chol, f, emission, u, u_next, linearize)
+        if linearize is jacobian:  # straight, so that directions without spread have a slope too
+            A = jax.jacfwd(lambda z: model.transition(z, u_next))(mean)
+            C = jax.jacfwd(lambda z: model.moments(z, u).mean)(mean)
+        else:
+            A, C = _in_state(f.slope, chol), _in_state(emission.affine.slope, chol)
         return _Steps(
             A,
             f.mean - matvec(A, mean),
@@ -282,25 +285,6 @@ def _affine_path(
         )
 
     return _time_varying(model, jax.vmap(one)(smoothed.mean, smoothed.chol, u, follows, noise))
-
-
-def _slopes(
-    model: NonlinearSSM,
-    mean: Array,
-    chol: Array,
-    f: Linearization,
-    emission: _Emission,
-    u: Array | None,
-    u_next: Array | None,
-    linearize: Linearize,
-) -> tuple[Array, Array]:
-    """Derivatives by the state; straight ones where the rule is derivatives, even where nothing spreads."""
-    if linearize is jacobian:
-        derivative = partial(jax.jacfwd, argnums=0)
-        return derivative(lambda z: model.transition(z, u_next))(mean), derivative(lambda z: model.moments(z, u).mean)(
-            mean
-        )
-    return _in_state(f.slope, chol), _in_state(emission.affine.slope, chol)
 
 
 def _laplace(
