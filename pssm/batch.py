@@ -1,5 +1,6 @@
 """Batches of models and series: `vmap` over whatever leading axes there are."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
         return fn(ssm, *plain)
 
     def flatten(x: Array, own: int) -> Array:
-        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((-1,) + x.shape[own:])
+        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((math.prod(batch), *x.shape[own:]))
 
     fields, field_axes = {}, {}
     for name in FIELDS:
@@ -61,7 +62,7 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
 
         def flatten(leaf: Array, core: int = core) -> Array:
             trailing = leaf.shape[leaf.ndim - core :]
-            return jnp.broadcast_to(leaf, batch + trailing).reshape(-1, *trailing)
+            return jnp.broadcast_to(leaf, batch + trailing).reshape(math.prod(batch), *trailing)
 
         flat[name] = jax.tree.map(flatten, x) if own else x
     out = jax.jit(jax.vmap(fn, in_axes=(axes,)))(flat)

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import over_batches
-from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
+from pssm.filters.covariance import Gains, over_series, spread_rows, timed_fields
+from pssm.filters.recursion import (
+    add,
+    apply,
+    apply_rows,
+    product,
+    recursion,
+    series_first,
+    spread_over,
+    time_first,
+)
 from pssm.linalg import outer, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
@@ -195,23 +205,24 @@ def shift(u: Array | None) -> Array | None:
 
 
 def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`A z + b + B u`, at one time."""
-    mean = matvec(ssm.A, z)
-    if ssm.b is not None:
-        mean = mean + ssm.b
-    return mean if ssm.B is None or u is None else mean + matvec(ssm.B, u)
+    """`A z + b + B u` at one time, or at all times of `ssm.at(timed_fields(ssm, ...))`."""
+    return _affine(ssm.A, ssm.b, ssm.B, z, u)
 
 
 def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`C z + d + D u`, at one time."""
-    mean = matvec(ssm.C, z)
-    if ssm.d is not None:
-        mean = mean + ssm.d
-    return mean if ssm.D is None or u is None else mean + matvec(ssm.D, u)
+    """`C z + d + D u`, likewise."""
+    return _affine(ssm.C, ssm.d, ssm.D, z, u)
+
+
+def _affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
+    mean = apply(matrix, z)
+    if offset is not None:
+        mean = add(mean, offset)
+    return mean if by_input is None or u is None else mean + apply(by_input, u)
 
 
 class Means(NamedTuple):
-    """One step of the filter: predicted and filtered mean, and what the observation taught.
+    """The filter's predicted and filtered means, and what the observations taught; time comes first.
 
     `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is observed.
     """
@@ -224,28 +235,69 @@ class Means(NamedTuple):
 def scan_means(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[Means, Array]:
-    """The means of one series, given the gains, and the log-likelihood of each step."""
+    """The means of the series `y`, `(..., time, obs)`, given the gains, and the log-likelihood of each step."""
+    args = (rows.gain, rows.root), ssm, time_first(y), time_first(u)
+    means = _all_means(*args) if isinstance(last, int) else _means(*args, last)
+    log_norm = spread_rows(rows.log_norm, last, y.shape[-2])
+    return means, add(-0.5 * jnp.sum(means.whitened**2, axis=-1, keepdims=True), log_norm[:, None])[..., 0]
+
+
+def _means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None, last: Array | int) -> Means:
+    """The recursion is `m <- A m - A K C m + (all that does not depend on m)`, with `K` the gain.
+
+    What an innovation would subtract before the product with `K` is subtracted after it. Both have errors of the size
+    of rounding in `K y`; the innovations themselves are computed from the means, not the other way round.
+    """
+    zero = jnp.zeros((y.shape[0], *(1,) * (y.ndim - 2), ssm.n_state), y.dtype)
+    origin = _update(rows, last, ssm, y, u, zero)
+    now = ssm.at(timed_fields(ssm, ahead=True))
+    back = product(now.A, *rows, now.C)
+    mean = recursion(now.A, last, ssm.m0, transition_mean(now, origin.new_mean, shift(u)), back)
+    return _update(rows, last, ssm, y, u, mean)
+
+
+def _update(
+    rows: tuple[Array, Array], last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, mean: Array
+) -> Means:
+    """The update of every step, given the predicted means."""
     filled, observed = split_missing(y)
-    length = y.shape[0]
-    row_xs, row_of_step = by_step((rows.gain, rows.root), last, length)
+    now = ssm.at(timed_fields(ssm, ahead=True))
+    gain, root = rows
+    whitened = apply_rows(root, last, jnp.where(observed, filled - emission_mean(now, mean, u), 0.0))
+    return Means(mean, mean + apply_rows(gain, last, whitened), whitened)
 
-    def step(mean: Array, xs: tuple) -> tuple[Array, Means]:
-        row, y_t, observed_t, u_t, u_next, timed = xs
-        now = ssm.at(timed)
-        gain, root = row_of_step(row)
-        residual = jnp.where(observed_t, y_t - emission_mean(now, mean, u_t), 0.0)
-        whitened = matvec(root, residual)
-        new_mean = mean + matvec(gain, whitened)
-        return transition_mean(now, new_mean, u_next), Means(mean, new_mean, whitened)
 
-    xs = row_xs, filled, observed, u, shift(u), timed_fields(ssm, ahead=True)
-    means = jax.lax.scan(step, ssm.m0, xs)[1]
-    return means, spread_rows(rows.log_norm, last, length) - 0.5 * jnp.sum(means.whitened**2, axis=1)
+@jax.custom_jvp
+def _all_means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Means:
+    """`_means` with a row for each step."""
+    return _means(rows, ssm, y, u, y.shape[0] - 1)
+
+
+@_all_means.defjvp
+def _all_means_jvp(primals: tuple, tangents: tuple) -> tuple[Means, Means]:
+    """The derivative of a linear recursion is the same recursion, driven by the derivative of one step of each mean.
+
+    That step is taken by way of the innovation, which is small: derivatives with respect to the gain of its two sides
+    would nearly cancel.
+    """
+    rows, ssm, y, u = primals
+    last = y.shape[0] - 1
+    means = _all_means(*primals)
+
+    def one_step(rows: tuple, ssm: LinearGaussianSSM, y: Array, u: Array | None, mean: Array) -> tuple[Array, Means]:
+        new = _update(rows, last, ssm, y, u, mean)
+        return transition_mean(ssm.at(timed_fields(ssm, ahead=True)), new.new_mean, shift(u)), new
+
+    held = jnp.zeros_like(means.mean)
+    inputs, _ = jax.jvp(one_step, (*primals, means.mean), (*tangents, held))[1]
+    now = ssm.at(timed_fields(ssm, ahead=True))
+    moved = recursion(now.A, last, tangents[1].m0, inputs, product(now.A, *rows, now.C))
+    return means, jax.jvp(one_step, (*primals, means.mean), (*tangents, moved))[1][1]
 
 
 @partial(jax.jit, static_argnames="freeze")
 def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
-    return over_series(lambda *args: scan_means(*args)[1], ssm, y, u, freeze=freeze)
+    return over_series(lambda *args: jnp.moveaxis(scan_means(*args)[1], 0, -1), ssm, y, u, freeze=freeze)
 
 
 @partial(jax.jit, static_argnames="freeze")
@@ -256,8 +308,9 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
     """Everything the filter knows, given the gains. What is not used costs nothing."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
-    chol, new_chol = spread_rows((rows.chol, rows.new_chol), last, y.shape[0])
-    return FilterResult(log_liks.sum(), log_liks, means.new_mean, new_chol, means.mean, chol)
+    chols = spread_over(y.shape[:-2], spread_rows((rows.chol, rows.new_chol), last, y.shape[-2]))
+    mean, new_mean = series_first(means.mean), series_first(means.new_mean)
+    return FilterResult(log_liks.sum(0), jnp.moveaxis(log_liks, 0, -1), new_mean, chols[1], mean, chols[0])
 
 
 @jax.jit

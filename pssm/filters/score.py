@@ -29,11 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Scalar
-from pssm.batch import over_batches
 from pssm.filters.covariance import (
     OF_COVARIANCES,
     Gains,
-    by_step,
     can_freeze,
     every_step,
     over_series,
@@ -44,6 +42,7 @@ from pssm.filters.covariance import (
     with_gains,
 )
 from pssm.filters.kalman import Means, kalman_filter, prepare, scan_means, shift
+from pssm.filters.recursion import apply, apply_rows, product, recursion
 from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -78,7 +77,7 @@ def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, method: 
 
 
 def _total(*args: Any) -> Array:
-    return scan_means(*args)[1].sum()
+    return scan_means(*args)[1].sum(0)
 
 
 @jax.custom_jvp
@@ -207,18 +206,13 @@ def _products(w: Array, lam: Array) -> _Products:
 
 
 def _scan_back(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, means: Means) -> _Back:
-    row_xs, row_of_step = by_step((rows.gain, rows.root), last, means.whitened.shape[0])
-
-    def step(next_lam: Array, xs: tuple) -> tuple[Array, _Back]:
-        row, w, timed = xs
-        now = ssm.at(timed)
-        gain, root = row_of_step(row)
-        lam = matvec(now.A.T, next_lam)
-        residual = matvec(root.T, matvec(gain.T, lam) - w)
-        return lam - matvec(now.C.T, residual), _Back(next_lam, lam, residual)
-
-    xs = row_xs, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
-    return jax.lax.scan(step, jnp.zeros_like(means.mean[0]), xs, reverse=True)[1]
+    now = ssm.at(timed_fields(ssm, ahead=True, names=("A", "C")))
+    A, C, gain, root = (jnp.swapaxes(x, -1, -2) for x in (now.A, now.C, rows.gain, rows.root))
+    taught = apply_rows(root, last, means.whitened)
+    start = jnp.zeros_like(means.mean[0])
+    next_lam = recursion(A, last, start, apply(C, taught), product(C, root, gain, A), reverse=True)
+    lam = apply(A, next_lam)
+    return _Back(next_lam, lam, apply_rows(root, last, apply_rows(gain, last, lam)) - taught)
 
 
 def _covariances_back(
@@ -303,7 +297,7 @@ def _together(gaps: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None, *,
     """Log-likelihoods of series with the same gaps: one recursion for the gains, and one for their derivative."""
     gain, root, log_norm = _what_means_need(freeze, ssm, ~gaps)
     rows = Gains(*(None for _ in Gains._fields))._replace(gain=gain, root=root, log_norm=log_norm)
-    return over_batches(partial(_total, rows, y.shape[-2] - 1), ssm, (y, 2), (u, 2))
+    return _total(rows, y.shape[-2] - 1, ssm, y, u)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -29,8 +29,9 @@ from pssm.filters.covariance import (
     unmoved,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
+from pssm.filters.recursion import apply_rows, product, recursion, series_first, spread_over, time_first
 from pssm.linalg import orthogonalise, triangularise, unless
-from pssm.linalg.small import SMALL, matmul, matvec, row_of, set_row
+from pssm.linalg.small import SMALL, matmul, row_of, set_row
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
@@ -146,8 +147,8 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
     means, log_liks = scan_means(rows, last, ssm, y, u)
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
-    chol, cross = covariances(rows, last, y.shape[0])
-    return SmootherResult(_smoothed_means(rows, last, means), chol, cross, log_liks.sum())
+    chol, cross = spread_over(y.shape[:-2], covariances(rows, last, y.shape[-2]))
+    return SmootherResult(series_first(_paths(rows, last, means)), chol, cross, log_liks.sum(0))
 
 
 @jax.jit
@@ -157,25 +158,26 @@ def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResu
     return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
 
 
-def _smoothed_means(rows: Gains, last: Array | int, means: Means) -> Array:
+def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> Array:
     """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
 
-    The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
+    The message `Q1' e` goes back through the orthogonal factors of the filter alone, so no error is amplified on the
+    way. With `noise`, a draw of `x` and of the transition's noise before anything later is known, it is moved to where
+    it agrees with the next `e` (Matheron's rule): a draw from the posterior, and no covariance of its own is needed.
     """
-    length, n_obs = means.whitened.shape
-    n = means.mean.shape[-1]
-
-    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, length)
-
-    def back(message: Array, xs: tuple) -> tuple[Array, Array]:
-        row, new_mean, whitened = xs
-        turn, turn_next, new_chol = row_of_step(row)
-        after = matvec(turn_next[:, :n].T, message)
-        mean = new_mean + matvec(new_chol, after)
-        return matvec(turn[n_obs:, :n].T, after) + matvec(turn[:n_obs, :n].T, whitened), mean
-
-    xs = row_xs, means.new_mean, means.whitened
-    return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), xs, reverse=True)[1]
+    n_obs, n = means.whitened.shape[-1], means.mean.shape[-1]
+    back, forth, news = (
+        jnp.swapaxes(x, -1, -2) for x in (rows.turn[:, n_obs:, :n], rows.turn_next[:, :, :n], rows.turn[:, :n_obs, :n])
+    )
+    inputs = apply_rows(news, last, means.whitened)
+    free = None
+    if noise is not None:
+        guess = apply_rows(rows.turn_next, last, noise).at[-1].set(0.0)  # nothing later than the last step
+        free = noise[..., :n] - apply_rows(forth, last, guess)
+        inputs = inputs + apply_rows(back, last, free)
+    e = recursion(product(back, forth), last, jnp.zeros(n, inputs.dtype), inputs, reverse=True)
+    x = apply_rows(forth, last, e)
+    return means.new_mean + apply_rows(rows.new_chol, last, x if free is None else free + x)
 
 
 def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, Array, Array, Array]:
@@ -281,25 +283,7 @@ def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> A
 def _draws_with(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
 ) -> Array:
-    """Each path of `noise`, `(count, time, state + noise of the state)`, made a draw from the posterior.
-
-    A draw of `x` and the transition's noise before anything later is known is moved to where it agrees with the next
-    `e` (Matheron's rule), which takes no covariance of its own.
-    """
+    """Each path of `noise`, `(..., count, time, state + noise of the state)`, made a draw from the posterior."""
     means, _ = scan_means(rows, last, ssm, y, u)
-    n_obs, n = means.whitened.shape[1], ssm.n_state
-    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, y.shape[0])
-
-    def one(noise: Array) -> Array:
-        def step(later: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:
-            row, new_mean, whitened, free = xs
-            turn, turn_next, new_chol = row_of_step(row)
-            e, any_later = later
-            x = free[:n] + any_later * matvec(turn_next[:, :n].T, e - matvec(turn_next, free))
-            e = matvec(turn[n_obs:, :n].T, x) + matvec(turn[:n_obs, :n].T, whitened)
-            return (e, jnp.ones_like(any_later)), new_mean + matvec(new_chol, x)
-
-        start = jnp.zeros(n, noise.dtype), jnp.zeros((), noise.dtype)
-        return jax.lax.scan(step, start, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
-
-    return jax.vmap(one)(noise)
+    means = jax.tree.map(lambda x: x[..., None, :], means)
+    return series_first(_paths(rows, last, means, time_first(noise)))

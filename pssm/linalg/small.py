@@ -23,6 +23,13 @@ def matvec(a: Float[Array, "rows cols"], x: Float[Array, " cols"]) -> Float[Arra
     return jnp.sum(a * x, axis=1)
 
 
+def times(a: Float[Array, "rows cols"], x: Float[Array, "*vectors cols"]) -> Float[Array, "*vectors rows"]:
+    """`a @ x` for each of the vectors."""
+    if a.size * (x.size // max(x.shape[-1], 1)) > 2 * SMALL**2:
+        return x @ a.T
+    return jnp.sum(a * x[..., None, :], axis=-1)
+
+
 def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner cols"]) -> Float[Array, "rows cols"]:
     """`a @ b`."""
     if a.size * b.shape[1] > 2 * SMALL**3:
