@@ -27,6 +27,7 @@ from pssm.filters.covariance import (
     over_series,
     row_at,
     unmoved,
+    with_gains,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
 from pssm.filters.recursion import apply_rows, product, recursion, series_first, spread_over, time_first
@@ -145,10 +146,25 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    found = _moments_with(rows, last, ssm, y, u)
+    chol, cross = spread_over(y.shape[:-2], (found.chol, found.cross_cov))
+    return found._replace(chol=chol, cross_cov=cross)
+
+
+def _moments_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    """As `smooth_complete`."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
-    chol, cross = spread_over(y.shape[:-2], covariances(rows, last, y.shape[-2]))
+    chol, cross = covariances(rows, last, y.shape[-2])
     return SmootherResult(series_first(_paths(rows, last, means)), chol, cross, log_liks.sum(0))
+
+
+def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    """`kalman_smoother` for an unbatched model and series `(series, time, obs)` without gaps, nothing checked.
+
+    All series have the same `chol` and `cross_cov`, which come once, without an axis for the series.
+    """
+    return with_gains(_moments_with, ssm, y, u, gaps=jnp.zeros(y.shape[-2:], bool), freeze=True)
 
 
 @jax.jit
