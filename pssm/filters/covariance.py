@@ -60,6 +60,7 @@ def over_series(
     u: Array | None,
     *arrays: tuple[Array, int],
     freeze: bool,
+    ends_matter: bool = True,
     one: Callable[..., Any] | None = None,
     each: Callable[..., Any] | None = None,
     together: Callable[..., Any] | None = None,
@@ -75,6 +76,8 @@ def over_series(
         u: inputs `(..., time, input)`, or None.
         arrays: pairs of a further array and its number of core axes.
         freeze: let the rows end at a standstill. Derivatives, of any order and direction, are those of all steps.
+        ends_matter: False if nothing depends on gains after the last observation of a series. Series of different
+            lengths, padded to the longest one, then share their gains too.
         one: `one(ssm, y, u, *arrays)` for a series with a model of its own, in place of `fn` with its gains.
         each: the same for series that share a model, but not their gaps.
         together: `together(gaps, ssm, y, u)` for a batch that shares its gains, in place of `fn`; `gaps` are those of
@@ -97,9 +100,15 @@ def over_series(
         return with_gains(fn, ssm, *spread, gaps=gaps, freeze=freeze)
 
     gaps = jnp.isnan(y).reshape(math.prod(y.shape[:-2]), *y.shape[-2:])
+    common = jnp.all(gaps, axis=0) & (len(gaps) > 0)
     if len(gaps) < 2:
-        return shared(gaps[0] if len(gaps) else jnp.zeros(y.shape[-2:], bool))
-    return jax.lax.cond(jnp.all(gaps == gaps[0]), lambda: shared(gaps[0]), separate)
+        return shared(common)
+    alike = gaps == common
+    if not ends_matter:
+        steps = jnp.arange(y.shape[-2])
+        ends = jnp.max(jnp.where(gaps.all(axis=2), 0, steps + 1), axis=1)
+        alike = alike | (steps >= ends[:, None])[:, :, None]
+    return jax.lax.cond(jnp.all(alike), lambda: shared(common), separate)
 
 
 def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | None = None) -> Any:

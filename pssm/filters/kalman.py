@@ -5,7 +5,7 @@ than a few products of a matrix and a vector.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,10 +236,13 @@ def scan_means(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[Means, Array]:
     """The means of the series `y`, `(..., time, obs)`, given the gains, and the log-likelihood of each step."""
-    args = (rows.gain, rows.root), ssm, time_first(y), time_first(u)
+    y, u = time_first(y), time_first(u)
+    args = (rows.gain, rows.root), ssm, y, u
     means = _all_means(*args) if isinstance(last, int) else _means(*args, last)
-    log_norm = spread_rows(rows.log_norm, last, y.shape[-2])
-    return means, add(-0.5 * jnp.sum(means.whitened**2, axis=-1, keepdims=True), log_norm[:, None])[..., 0]
+    log_norm = spread_rows(rows.log_norm, last, len(y))
+    log_liks = add(-0.5 * jnp.sum(means.whitened**2, axis=-1, keepdims=True), log_norm[:, None])[..., 0]
+    nothing = jnp.all(jnp.isnan(y), axis=-1)  # so for a series that ends before others with the same gains
+    return means, jnp.where(nothing, 0.0, log_liks)
 
 
 def _means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None, last: Array | int) -> Means:
@@ -297,7 +300,10 @@ def _all_means_jvp(primals: tuple, tangents: tuple) -> tuple[Means, Means]:
 
 @partial(jax.jit, static_argnames="freeze")
 def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
-    return over_series(lambda *args: jnp.moveaxis(scan_means(*args)[1], 0, -1), ssm, y, u, freeze=freeze)
+    def by_step(*args: Any) -> Array:
+        return jnp.moveaxis(scan_means(*args)[1], 0, -1)
+
+    return over_series(by_step, ssm, y, u, freeze=freeze, ends_matter=False)
 
 
 @partial(jax.jit, static_argnames="freeze")

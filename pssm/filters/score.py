@@ -73,7 +73,8 @@ def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, method: 
     one = None if method == "square_root" else _log_likelihood if method == "auto" else _full_log_likelihood
     each = None if method == "square_root" else _full_log_likelihood
     together = None if method == "square_root" else partial(_together, freeze=method == "auto")
-    return over_series(_total, ssm, y, u, freeze=method == "auto", one=one, each=each, together=together)
+    options = {"freeze": method == "auto", "ends_matter": False}
+    return over_series(_total, ssm, y, u, **options, one=one, each=each, together=together)
 
 
 def _total(*args: Any) -> Array:
