@@ -206,23 +206,22 @@ def shift(u: Array | None) -> Array | None:
 
 def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     """`A z + b + B u` at one time, or at all times of `ssm.at(timed_fields(ssm, ...))`."""
-    return _affine(ssm.A, ssm.b, ssm.B, z, u)
+    return _plus(apply(ssm.A, z), ssm.b, ssm.B, u)
 
 
 def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     """`C z + d + D u`, likewise."""
-    return _affine(ssm.C, ssm.d, ssm.D, z, u)
+    return _plus(apply(ssm.C, z), ssm.d, ssm.D, u)
 
 
-def _affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
-    mean = apply(matrix, z)
+def _plus(mean: Array, offset: Array | None, by_input: Array | None, u: Array | None) -> Array:
     if offset is not None:
         mean = add(mean, offset)
     return mean if by_input is None or u is None else mean + apply(by_input, u)
 
 
 class Means(NamedTuple):
-    """The filter's predicted and filtered means, and what the observations taught; time comes first.
+    """The filter's predicted and filtered means, and what the observations taught, `(time, size, ...)`.
 
     `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is observed.
     """
@@ -240,31 +239,30 @@ def scan_means(
     args = (rows.gain, rows.root), ssm, y, u
     means = _all_means(*args) if isinstance(last, int) else _means(*args, last)
     log_norm = spread_rows(rows.log_norm, last, len(y))
-    log_liks = add(-0.5 * jnp.sum(means.whitened**2, axis=-1, keepdims=True), log_norm[:, None])[..., 0]
-    nothing = jnp.all(jnp.isnan(y), axis=-1)  # so for a series that ends before others with the same gains
+    log_liks = add(-0.5 * jnp.sum(means.whitened**2, axis=1, keepdims=True), log_norm[:, None])[:, 0]
+    nothing = jnp.all(jnp.isnan(y), axis=1)  # so for a series that ends before others with the same gains
     return means, jnp.where(nothing, 0.0, log_liks)
 
 
 def _means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None, last: Array | int) -> Means:
-    """The recursion is `m <- A m - A K C m + (all that does not depend on m)`, with `K` the gain.
+    """The recursion is `m <- A m - A K C m + A K (y - d - D u) + b + B u`, with `K` the gain.
 
     What an innovation would subtract before the product with `K` is subtracted after it. Both have errors of the size
     of rounding in `K y`; the innovations themselves are computed from the means, not the other way round.
     """
-    zero = jnp.zeros((y.shape[0], *(1,) * (y.ndim - 2), ssm.n_state), y.dtype)
-    origin = _update(rows, last, ssm, y, u, zero)
     now = ssm.at(timed_fields(ssm, ahead=True))
-    back = product(now.A, *rows, now.C)
-    mean = recursion(now.A, last, ssm.m0, transition_mean(now, origin.new_mean, shift(u)), back)
-    return _update(rows, last, ssm, y, u, mean)
+    filled, observed = split_missing(y)
+    forth = product(now.A, *rows)
+    taught = apply_rows(forth, last, jnp.where(observed, -_plus(-filled, now.d, now.D, u), 0.0))
+    mean = recursion(now.A, last, ssm.m0, _plus(taught, now.b, now.B, shift(u)), product(forth, now.C))
+    return _update(rows, last, now, y, u, mean)
 
 
 def _update(
-    rows: tuple[Array, Array], last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, mean: Array
+    rows: tuple[Array, Array], last: Array | int, now: LinearGaussianSSM, y: Array, u: Array | None, mean: Array
 ) -> Means:
     """The update of every step, given the predicted means."""
     filled, observed = split_missing(y)
-    now = ssm.at(timed_fields(ssm, ahead=True))
     gain, root = rows
     whitened = apply_rows(root, last, jnp.where(observed, filled - emission_mean(now, mean, u), 0.0))
     return Means(mean, mean + apply_rows(gain, last, whitened), whitened)
@@ -273,7 +271,7 @@ def _update(
 @jax.custom_jvp
 def _all_means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Means:
     """`_means` with a row for each step."""
-    return _means(rows, ssm, y, u, y.shape[0] - 1)
+    return _means(rows, ssm, y, u, len(y) - 1)
 
 
 @_all_means.defjvp
@@ -284,18 +282,21 @@ def _all_means_jvp(primals: tuple, tangents: tuple) -> tuple[Means, Means]:
     would nearly cancel.
     """
     rows, ssm, y, u = primals
-    last = y.shape[0] - 1
+    last = len(y) - 1
     means = _all_means(*primals)
 
-    def one_step(rows: tuple, ssm: LinearGaussianSSM, y: Array, u: Array | None, mean: Array) -> tuple[Array, Means]:
-        new = _update(rows, last, ssm, y, u, mean)
-        return transition_mean(ssm.at(timed_fields(ssm, ahead=True)), new.new_mean, shift(u)), new
+    def one_step(rows: tuple, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array, Array]:
+        now = ssm.at(timed_fields(ssm, ahead=True))
+        _, new_mean, whitened = _update(rows, last, now, y, u, means.mean)
+        return transition_mean(now, new_mean, shift(u)), new_mean, whitened
 
-    held = jnp.zeros_like(means.mean)
-    inputs, _ = jax.jvp(one_step, (*primals, means.mean), (*tangents, held))[1]
+    inputs, new_mean, whitened = jax.jvp(one_step, primals, tangents)[1]
     now = ssm.at(timed_fields(ssm, ahead=True))
-    moved = recursion(now.A, last, tangents[1].m0, inputs, product(now.A, *rows, now.C))
-    return means, jax.jvp(one_step, (*primals, means.mean), (*tangents, moved))[1][1]
+    gain, root = rows
+    seen = product(root, now.C)
+    mean = recursion(now.A, last, tangents[1].m0, inputs, product(now.A, gain, seen))
+    news = apply(seen, mean)
+    return means, Means(mean, new_mean + mean - apply(gain, news), whitened - news)
 
 
 @partial(jax.jit, static_argnames="freeze")

@@ -181,7 +181,7 @@ def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = N
     way. With `noise`, a draw of `x` and of the transition's noise before anything later is known, it is moved to where
     it agrees with the next `e` (Matheron's rule): a draw from the posterior, and no covariance of its own is needed.
     """
-    n_obs, n = means.whitened.shape[-1], means.mean.shape[-1]
+    n_obs, n = means.whitened.shape[1], means.mean.shape[1]
     back, forth, news = (
         jnp.swapaxes(x, -1, -2) for x in (rows.turn[:, n_obs:, :n], rows.turn_next[:, :, :n], rows.turn[:, :n_obs, :n])
     )
@@ -189,7 +189,7 @@ def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = N
     free = None
     if noise is not None:
         guess = apply_rows(rows.turn_next, last, noise).at[-1].set(0.0)  # nothing later than the last step
-        free = noise[..., :n] - apply_rows(forth, last, guess)
+        free = noise[:, :n] - apply_rows(forth, last, guess)
         inputs = inputs + apply_rows(back, last, free)
     e = recursion(product(back, forth), last, jnp.zeros(n, inputs.dtype), inputs, reverse=True)
     x = apply_rows(forth, last, e)
@@ -301,5 +301,5 @@ def _draws_with(
 ) -> Array:
     """Each path of `noise`, `(..., count, time, state + noise of the state)`, made a draw from the posterior."""
     means, _ = scan_means(rows, last, ssm, y, u)
-    means = jax.tree.map(lambda x: x[..., None, :], means)
+    means = jax.tree.map(lambda x: x[..., None], means)  # of all paths alike
     return series_first(_paths(rows, last, means, time_first(noise)))
