@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,30 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
     model, model_axes = rebuild(fields, ssm.time_varying), rebuild(field_axes, ssm.time_varying)
     results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
+
+
+@overload
+def side_by_side(x: Array) -> Array: ...
+@overload
+def side_by_side(x: None) -> None: ...
+def side_by_side(x: Array | None) -> Array | None:
+    """`(..., time, size)` as `(time, size, series)`, or `(time, size)`, for a loop over time with all series in a step.
+
+    The series come last because processors work on neighbouring numbers together.
+    """
+    if x is None or x.ndim == 2:
+        return x
+    return jnp.moveaxis(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), 0, -1)
+
+
+def apart(x: Array, batch: tuple[int, ...]) -> Array:
+    """`(time, size, series)` as `(*batch, time, size)`."""
+    return jnp.moveaxis(x, -1, 0).reshape(*batch, *x.shape[:-1]) if batch else x
+
+
+def for_each(batch: tuple[int, ...], tree: Any) -> Any:
+    """What all series share, once for each."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), tree)
 
 
 def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, int]) -> Any:

@@ -5,27 +5,17 @@ than a few products of a matrix and a vector.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import over_batches
-from pssm.filters.covariance import Gains, over_series, spread_rows, timed_fields
-from pssm.filters.recursion import (
-    add,
-    apply,
-    apply_rows,
-    product,
-    recursion,
-    series_first,
-    spread_over,
-    time_first,
-)
+from pssm.batch import apart, for_each, over_batches, side_by_side
+from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg.small import matmul, matvec, times
 from pssm.missing import split_missing
 from pssm.results import FilterResult, ForecastResult
 from pssm.ssm import (
@@ -205,25 +195,27 @@ def shift(u: Array | None) -> Array | None:
 
 
 def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`A z + b + B u` at one time, or at all times of `ssm.at(timed_fields(ssm, ...))`."""
-    return _plus(apply(ssm.A, z), ssm.b, ssm.B, u)
+    """`A z + b + B u`, at one time, of one state or of states side by side."""
+    return _affine(ssm.A, ssm.b, ssm.B, z, u)
 
 
 def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     """`C z + d + D u`, likewise."""
-    return _plus(apply(ssm.C, z), ssm.d, ssm.D, u)
+    return _affine(ssm.C, ssm.d, ssm.D, z, u)
 
 
-def _plus(mean: Array, offset: Array | None, by_input: Array | None, u: Array | None) -> Array:
+def _affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
+    mean = times(matrix, z)
     if offset is not None:
-        mean = add(mean, offset)
-    return mean if by_input is None or u is None else mean + apply(by_input, u)
+        mean = mean + offset.reshape(-1, *(1,) * (z.ndim - 1))
+    return mean if by_input is None or u is None else mean + times(by_input, u)
 
 
 class Means(NamedTuple):
-    """The filter's predicted and filtered means, and what the observations taught, `(time, size, ...)`.
+    """The filter's predicted and filtered means, and what the observations taught.
 
-    `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is observed.
+    All `(time, size)`, or `(time, size, series)`. `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is
+    observed.
     """
 
     mean: Array
@@ -234,77 +226,38 @@ class Means(NamedTuple):
 def scan_means(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[Means, Array]:
-    """The means of the series `y`, `(..., time, obs)`, given the gains, and the log-likelihood of each step."""
-    y, u = time_first(y), time_first(u)
-    args = (rows.gain, rows.root), ssm, y, u
-    means = _all_means(*args) if isinstance(last, int) else _means(*args, last)
-    log_norm = spread_rows(rows.log_norm, last, len(y))
-    log_liks = add(-0.5 * jnp.sum(means.whitened**2, axis=1, keepdims=True), log_norm[:, None])[:, 0]
-    nothing = jnp.all(jnp.isnan(y), axis=1)  # so for a series that ends before others with the same gains
-    return means, jnp.where(nothing, 0.0, log_liks)
+    """The means of the series `y`, `(..., time, obs)`, given the gains, and `(time, series)` log-likelihoods.
 
-
-def _means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None, last: Array | int) -> Means:
-    """The recursion is `m <- A m - A K C m + A K (y - d - D u) + b + B u`, with `K` the gain.
-
-    What an innovation would subtract before the product with `K` is subtracted after it. Both have errors of the size
-    of rounding in `K y`; the innovations themselves are computed from the means, not the other way round.
+    Series stand side by side, so that each product of a step is one for all of them.
     """
-    now = ssm.at(timed_fields(ssm, ahead=True))
-    filled, observed = split_missing(y)
-    forth = product(now.A, *rows)
-    taught = apply_rows(forth, last, jnp.where(observed, -_plus(-filled, now.d, now.D, u), 0.0))
-    mean = recursion(now.A, last, ssm.m0, _plus(taught, now.b, now.B, shift(u)), product(forth, now.C))
-    return _update(rows, last, now, y, u, mean)
+    filled, observed = split_missing(side_by_side(y))
+    u = side_by_side(u)
+    length = len(filled)
+    row_xs, row_of_step = by_step((rows.gain, rows.root), last, length)
 
+    def step(mean: Array, xs: tuple) -> tuple[Array, Means]:
+        row, y_t, observed_t, u_t, u_next, timed = xs
+        now = ssm.at(timed)
+        gain, root = row_of_step(row)
+        residual = jnp.where(observed_t, y_t - emission_mean(now, mean, u_t), 0.0)
+        whitened = times(root, residual)
+        new_mean = mean + times(gain, whitened)
+        return transition_mean(now, new_mean, u_next), Means(mean, new_mean, whitened)
 
-def _update(
-    rows: tuple[Array, Array], last: Array | int, now: LinearGaussianSSM, y: Array, u: Array | None, mean: Array
-) -> Means:
-    """The update of every step, given the predicted means."""
-    filled, observed = split_missing(y)
-    gain, root = rows
-    whitened = apply_rows(root, last, jnp.where(observed, filled - emission_mean(now, mean, u), 0.0))
-    return Means(mean, mean + apply_rows(gain, last, whitened), whitened)
-
-
-@jax.custom_jvp
-def _all_means(rows: tuple[Array, Array], ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Means:
-    """`_means` with a row for each step."""
-    return _means(rows, ssm, y, u, len(y) - 1)
-
-
-@_all_means.defjvp
-def _all_means_jvp(primals: tuple, tangents: tuple) -> tuple[Means, Means]:
-    """The derivative of a linear recursion is the same recursion, driven by the derivative of one step of each mean.
-
-    That step is taken by way of the innovation, which is small: derivatives with respect to the gain of its two sides
-    would nearly cancel.
-    """
-    rows, ssm, y, u = primals
-    last = len(y) - 1
-    means = _all_means(*primals)
-
-    def one_step(rows: tuple, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array, Array]:
-        now = ssm.at(timed_fields(ssm, ahead=True))
-        _, new_mean, whitened = _update(rows, last, now, y, u, means.mean)
-        return transition_mean(now, new_mean, shift(u)), new_mean, whitened
-
-    inputs, new_mean, whitened = jax.jvp(one_step, primals, tangents)[1]
-    now = ssm.at(timed_fields(ssm, ahead=True))
-    gain, root = rows
-    seen = product(root, now.C)
-    mean = recursion(now.A, last, tangents[1].m0, inputs, product(now.A, gain, seen))
-    news = apply(seen, mean)
-    return means, Means(mean, new_mean + mean - apply(gain, news), whitened - news)
+    xs = row_xs, filled, observed, u, shift(u), timed_fields(ssm, ahead=True)
+    start = ssm.m0 if y.ndim == 2 else jnp.broadcast_to(ssm.m0[:, None], (ssm.n_state, filled.shape[2]))
+    means = jax.lax.scan(step, start, xs)[1]
+    log_norm = spread_rows(rows.log_norm, last, length).reshape(-1, *(1,) * (filled.ndim - 2))
+    seen = jnp.any(observed, axis=1)  # a series may end before others that have the same gains
+    return means, jnp.where(seen, log_norm - 0.5 * jnp.sum(means.whitened**2, axis=1), 0.0)
 
 
 @partial(jax.jit, static_argnames="freeze")
 def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
-    def by_step(*args: Any) -> Array:
-        return jnp.moveaxis(scan_means(*args)[1], 0, -1)
+    def each_step(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+        return scan_means(rows, last, ssm, y, u)[1].T.reshape(y.shape[:-1])
 
-    return over_series(by_step, ssm, y, u, freeze=freeze, ends_matter=False)
+    return over_series(each_step, ssm, y, u, freeze=freeze, ends_matter=False)
 
 
 @partial(jax.jit, static_argnames="freeze")
@@ -315,9 +268,11 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
     """Everything the filter knows, given the gains. What is not used costs nothing."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
-    chols = spread_over(y.shape[:-2], spread_rows((rows.chol, rows.new_chol), last, y.shape[-2]))
-    mean, new_mean = series_first(means.mean), series_first(means.new_mean)
-    return FilterResult(log_liks.sum(0), jnp.moveaxis(log_liks, 0, -1), new_mean, chols[1], mean, chols[0])
+    batch, log_liks = y.shape[:-2], log_liks.T.reshape(y.shape[:-1])
+    chol, new_chol = for_each(batch, spread_rows((rows.chol, rows.new_chol), last, y.shape[-2]))
+    return FilterResult(
+        log_liks.sum(-1), log_liks, apart(means.new_mean, batch), new_chol, apart(means.mean, batch), chol
+    )
 
 
 @jax.jit

@@ -23,7 +23,7 @@ with `F` and `Theta` fixed. All that is wanted is the sum of `gam` over these st
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from pssm._types import Array, ArrayLike, Scalar
 from pssm.filters.covariance import (
     OF_COVARIANCES,
     Gains,
+    by_step,
     can_freeze,
     every_step,
     over_series,
@@ -42,7 +43,6 @@ from pssm.filters.covariance import (
     with_gains,
 )
 from pssm.filters.kalman import Means, kalman_filter, prepare, scan_means, shift
-from pssm.filters.recursion import apply, apply_rows, product, recursion
 from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -77,8 +77,8 @@ def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, method: 
     return over_series(_total, ssm, y, u, **options, one=one, each=each, together=together)
 
 
-def _total(*args: Any) -> Array:
-    return scan_means(*args)[1].sum(0)
+def _total(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    return scan_means(rows, last, ssm, y, u)[1].sum(0).reshape(y.shape[:-2])
 
 
 @jax.custom_jvp
@@ -207,13 +207,18 @@ def _products(w: Array, lam: Array) -> _Products:
 
 
 def _scan_back(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, means: Means) -> _Back:
-    now = ssm.at(timed_fields(ssm, ahead=True, names=("A", "C")))
-    A, C, gain, root = (jnp.swapaxes(x, -1, -2) for x in (now.A, now.C, rows.gain, rows.root))
-    taught = apply_rows(root, last, means.whitened)
-    start = jnp.zeros_like(means.mean[0])
-    next_lam = recursion(A, last, start, apply(C, taught), product(C, root, gain, A), reverse=True)
-    lam = apply(A, next_lam)
-    return _Back(next_lam, lam, apply_rows(root, last, apply_rows(gain, last, lam)) - taught)
+    row_xs, row_of_step = by_step((rows.gain, rows.root), last, means.whitened.shape[0])
+
+    def step(next_lam: Array, xs: tuple) -> tuple[Array, _Back]:
+        row, w, timed = xs
+        now = ssm.at(timed)
+        gain, root = row_of_step(row)
+        lam = matvec(now.A.T, next_lam)
+        residual = matvec(root.T, matvec(gain.T, lam) - w)
+        return lam - matvec(now.C.T, residual), _Back(next_lam, lam, residual)
+
+    xs = row_xs, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
+    return jax.lax.scan(step, jnp.zeros_like(means.mean[0]), xs, reverse=True)[1]
 
 
 def _covariances_back(

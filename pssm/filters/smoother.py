@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import over_batches
+from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import (
     FIRST_CHECK,
     Gains,
@@ -30,9 +30,8 @@ from pssm.filters.covariance import (
     with_gains,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
-from pssm.filters.recursion import apply_rows, product, recursion, series_first, spread_over, time_first
 from pssm.linalg import orthogonalise, triangularise, unless
-from pssm.linalg.small import SMALL, matmul, row_of, set_row
+from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
@@ -147,7 +146,7 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
     found = _moments_with(rows, last, ssm, y, u)
-    chol, cross = spread_over(y.shape[:-2], (found.chol, found.cross_cov))
+    chol, cross = for_each(y.shape[:-2], (found.chol, found.cross_cov))
     return found._replace(chol=chol, cross_cov=cross)
 
 
@@ -156,7 +155,8 @@ def _moments_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Arr
     means, log_liks = scan_means(rows, last, ssm, y, u)
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
     chol, cross = covariances(rows, last, y.shape[-2])
-    return SmootherResult(series_first(_paths(rows, last, means)), chol, cross, log_liks.sum(0))
+    mean = apart(_paths(rows, last, means), y.shape[:-2])
+    return SmootherResult(mean, chol, cross, log_liks.sum(0).reshape(y.shape[:-2]))
 
 
 def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
@@ -177,23 +177,26 @@ def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResu
 def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> Array:
     """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
 
-    The message `Q1' e` goes back through the orthogonal factors of the filter alone, so no error is amplified on the
-    way. With `noise`, a draw of `x` and of the transition's noise before anything later is known, it is moved to where
-    it agrees with the next `e` (Matheron's rule): a draw from the posterior, and no covariance of its own is needed.
+    The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
+    With `noise`, a draw of `x` and the transition's noise before anything later is known, it is moved to where it
+    agrees with the next `e` (Matheron's rule): a draw from the posterior, which takes no covariance of its own.
     """
-    n_obs, n = means.whitened.shape[1], means.mean.shape[1]
-    back, forth, news = (
-        jnp.swapaxes(x, -1, -2) for x in (rows.turn[:, n_obs:, :n], rows.turn_next[:, :, :n], rows.turn[:, :n_obs, :n])
-    )
-    inputs = apply_rows(news, last, means.whitened)
-    free = None
-    if noise is not None:
-        guess = apply_rows(rows.turn_next, last, noise).at[-1].set(0.0)  # nothing later than the last step
-        free = noise[:, :n] - apply_rows(forth, last, guess)
-        inputs = inputs + apply_rows(back, last, free)
-    e = recursion(product(back, forth), last, jnp.zeros(n, inputs.dtype), inputs, reverse=True)
-    x = apply_rows(forth, last, e)
-    return means.new_mean + apply_rows(rows.new_chol, last, x if free is None else free + x)
+    length, n_obs = means.whitened.shape[:2]
+    n = means.mean.shape[1]
+    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, length)
+
+    def back(e: Array, xs: tuple) -> tuple[Array, Array]:
+        row, new_mean, whitened, free = xs
+        turn, turn_next, new_chol = row_of_step(row)
+        x = times(turn_next[:, :n].T, e if free is None else e - times(turn_next, free))
+        x = x if free is None else free[:n] + x
+        e = times(turn[n_obs:, :n].T, x) + times(turn[:n_obs, :n].T, whitened)
+        return e, new_mean + times(new_chol, x)
+
+    # After the last step nothing is known: the next `e` is what the draw makes it.
+    final = row_at(rows.turn_next, jnp.asarray(length - 1), last)
+    e = jnp.zeros_like(means.mean[0]) if noise is None else times(final, noise[-1])
+    return jax.lax.scan(back, e, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
 
 
 def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, Array, Array, Array]:
@@ -301,5 +304,6 @@ def _draws_with(
 ) -> Array:
     """Each path of `noise`, `(..., count, time, state + noise of the state)`, made a draw from the posterior."""
     means, _ = scan_means(rows, last, ssm, y, u)
-    means = jax.tree.map(lambda x: x[..., None], means)  # of all paths alike
-    return series_first(_paths(rows, last, means, time_first(noise)))
+    *batch, count = noise.shape[:-2]
+    means = jax.tree.map(lambda x: jnp.repeat(x if batch else x[..., None], count, axis=-1), means)
+    return apart(_paths(rows, last, means, side_by_side(noise)), noise.shape[:-2])
