@@ -193,9 +193,9 @@ def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = N
         e = times(turn[n_obs:, :n].T, x) + times(turn[:n_obs, :n].T, whitened)
         return e, new_mean + times(new_chol, x)
 
-    # After the last step nothing is known: the next `e` is what the draw makes it.
-    final = row_at(rows.turn_next, jnp.asarray(length - 1), last)
-    e = jnp.zeros_like(means.mean[0]) if noise is None else times(final, noise[-1])
+    e = jnp.zeros_like(means.mean[0])
+    if noise is not None:  # nothing is known after the last step: the next `e` is what the draw makes it
+        e = times(row_at(rows.turn_next, jnp.asarray(length - 1), last), noise[-1])
     return jax.lax.scan(back, e, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
 
 
