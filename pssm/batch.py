@@ -1,7 +1,8 @@
 """Batches of models and series: `vmap` over whatever leading axes there are."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
         return fn(ssm, *plain)
 
     def flatten(x: Array, own: int) -> Array:
-        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((-1,) + x.shape[own:])
+        return jnp.broadcast_to(x, batch + x.shape[own:]).reshape((math.prod(batch), *x.shape[own:]))
 
     fields, field_axes = {}, {}
     for name in FIELDS:
@@ -40,6 +41,30 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
     model, model_axes = rebuild(fields, ssm.time_varying), rebuild(field_axes, ssm.time_varying)
     results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
+
+
+@overload
+def side_by_side(x: Array) -> Array: ...
+@overload
+def side_by_side(x: None) -> None: ...
+def side_by_side(x: Array | None) -> Array | None:
+    """`(..., time, size)` as `(time, size, series)`, or `(time, size)`, for a loop over time with all series in a step.
+
+    The series come last because processors work on neighbouring numbers together.
+    """
+    if x is None or x.ndim == 2:
+        return x
+    return jnp.moveaxis(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), 0, -1)
+
+
+def apart(x: Array, batch: tuple[int, ...]) -> Array:
+    """`(time, size, series)` as `(*batch, time, size)`."""
+    return jnp.moveaxis(x, -1, 0).reshape(*batch, *x.shape[:-1]) if batch else x
+
+
+def for_each(batch: tuple[int, ...], tree: Any) -> Any:
+    """What all series share, once for each."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), tree)
 
 
 def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, int]) -> Any:
@@ -61,7 +86,7 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
 
         def flatten(leaf: Array, core: int = core) -> Array:
             trailing = leaf.shape[leaf.ndim - core :]
-            return jnp.broadcast_to(leaf, batch + trailing).reshape(-1, *trailing)
+            return jnp.broadcast_to(leaf, batch + trailing).reshape(math.prod(batch), *trailing)
 
         flat[name] = jax.tree.map(flatten, x) if own else x
     out = jax.jit(jax.vmap(fn, in_axes=(axes,)))(flat)

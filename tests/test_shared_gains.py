@@ -8,6 +8,8 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
+from pssm.filters.covariance import over_series
+from pssm.filters.kalman import log_likelihoods
 
 STEPS, SERIES = 70, 3
 
@@ -96,3 +98,46 @@ def test_inside_another_vmap(x64):
     for i, s in enumerate(scales):
         value, slope = jax.jit(jax.value_and_grad(function))(s)
         np.testing.assert_allclose([values[i], slopes[i]], [value, slope], rtol=1e-10)
+
+
+def test_series_of_different_lengths(x64):
+    """Padded to one length they share their gains too, where nothing is asked about the steps after their end."""
+    ssm, y, u = build("same")
+    y[1, 40:], y[2, 66:] = np.nan, np.nan
+    value, (by_model, by_data, by_input) = total(ssm, y, u)
+    steps = log_likelihoods(ssm, y, u)
+    for i, (end, weight) in enumerate(zip((STEPS, 40, 66), weights, strict=True)):
+        expected = single(ssm, y[i, :end], u[i, :end])
+        value = value - weight * expected[0]
+        by_model = jax.tree.map(lambda a, b, w=weight: a - w * b, by_model, expected[1][0])
+        np.testing.assert_allclose(by_data[i, :end], weight * expected[1][1], atol=1e-9)
+        np.testing.assert_allclose(by_input[i, :end], weight * expected[1][2], atol=1e-9)
+        np.testing.assert_allclose(steps[i].sum(), expected[0], rtol=1e-12)
+        assert not np.any(by_data[i, end:])
+        assert not np.any(by_input[i, end:])
+    for rest in (value, *jax.tree.leaves(by_model)):
+        np.testing.assert_allclose(rest, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "ends_matter"), [("same", True), ("ends", False), ("ends", True), ("different", False)]
+)
+def test_which_batches_share_their_gains(gaps, ends_matter, x64):
+    ssm, y, u = build("same" if gaps == "ends" else gaps)
+    if gaps == "ends":
+        y[1, 40:], y[2, 66:] = np.nan, np.nan
+    options = {"freeze": False, "ends_matter": ends_matter, "each": lambda *_: jnp.asarray(False)}
+    found = over_series(lambda _, __, ___, y, u: jnp.ones(len(y), bool), ssm, jnp.asarray(y), jnp.asarray(u), **options)
+    np.testing.assert_array_equal(found, gaps == "same" or (gaps == "ends" and not ends_matter))
+
+
+@pytest.mark.parametrize("models", [False, True], ids=["one model", "models"])
+def test_a_batch_of_no_series(models):
+    ssm, y, u = build("none")
+    y, u = y[:0], u[:0]
+    if models:
+        ssm = ssm.replace(A=np.zeros((0, 3, 3), np.float32))
+    assert pssm.log_likelihood(ssm, y, u).shape == (0,)
+    assert pssm.kalman_filter(ssm, y, u).chol.shape == (0, STEPS, 3, 3)
+    assert pssm.kalman_smoother(ssm, y, u).mean.shape == (0, STEPS, 3)
+    assert pssm.sample_states(jax.random.key(0), ssm, y, u, sample_shape=(2,)).shape == (2, 0, STEPS, 3)

@@ -60,25 +60,28 @@ def over_series(
     u: Array | None,
     *arrays: tuple[Array, int],
     freeze: bool,
+    ends_matter: bool = True,
     one: Callable[..., Any] | None = None,
     each: Callable[..., Any] | None = None,
     together: Callable[..., Any] | None = None,
 ) -> Any:
     """`fn(rows, last, ssm, y, u, *arrays)` for each series of a batch; row `min(t, last)` of `rows` serves step `t`.
 
-    Series with gaps in the same places share the gains of one model.
+    Series with gaps in the same places share the gains of one model, and one call of `fn`.
 
     Args:
-        fn: takes gains, an unbatched model and unbatched arrays.
+        fn: takes gains, an unbatched model, and arrays that are unbatched or have the batch axes of all series.
         ssm: a model, with batch axes or without.
         y: series `(..., time, obs)`.
         u: inputs `(..., time, input)`, or None.
         arrays: pairs of a further array and its number of core axes.
         freeze: let the rows end at a standstill. Derivatives, of any order and direction, are those of all steps.
+        ends_matter: False if nothing depends on gains after the last observation of a series. Series of different
+            lengths, padded to the longest one, then share their gains too.
         one: `one(ssm, y, u, *arrays)` for a series with a model of its own, in place of `fn` with its gains.
         each: the same for series that share a model, but not their gaps.
-        together: `together(gaps, ssm, y, u)` for a batch that shares its gains, in place of `fn` for each series;
-            `gaps` are those of one series.
+        together: `together(gaps, ssm, y, u)` for a batch that shares its gains, in place of `fn`; `gaps` are those of
+            one series.
     """
     arrays_in = (y, 2), (u, 2), *arrays
     if ssm.batch_shape or not any(x is not None and x.ndim > core for x, core in arrays_in):
@@ -87,20 +90,25 @@ def over_series(
     def separate() -> Any:
         return over_batches(each or partial(with_gains, fn, freeze=False), ssm, *arrays_in)
 
+    shapes = [x.shape[: x.ndim - core] for x, core in arrays_in if x is not None]
+    batch = jnp.broadcast_shapes(*shapes)
+    spread = [x if x is None else jnp.broadcast_to(x, batch + x.shape[x.ndim - core :]) for x, core in arrays_in]
+
     def shared(gaps: Array) -> Any:
         if together is not None:
-            return together(gaps, ssm, y, u)
+            return together(gaps, ssm, *spread)
+        return with_gains(fn, ssm, *spread, gaps=gaps, freeze=freeze)
 
-        def with_rows(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, *batched: Array | None) -> Any:
-            pairs = [(x, core) for x, (_, core) in zip(batched, arrays_in, strict=True)]
-            return over_batches(partial(fn, rows, last), ssm, *pairs)
-
-        return with_gains(with_rows, ssm, *(x for x, _ in arrays_in), gaps=gaps, freeze=freeze)
-
-    gaps = jnp.isnan(y).reshape(-1, *y.shape[-2:])
-    if len(gaps) == 1:
-        return shared(gaps[0])
-    return jax.lax.cond(jnp.all(gaps == gaps[0]), lambda: shared(gaps[0]), separate)
+    gaps = jnp.isnan(y).reshape(math.prod(y.shape[:-2]), *y.shape[-2:])
+    common = jnp.all(gaps, axis=0) & (len(gaps) > 0)
+    if len(gaps) < 2:
+        return shared(common)
+    alike = gaps == common
+    if not ends_matter:
+        steps = jnp.arange(y.shape[-2])
+        ends = jnp.max(jnp.where(gaps.all(axis=2), 0, steps + 1), axis=1)
+        alike = alike | (steps >= ends[:, None])[:, :, None]
+    return jax.lax.cond(jnp.all(alike), lambda: shared(common), separate)
 
 
 def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | None = None) -> Any:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import over_batches
+from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg.small import matmul, matvec, times
 from pssm.missing import split_missing
 from pssm.nonlinear import NonlinearSSM
 from pssm.results import FilterResult, ForecastResult
@@ -198,25 +198,27 @@ def shift(u: Array | None) -> Array | None:
 
 
 def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`A z + b + B u`, at one time."""
-    mean = matvec(ssm.A, z)
-    if ssm.b is not None:
-        mean = mean + ssm.b
-    return mean if ssm.B is None or u is None else mean + matvec(ssm.B, u)
+    """`A z + b + B u`, at one time, of one state or of states side by side."""
+    return _affine(ssm.A, ssm.b, ssm.B, z, u)
 
 
 def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`C z + d + D u`, at one time."""
-    mean = matvec(ssm.C, z)
-    if ssm.d is not None:
-        mean = mean + ssm.d
-    return mean if ssm.D is None or u is None else mean + matvec(ssm.D, u)
+    """`C z + d + D u`, likewise."""
+    return _affine(ssm.C, ssm.d, ssm.D, z, u)
+
+
+def _affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
+    mean = times(matrix, z)
+    if offset is not None:
+        mean = mean + offset.reshape(-1, *(1,) * (z.ndim - 1))
+    return mean if by_input is None or u is None else mean + times(by_input, u)
 
 
 class Means(NamedTuple):
-    """One step of the filter: predicted and filtered mean, and what the observation taught.
+    """The filter's predicted and filtered means, and what the observations taught.
 
-    `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is observed.
+    All `(time, size)`, or `(time, size, series)`. `whitened` is `S^-1/2 (y - prediction)`, zero where nothing is
+    observed.
     """
 
     mean: Array
@@ -227,9 +229,13 @@ class Means(NamedTuple):
 def scan_means(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[Means, Array]:
-    """The means of one series, given the gains, and the log-likelihood of each step."""
-    filled, observed = split_missing(y)
-    length = y.shape[0]
+    """The means of the series `y`, `(..., time, obs)`, given the gains, and `(time, series)` log-likelihoods.
+
+    Series stand side by side, so that each product of a step is one for all of them.
+    """
+    filled, observed = split_missing(side_by_side(y))
+    u = side_by_side(u)
+    length = len(filled)
     row_xs, row_of_step = by_step((rows.gain, rows.root), last, length)
 
     def step(mean: Array, xs: tuple) -> tuple[Array, Means]:
@@ -237,18 +243,24 @@ def scan_means(
         now = ssm.at(timed)
         gain, root = row_of_step(row)
         residual = jnp.where(observed_t, y_t - emission_mean(now, mean, u_t), 0.0)
-        whitened = matvec(root, residual)
-        new_mean = mean + matvec(gain, whitened)
+        whitened = times(root, residual)
+        new_mean = mean + times(gain, whitened)
         return transition_mean(now, new_mean, u_next), Means(mean, new_mean, whitened)
 
     xs = row_xs, filled, observed, u, shift(u), timed_fields(ssm, ahead=True)
-    means = jax.lax.scan(step, ssm.m0, xs)[1]
-    return means, spread_rows(rows.log_norm, last, length) - 0.5 * jnp.sum(means.whitened**2, axis=1)
+    start = ssm.m0 if y.ndim == 2 else jnp.broadcast_to(ssm.m0[:, None], (ssm.n_state, filled.shape[2]))
+    means = jax.lax.scan(step, start, xs)[1]
+    log_norm = spread_rows(rows.log_norm, last, length).reshape(-1, *(1,) * (filled.ndim - 2))
+    seen = jnp.any(observed, axis=1)  # a series may end before others that have the same gains
+    return means, jnp.where(seen, log_norm - 0.5 * jnp.sum(means.whitened**2, axis=1), 0.0)
 
 
 @partial(jax.jit, static_argnames="freeze")
 def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> Array:
-    return over_series(lambda *args: scan_means(*args)[1], ssm, y, u, freeze=freeze)
+    def each_step(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+        return scan_means(rows, last, ssm, y, u)[1].T.reshape(y.shape[:-1])
+
+    return over_series(each_step, ssm, y, u, freeze=freeze, ends_matter=False)
 
 
 @partial(jax.jit, static_argnames="freeze")
@@ -259,8 +271,11 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 def filter_result(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
     """Everything the filter knows, given the gains. What is not used costs nothing."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
-    chol, new_chol = spread_rows((rows.chol, rows.new_chol), last, y.shape[0])
-    return FilterResult(log_liks.sum(), log_liks, means.new_mean, new_chol, means.mean, chol)
+    batch, log_liks = y.shape[:-2], log_liks.T.reshape(y.shape[:-1])
+    chol, new_chol = for_each(batch, spread_rows((rows.chol, rows.new_chol), last, y.shape[-2]))
+    return FilterResult(
+        log_liks.sum(-1), log_liks, apart(means.new_mean, batch), new_chol, apart(means.mean, batch), chol
+    )
 
 
 @jax.jit

@@ -23,13 +23,12 @@ with `F` and `Theta` fixed. All that is wanted is the sum of `gam` over these st
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Scalar
-from pssm.batch import over_batches
 from pssm.filters.covariance import (
     OF_COVARIANCES,
     Gains,
@@ -74,11 +73,12 @@ def _log_likelihoods(ssm: LinearGaussianSSM, y: Array, u: Array | None, method: 
     one = None if method == "square_root" else _log_likelihood if method == "auto" else _full_log_likelihood
     each = None if method == "square_root" else _full_log_likelihood
     together = None if method == "square_root" else partial(_together, freeze=method == "auto")
-    return over_series(_total, ssm, y, u, freeze=method == "auto", one=one, each=each, together=together)
+    options = {"freeze": method == "auto", "ends_matter": False}
+    return over_series(_total, ssm, y, u, **options, one=one, each=each, together=together)
 
 
-def _total(*args: Any) -> Array:
-    return scan_means(*args)[1].sum()
+def _total(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    return scan_means(rows, last, ssm, y, u)[1].sum(0).reshape(y.shape[:-2])
 
 
 @jax.custom_jvp
@@ -303,7 +303,7 @@ def _together(gaps: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None, *,
     """Log-likelihoods of series with the same gaps: one recursion for the gains, and one for their derivative."""
     gain, root, log_norm = _what_means_need(freeze, ssm, ~gaps)
     rows = Gains(*(None for _ in Gains._fields))._replace(gain=gain, root=root, log_norm=log_norm)
-    return over_batches(partial(_total, rows, y.shape[-2] - 1), ssm, (y, 2), (u, 2))
+    return _total(rows, y.shape[-2] - 1, ssm, y, u)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import over_batches
+from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import (
     FIRST_CHECK,
     Gains,
@@ -27,10 +27,11 @@ from pssm.filters.covariance import (
     over_series,
     row_at,
     unmoved,
+    with_gains,
 )
 from pssm.filters.kalman import Means, prepare, scan_means
 from pssm.linalg import orthogonalise, triangularise, unless
-from pssm.linalg.small import SMALL, matmul, matvec, row_of, set_row
+from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
@@ -144,10 +145,26 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) 
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    found = _moments_with(rows, last, ssm, y, u)
+    chol, cross = for_each(y.shape[:-2], (found.chol, found.cross_cov))
+    return found._replace(chol=chol, cross_cov=cross)
+
+
+def _moments_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    """As `smooth_complete`."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
     covariances = _all_covariances if isinstance(last, int) else _settling_covariances
-    chol, cross = covariances(rows, last, y.shape[0])
-    return SmootherResult(_smoothed_means(rows, last, means), chol, cross, log_liks.sum())
+    chol, cross = covariances(rows, last, y.shape[-2])
+    mean = apart(_paths(rows, last, means), y.shape[:-2])
+    return SmootherResult(mean, chol, cross, log_liks.sum(0).reshape(y.shape[:-2]))
+
+
+def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    """`kalman_smoother` for an unbatched model and series `(series, time, obs)` without gaps, nothing checked.
+
+    All series have the same `chol` and `cross_cov`, which come once, without an axis for the series.
+    """
+    return with_gains(_moments_with, ssm, y, u, gaps=jnp.zeros(y.shape[-2:], bool), freeze=True)
 
 
 @jax.jit
@@ -157,25 +174,29 @@ def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResu
     return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
 
 
-def _smoothed_means(rows: Gains, last: Array | int, means: Means) -> Array:
+def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> Array:
     """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
 
     The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
+    With `noise`, a draw of `x` and the transition's noise before anything later is known, it is moved to where it
+    agrees with the next `e` (Matheron's rule): a draw from the posterior, which takes no covariance of its own.
     """
-    length, n_obs = means.whitened.shape
-    n = means.mean.shape[-1]
-
+    length, n_obs = means.whitened.shape[:2]
+    n = means.mean.shape[1]
     row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, length)
 
-    def back(message: Array, xs: tuple) -> tuple[Array, Array]:
-        row, new_mean, whitened = xs
+    def back(e: Array, xs: tuple) -> tuple[Array, Array]:
+        row, new_mean, whitened, free = xs
         turn, turn_next, new_chol = row_of_step(row)
-        after = matvec(turn_next[:, :n].T, message)
-        mean = new_mean + matvec(new_chol, after)
-        return matvec(turn[n_obs:, :n].T, after) + matvec(turn[:n_obs, :n].T, whitened), mean
+        x = times(turn_next[:, :n].T, e if free is None else e - times(turn_next, free))
+        x = x if free is None else free[:n] + x
+        e = times(turn[n_obs:, :n].T, x) + times(turn[:n_obs, :n].T, whitened)
+        return e, new_mean + times(new_chol, x)
 
-    xs = row_xs, means.new_mean, means.whitened
-    return jax.lax.scan(back, jnp.zeros(n, means.mean.dtype), xs, reverse=True)[1]
+    e = jnp.zeros_like(means.mean[0])
+    if noise is not None:  # nothing is known after the last step: the next `e` is what the draw makes it
+        e = times(row_at(rows.turn_next, jnp.asarray(length - 1), last), noise[-1])
+    return jax.lax.scan(back, e, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
 
 
 def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, Array, Array, Array]:
@@ -281,25 +302,8 @@ def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> A
 def _draws_with(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
 ) -> Array:
-    """Each path of `noise`, `(count, time, state + noise of the state)`, made a draw from the posterior.
-
-    A draw of `x` and the transition's noise before anything later is known is moved to where it agrees with the next
-    `e` (Matheron's rule), which takes no covariance of its own.
-    """
+    """Each path of `noise`, `(..., count, time, state + noise of the state)`, made a draw from the posterior."""
     means, _ = scan_means(rows, last, ssm, y, u)
-    n_obs, n = means.whitened.shape[1], ssm.n_state
-    row_xs, row_of_step = by_step((rows.turn, rows.turn_next, rows.new_chol), last, y.shape[0])
-
-    def one(noise: Array) -> Array:
-        def step(later: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:
-            row, new_mean, whitened, free = xs
-            turn, turn_next, new_chol = row_of_step(row)
-            e, any_later = later
-            x = free[:n] + any_later * matvec(turn_next[:, :n].T, e - matvec(turn_next, free))
-            e = matvec(turn[n_obs:, :n].T, x) + matvec(turn[:n_obs, :n].T, whitened)
-            return (e, jnp.ones_like(any_later)), new_mean + matvec(new_chol, x)
-
-        start = jnp.zeros(n, noise.dtype), jnp.zeros((), noise.dtype)
-        return jax.lax.scan(step, start, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
-
-    return jax.vmap(one)(noise)
+    *batch, count = noise.shape[:-2]
+    means = jax.tree.map(lambda x: jnp.repeat(x if batch else x[..., None], count, axis=-1), means)
+    return apart(_paths(rows, last, means, side_by_side(noise)), noise.shape[:-2])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pssm._types import Array
 from pssm.filters import kalman_smoother
+from pssm.filters.smoother import smooth_complete
 from pssm.linalg import orthogonalise, outer, solve_lower
 from pssm.ssm import LinearGaussianSSM
 
@@ -54,11 +55,13 @@ class Moments(NamedTuple):
 
 def expectations(ssm: LinearGaussianSSM, y: Array, u: Array | None, lengths: Array | None, form: str) -> Moments:
     """The moments of `y`, `(sequence, time, obs)`, in the form `form`; steps from `lengths` on do not count."""
-    smoothed = kalman_smoother(ssm, y, u)
-    mean, spread, share = smoothed.mean, smoothed, 1
     if form == "complete" and lengths is None:  # then all sequences have the same covariances: once is enough
-        spread, share = kalman_smoother(ssm, y[:1], None if u is None else u[:1]), len(y)
-    chol = spread.chol
+        smoothed, share = smooth_complete(ssm, y, u), len(y)
+        chol, cross_cov = smoothed.chol[None], smoothed.cross_cov[None]
+    else:
+        smoothed, share = kalman_smoother(ssm, y, u), 1
+        chol, cross_cov = smoothed.chol, smoothed.cross_cov
+    mean = smoothed.mean
     steps = jnp.arange(y.shape[1])
     valid = jnp.ones(y.shape[:2], bool) if lengths is None else steps < lengths[:, None]
     later = valid & (steps > 0)
@@ -74,7 +77,7 @@ def expectations(ssm: LinearGaussianSSM, y: Array, u: Array | None, lengths: Arr
 
     x = regressors(mean[:, :-1], None if ssm.B is None else u[:, 1:], ssm.b is not None, later[:, 1:])
     after = jnp.where(later[:, 1:, None], mean[:, 1:], 0.0)
-    lag = share * jnp.sum(jnp.where(later[: len(chol), 1:, None, None], spread.cross_cov, 0.0), axis=(0, 1))
+    lag = share * jnp.sum(jnp.where(later[: len(chol), 1:, None, None], cross_cov, 0.0), axis=(0, 1))
     transition = Regression(
         _add(summed(x, x), covariances(before)),
         _add(summed(after, x), lag),

@@ -18,6 +18,8 @@ from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
 from pssm.linalg.small import SMALL, TINY, matmul, matvec, row_of, set_row, substitute
 
+FEW = 8  # columns up to which a product column by column beats batched products with a call for each matrix
+
 
 def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
     """Lower-triangular `L` with `L L' = m m'`, diagonal >= 0; `m` may have any shape and any rank.
@@ -236,6 +238,10 @@ def _psd_root_jvp(primals, tangents):
     return root, vectors @ inner @ back
 
 
+@jax.jit
 def outer(factor: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows rows"]:
     """The covariance `F F'` of a factor."""
-    return factor @ jnp.swapaxes(factor, -1, -2)
+    cols = factor.shape[-1]
+    if not 0 < cols <= FEW:
+        return factor @ jnp.swapaxes(factor, -1, -2)
+    return sum(factor[..., :, None, k] * factor[..., None, :, k] for k in range(cols))
