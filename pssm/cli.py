@@ -305,7 +305,9 @@ def _datasets(_: argparse.Namespace) -> int:
     from pssm import datasets
 
     for name, length, missing, what in datasets.available():
-        print(f"{name:10s} {length:5d} steps {missing:3d} missing  {what}")
+        print(f"{name:15s} {length:5d} steps {missing:3d} missing        {what}")
+    for name, count, longest, what in datasets.available_sequences():
+        print(f"{name:15s} {count:5d} sequences of up to {longest:3d}  {what}; `pssm.datasets.load_sequences`")
     return 0
 
 

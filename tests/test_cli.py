@@ -290,4 +290,5 @@ def test_the_list_of_datasets_as_a_command():
     )
     assert run.returncode == 0
     assert run.stderr == ""
-    assert {line.split()[0] for line in run.stdout.splitlines()} == {row[0] for row in datasets.available()}
+    rows = [*datasets.available(), *datasets.available_sequences()]
+    assert {line.split()[0] for line in run.stdout.splitlines()} == {row[0] for row in rows}

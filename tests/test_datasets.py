@@ -1,5 +1,6 @@
-"""The embedded series against statsmodels, and what `read_csv` takes and refuses."""
+"""The embedded series against statsmodels, the sets of sequences, and what `read_csv` takes and refuses."""
 
+import hashlib
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pssm.datasets import Series, available, load, read_csv
+from pssm.datasets import Sequences, Series, available, available_sequences, load, load_sequences, read_csv
 
 NAMES = ("nile", "sunspots", "co2", "elnino", "macrodata")
 
@@ -95,6 +96,51 @@ def test_a_load_needs_neither_pandas_nor_statsmodels():
     # Only what loading adds counts for pandas: importing the package may have brought it along already.
     code = "import sys, pssm.datasets as d; had = 'pandas' in sys.modules; d.load('co2'); d.load('macrodata'); "
     code += "sys.exit('statsmodels' in sys.modules or ('pandas' in sys.modules and not had))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- sets of sequences
+
+
+def test_japanese_vowels_is_what_its_authors_describe():
+    # Numbers of utterances, lengths and the first frame as in the repository's description and file.
+    vowels = load_sequences("japanese_vowels")
+    assert isinstance(vowels, Sequences)
+    np.testing.assert_array_equal(np.bincount(vowels.train_labels), [30] * 9)
+    np.testing.assert_array_equal(np.bincount(vowels.test_labels), [31, 35, 88, 44, 29, 24, 40, 50, 29])
+    every = vowels.train + vowels.test
+    assert (min(map(len, every)), max(map(len, every)), sum(map(len, every))) == (7, 29, 9961)
+    assert {x.shape[1] for x in every} == {12} == {len(vowels.columns)}
+    assert {x.dtype for x in every} == {np.dtype(float)}
+    assert all(np.isfinite(x).all() for x in every)
+    assert len(vowels.classes) == 9
+    published = [1.860936, -0.207383, 0.261557, -0.214562, -0.171253, -0.118167]
+    np.testing.assert_allclose(vowels.train[0][0, :6], published, atol=5e-5)
+    assert "CC BY 4.0" in vowels.licence
+    assert "Kudo" in vowels.licence
+    assert vowels.source
+
+
+def test_japanese_vowels_has_not_changed():
+    vowels = load_sequences("japanese_vowels")
+    values = np.round(np.concatenate(vowels.train + vowels.test) * 1e4).astype("<i2")
+    found = hashlib.sha256(values.tobytes()).hexdigest()
+    assert found == "e88cdff0b5f461d655e17b5bcf772e54ce713d814ba91b623b2fc52c8537e98e"
+
+
+def test_a_caller_who_writes_into_a_set_changes_no_later_load():
+    load_sequences("japanese_vowels").train[0][:] = 0.0
+    assert load_sequences("japanese_vowels").train[0].any()
+
+
+def test_available_sequences_lists_number_and_longest():
+    assert [row[:3] for row in available_sequences()] == [("japanese_vowels", 640, 29)]
+    with pytest.raises(ValueError, match=r"`name`.*'japanese_vowels'.*got 'vowels'"):
+        load_sequences("vowels")
+
+
+def test_an_import_reads_no_file():
+    code = "import sys, builtins, numpy as np; np.load = None; import pssm.datasets"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

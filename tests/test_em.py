@@ -151,6 +151,14 @@ def test_shapes_of_the_data_do_not_matter(x64):
     np.testing.assert_allclose([two, three], [one, one], atol=1e-12)
 
 
+def test_groups_of_sequences_share_a_program(x64):
+    ssm, ys, _ = problem(lengths=(5, 7, 9))
+    fit_em(ys, ssm, num_iters=1)
+    programs = _climb._cache_size()
+    fit_em(problem(seed=1, lengths=(4, 12, 6))[1], ssm, num_iters=1)
+    assert _climb._cache_size() == programs
+
+
 def test_noise_free_directions_stay_and_the_companion_with_them(x64):
     """An autoregression of order two: the second row of `A` and of `Q` are structure, not parameters."""
     rng = np.random.default_rng(0)

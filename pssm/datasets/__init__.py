@@ -1,5 +1,6 @@
-"""Small real time series shipped as files, and a reader for a user's own CSV file."""
+"""Small real data shipped as files, series and sets of sequences, and a reader for a user's own CSV file."""
 
 from pssm.datasets.load import Series, available, load, read_csv
+from pssm.datasets.sequences import Sequences, available_sequences, load_sequences
 
-__all__ = ["Series", "available", "load", "read_csv"]
+__all__ = ["Sequences", "Series", "available", "available_sequences", "load", "load_sequences", "read_csv"]

@@ -12,12 +12,16 @@ from pssm.linalg import factor_from_covariance
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
 COVARIANCES = ("P0", "Q", "R")
+ROUNDED = 16  # steps
 
 
 def sequences(
     ssm: LinearGaussianSSM, y: ArrayLike | list[ArrayLike], u: ArrayLike | list[ArrayLike] | None
 ) -> tuple[Array, Array | None, Array | None]:
-    """Series `(sequence, time, obs)`, inputs likewise, and the lengths where these differ."""
+    """Series `(sequence, time, obs)`, inputs likewise, and the lengths where these differ.
+
+    Unequal lengths are padded to a multiple of `ROUNDED`, so that the fits of several groups share a program.
+    """
     if not _is_list_of_series(y, ssm.n_obs):
         series = check_series(y, ssm.n_obs)
         if series.ndim > 3:
@@ -28,17 +32,19 @@ def sequences(
         return series.reshape(-1, *series.shape[-2:]), inputs, None
     parts = [check_series(x, ssm.n_obs, f"y[{i}]") for i, x in enumerate(y)]
     lengths = np.asarray([len(x) for x in parts])
+    equal = np.ptp(lengths) == 0
+    padded = lengths.max() if equal else -(-lengths.max() // ROUNDED) * ROUNDED
     if u is not None and (not isinstance(u, list | tuple) or len(u) != len(parts)):
         raise ValueError(f"`u` must be a list of {len(parts)} arrays, as `y` is.")
     given = [None] * len(parts) if u is None else u
     inputs = [check_inputs(ssm, x, len(part), f"u[{i}]") for i, (x, part) in enumerate(zip(given, parts, strict=True))]
 
     def pad(x: Array, value: float) -> Array:
-        return jnp.pad(x, ((0, lengths.max() - len(x)), (0, 0)), constant_values=value)
+        return jnp.pad(x, ((0, padded - len(x)), (0, 0)), constant_values=value)
 
     series = jnp.stack([pad(x, jnp.nan) for x in parts])
     stacked = None if u is None else jnp.stack([pad(x, 0.0) for x in inputs if x is not None])
-    return series, stacked, None if np.ptp(lengths) == 0 else jnp.asarray(lengths)
+    return series, stacked, None if equal else jnp.asarray(lengths)
 
 
 def found_start(
