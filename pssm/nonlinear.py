@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_finite, check_shape
@@ -210,14 +211,17 @@ class NonlinearSSM:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
         children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
-        return children, (self._transition[1], self._emission[1], self.time_varying, self._emission_takes_inputs)
+        # As leaves and structure: two models of the same functions then share their compiled programs.
+        leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1]))
+        return children, (tuple(leaves), structure, self.time_varying, self._emission_takes_inputs)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "NonlinearSSM":
         """Rebuilds without checks."""
         model = object.__new__(cls)
         model.m0, model.chol_P0, model.chol_Q, transition, emission = children
-        model._transition, model._emission = (transition, static[0]), (emission, static[1])
+        own, seen = jax.tree.unflatten(static[1], static[0])
+        model._transition, model._emission = (transition, own), (emission, seen)
         model.time_varying, model._emission_takes_inputs = static[2:]
         return model
 
@@ -234,8 +238,10 @@ def check_nonlinear(model: Any) -> NonlinearSSM:
 def _split(function: Any) -> tuple[Any, Any]:
     """Arrays of a callable pytree, and the rest."""
     leaves = jax.tree.leaves(function)
-    plain = len(leaves) == 1 and leaves[0] is function
-    return eqx.partition(jax.tree_util.Partial(function) if plain else function, eqx.is_array)
+    if len(leaves) == 1 and leaves[0] is function:
+        return eqx.partition(jax.tree_util.Partial(function), eqx.is_array)
+    function = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, function)
+    return eqx.partition(function, eqx.is_array)
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:

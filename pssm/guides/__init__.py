@@ -1,6 +1,7 @@
 """Guides for SVI: the structured low-rank posterior for any model with a state path."""
 
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.guided import guided_proposal
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 
-__all__ = ["AutoScanStateSpace", "AutoStateSpace", "scan_path"]
+__all__ = ["AutoScanStateSpace", "AutoStateSpace", "guided_proposal", "scan_path"]
