@@ -56,8 +56,8 @@ def particle_filter(
             state); or potentials for the guided filter: a `LowRankChain`, or `guided_proposal(model, y, u)` from
             `pssm.guides`.
         resample: "systematic", "stratified", "multinomial" or "residual".
-        ess_threshold: particles are resampled where their effective number is below this share of `num_particles`; 0 for never,
-            1 for (almost) always.
+        ess_threshold: particles are resampled where their effective number is below this share of `num_particles`; 0
+            for never, 1 for (almost) always.
 
     Returns:
         A `ParticleResult`.

@@ -51,7 +51,7 @@ def particle_smoother(
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
-        >>> from pssm.filters.particle_sweep import particle_filter
+        >>> from pssm.filters import particle_filter
         >>> model = NonlinearSSM(jnp.zeros(1), jnp.eye(1), lambda z, u: 0.9 * z, 0.3 * jnp.eye(1),
         ...                      lambda z: dist.Poisson(jnp.exp(z)).to_event(1))
         >>> found = particle_filter(jax.random.key(0), model, [1, 0, 0, 2], num_particles=100)

@@ -1,8 +1,8 @@
 """One pass of particles through a series: what the particle filter and conditional SMC have in common.
 
-Between two steps a cloud holds where each particle is expected next, so that resampling moves means, not states, and the
-transition is evaluated once per particle and step. Weights are carried with their look-ahead (`particle.py` says what
-that is), normalised; the sums that normalise them make the estimate of the evidence.
+Between two steps a cloud holds where each particle is expected next, so that resampling moves means, not states, and
+the transition is evaluated once per particle and step. Weights are carried with their look-ahead (`particle.py` says
+what that is), normalised; the sums that normalise them make the estimate of the evidence.
 """
 
 from collections.abc import Callable
