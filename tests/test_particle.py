@@ -58,18 +58,23 @@ def scalar_case(name, steps):
 
 
 @cache
-def linear_case(steps=8, seed=0):
-    """A model of two states and two variables with offsets and inputs, and a series with holes."""
-    rng = np.random.default_rng(seed)
+def linear_numbers(steps=8):
+    rng = np.random.default_rng(0)
     q = oracles.random_model(rng, n=2, p=2, m=1, offsets=True)
     q["chol_R"] = q["chol_R"] + 0.5 * np.eye(2)
-    ssm = pssm.LinearGaussianSSM(**q)
     u = rng.normal(size=(steps, 1))
-    y = oracles.with_holes(rng, pssm.simulate(jax.random.key(seed), ssm, steps, u)[1])
+    y = np.asarray(pssm.simulate(jax.random.key(0), pssm.LinearGaussianSSM(**q), steps, u)[1], float)
+    return q, oracles.with_holes(rng, y), u
+
+
+def linear_case():
+    """A model of two states and two variables with offsets and inputs, a series with holes, and its log evidence."""
+    q, y, u = linear_numbers()
+    ssm = pssm.LinearGaussianSSM(**q)
     return ssm, y, u, oracles.log_likelihood(ssm, y, u)
 
 
-def messages(ssm, y, u, scale=1.0):
+def messages(ssm, y, u=None, scale=1.0):
     h, J = oracles.backward_messages(ssm, y, u)
     return SimpleNamespace(k=scale * h, K=np.sqrt(scale) * oracles.root(J), diag=None, center=None)
 
@@ -90,16 +95,20 @@ def assert_unbiased(found, exact):
 KEYS = 1000
 
 
-@pytest.mark.parametrize(
-    ("proposal", "resample"),
-    [*((None, name) for name in RESAMPLERS), ("ekf", "systematic"), ("potentials", "residual")],
-)
-def test_evidence_of_a_linear_model_is_unbiased(proposal, resample, x64):
+@pytest.mark.parametrize("proposal", [None, "ekf", "potentials"])
+def test_evidence_of_a_linear_model_is_unbiased(proposal, x64):
     ssm, y, u, exact = linear_case()
     potentials = vars(messages(ssm, y, u, scale=0.6)) if proposal == "potentials" else None
     proposal = None if proposal == "potentials" else proposal
     keys = jax.random.split(jax.random.key(1), KEYS)
-    assert_unbiased(likelihoods(keys, ssm, y, u, potentials, 64, proposal, resample), exact)
+    assert_unbiased(likelihoods(keys, ssm, y, u, potentials, 64, proposal), exact)
+
+
+@pytest.mark.parametrize("resample", list(RESAMPLERS))
+def test_evidence_is_unbiased_with_each_resampling(resample):
+    y, exact = scalar_case("counts", 8)
+    keys = jax.random.split(jax.random.key(2), KEYS)
+    assert_unbiased(likelihoods(keys, MODELS["counts"], y, None, None, 64, resample=resample), exact)
 
 
 @pytest.mark.parametrize(("name", "proposal"), [("volatility", None), ("volatility", "guided"), ("counts", "ukf")])
@@ -193,19 +202,21 @@ def test_resampling_only_where_the_weights_need_it(key):
 
 
 def test_missing_entries_count_as_if_they_were_not_there(key):
-    rng = np.random.default_rng(1)
-    q = oracles.random_model(rng, n=2, p=2)
-    q["chol_R"] = np.diag([0.5, 0.8])
-    both = pssm.LinearGaussianSSM(**q)
-    first = pssm.LinearGaussianSSM(**(q | {"C": q["C"][:1], "chol_R": q["chol_R"][:1, :1]}))
-    y = rng.normal(size=(7, 2))
+    y = np.random.default_rng(1).normal(size=(7, 2))
     y[:, 1] = np.nan
     y[-2:] = np.nan
-    found = particle_filter(key, both, y, num_particles=50)
-    other = particle_filter(key, first, y[:, :1], num_particles=50)
-    shorter = particle_filter(key, first, y[:-2, :1], num_particles=50)
-    np.testing.assert_allclose(found.log_weights, other.log_weights, atol=1e-4)
-    assert float(found.log_likelihood) == pytest.approx(float(shorter.log_likelihood), abs=1e-4)
+
+    def model(count):
+        def emission(z):
+            return dist.Normal(z[:count], 0.5).to_event(1)
+
+        return pssm.NonlinearSSM(jnp.zeros(2), jnp.eye(2), lambda z, u: jnp.sin(z), 0.5 * jnp.eye(2), emission)
+
+    found = particle_filter(key, model(2), y, num_particles=50)
+    other = particle_filter(key, model(1), y[:, :1], num_particles=50)
+    shorter = particle_filter(key, model(1), y[:-2, :1], num_particles=50)
+    np.testing.assert_allclose(found.log_weights, other.log_weights, atol=1e-5)
+    np.testing.assert_allclose(found.log_likelihood, shorter.log_likelihood, atol=1e-5)
     np.testing.assert_allclose(found.log_likelihoods[-2:], 0.0, atol=1e-5)
 
 
@@ -236,7 +247,9 @@ def test_singular_noise_in_both_precisions(wide):
         dtype = jnp.float64 if wide else jnp.float32
         A, column = jnp.array([[1.2, -0.4], [1.0, 0.0]], dtype), jnp.array([[0.5], [0.0]], dtype)
         one = jnp.ones((1, 1), dtype)
-        ssm = pssm.LinearGaussianSSM(jnp.zeros(2, dtype), jnp.eye(2, dtype), A, column, one * A[:1] * 0 + 1, one)
+        ssm = pssm.LinearGaussianSSM(
+            jnp.zeros(2, dtype), jnp.eye(2, dtype), A, column, jnp.array([[1.0, 0.0]], dtype), one
+        )
         y = np.random.default_rng(0).normal(size=(30, 1)).astype(dtype)
         exact = float(pssm.log_likelihood(ssm, y))
         for proposal in (None, "ekf", guided_proposal(ssm, y)):
@@ -253,29 +266,30 @@ def test_singular_noise_in_both_precisions(wide):
 def test_time_varying_noise_and_one_step(x64):
     rng = np.random.default_rng(0)
     q = oracles.random_model(rng, n=2, p=1, steps=6, timed=("chol_Q",))
-    ssm = pssm.LinearGaussianSSM(**q)
     y = rng.normal(size=(6, 1))
     for length in (6, 1):
         cut = pssm.LinearGaussianSSM(**(q | {"chol_Q": q["chol_Q"][:length]}))
-        found = particle_filter(
-            jax.random.key(0), cut, y[:length], num_particles=10, proposal=guided_proposal(cut, y[:length])
-        )
+        guide = messages(cut, y[:length])
+        found = particle_filter(jax.random.key(0), cut, y[:length], num_particles=10, proposal=guide)
         assert float(found.log_likelihood) == pytest.approx(oracles.log_likelihood(cut, y[:length]), abs=1e-8)
         assert found.particles.shape == (length, 10, 2)
-    assert ssm.n_state == 2
 
 
-def test_program_does_not_grow_with_the_series(key):
+def equations(jaxpr):
+    """Number of equations, those of inner programs included."""
+    inner = (x for e in jaxpr.eqns for p in e.params.values() for x in (p if isinstance(p, tuple | list) else [p]))
+    return len(jaxpr.eqns) + sum(equations(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "eqns"))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_program_does_not_grow_with_the_series(guided, key):
     def size(steps):
-        y = jnp.ones((steps, 1))
-        run = partial(particle_filter, model=MODELS["counts"], num_particles=10)
         k = jnp.ones((steps, 1))
-        guide = SimpleNamespace(k=k, K=k[..., None], diag=k, center=k)
-        return [
-            len(str(jax.make_jaxpr(lambda y, p=p: run(key, y=y, proposal=p))(y)).split("\n")) for p in (None, guide)
-        ]
+        guide = SimpleNamespace(k=k, K=k[..., None], diag=k, center=k) if guided else None
+        run = partial(particle_filter, key, MODELS["counts"], num_particles=10, proposal=guide)
+        return equations(jax.make_jaxpr(run)(k).jaxpr)
 
-    assert size(50) == size(500)
+    assert size(500) == size(50) > 100
 
 
 def test_models_of_the_same_functions_share_a_program(key):
@@ -350,19 +364,19 @@ def assert_moments(paths, ssm, y, u, slack=0.0):
 def test_backward_simulation_gives_the_smoother(guided):
     ssm, y, u, _ = linear_case()
     proposal = guided_proposal(ssm, y, u) if guided else None
-    found = particle_filter(jax.random.key(0), ssm, y, u, num_particles=4000, proposal=proposal)
+    found = particle_filter(jax.random.key(0), ssm, y, u, num_particles=2000, proposal=proposal)
     paths = particle_smoother(jax.random.key(1), ssm, found, u, num_paths=1000)
-    assert_moments(paths, ssm, y, u, slack=0.06)  # the filter's own error with 4000 particles
+    assert_moments(paths, ssm, y, u, slack=0.1)  # the filter's own error
 
 
-@partial(jax.jit, static_argnames=("num_particles", "sweeps"))
-def swept(keys, paths, ssm, y, u, potentials, num_particles, sweeps):
+@jax.jit
+def swept(keys, paths, ssm, y, u, potentials, sweeps):
     guide = None if potentials is None else SimpleNamespace(**potentials)
 
     def one(key, path):
         def body(i, path):
             k = jax.random.fold_in(key, i)
-            return conditional_smc(k, ssm, y, path, u, num_particles=num_particles, proposal=guide)
+            return conditional_smc(k, ssm, y, path, u, num_particles=8, proposal=guide)
 
         return jax.lax.fori_loop(0, sweeps, body, path)
 
@@ -371,17 +385,17 @@ def swept(keys, paths, ssm, y, u, potentials, num_particles, sweeps):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_conditional_smc_leaves_the_posterior_as_it_is(guided):
-    """From exact draws five particles keep the law; from one path, far off, a few sweeps find it."""
+    """From exact draws eight particles keep the law; from one path, far off, a few sweeps find it."""
     ssm, y, u, _ = linear_case()
     potentials = vars(messages(ssm, y, u, scale=0.6)) if guided else None
-    exact = pssm.sample_states(jax.random.key(3), ssm, y, u, sample_shape=(4000,))
-    keys = jax.random.split(jax.random.key(4), 4000)
+    exact = pssm.sample_states(jax.random.key(3), ssm, y, u, sample_shape=(2000,))
+    keys = jax.random.split(jax.random.key(4), 2000)
     run = partial(swept, keys, ssm=ssm, y=y, u=u, potentials=potentials)
-    after = run(exact, num_particles=5, sweeps=3)
+    after = run(exact, sweeps=3)
     assert np.mean(np.asarray(after == exact).all(-1)) < 0.5
     assert_moments(after, ssm, y, u)
     far = jnp.broadcast_to(exact.mean(0) + 1.0, exact.shape)
-    assert_moments(run(far, num_particles=20, sweeps=40), ssm, y, u)
+    assert_moments(run(far, sweeps=30), ssm, y, u)
 
 
 def level_model(y):

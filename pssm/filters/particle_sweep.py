@@ -198,11 +198,10 @@ def sweep(
     everything = _Now(jax.random.split(key, steps), t, y, statistic, u, _next(u), potentials, None, None, reference)
     first, later = _first_and_rest(everything)
     update, updates = _updates(task)
-    if update is not None and steps > 1:
-        first = first._replace(update=update, next_update=_first_and_rest(updates)[0])
+    if update is not None:  # where nothing follows the first step, its own update stands in, and is not used
+        follows = update if steps == 1 else _first_and_rest(updates)[0]
+        first = first._replace(update=update, next_update=follows)
         later = later._replace(update=updates, next_update=_next(updates))
-    else:  # one step: nothing follows
-        first = first._replace(update=update, next_update=update)
     even = jnp.full(N, -jnp.log(N), y.dtype)
 
     def visit(now: _Now, factor: Factor, mu: Array, log_weights: Array) -> tuple[_Cloud, tuple]:
