@@ -111,7 +111,7 @@ def test_evidence_is_unbiased_with_each_resampling(resample):
     assert_unbiased(likelihoods(keys, MODELS["counts"], y, None, None, 64, resample=resample), exact)
 
 
-@pytest.mark.parametrize(("name", "proposal"), [("volatility", None), ("volatility", "guided"), ("counts", "ukf")])
+@pytest.mark.parametrize(("name", "proposal"), [("volatility", "guided"), ("counts", "ukf")])
 def test_evidence_of_a_scalar_model_is_unbiased(name, proposal):
     y, exact = scalar_case(name, 8)
     potentials = guided_proposal(MODELS[name], y)._asdict() if proposal == "guided" else None
@@ -248,11 +248,11 @@ def test_singular_noise_in_both_precisions(wide):
         A, column = jnp.array([[1.2, -0.4], [1.0, 0.0]], dtype), jnp.array([[0.5], [0.0]], dtype)
         one = jnp.ones((1, 1), dtype)
         ssm = pssm.LinearGaussianSSM(
-            jnp.zeros(2, dtype), jnp.eye(2, dtype), A, column, jnp.array([[1.0, 0.0]], dtype), one
+            jnp.zeros(2, dtype), jnp.eye(2, dtype=dtype), A, column, jnp.array([[1.0, 0.0]], dtype), one
         )
         y = np.random.default_rng(0).normal(size=(30, 1)).astype(dtype)
         exact = float(pssm.log_likelihood(ssm, y))
-        for proposal in (None, "ekf", guided_proposal(ssm, y)):
+        for proposal in (None, "ekf", messages(ssm, y)):
             found = particle_filter(jax.random.key(0), ssm, y, num_particles=2000, proposal=proposal)
             assert found.particles.dtype == dtype
             guided = not (proposal is None or isinstance(proposal, str))
@@ -363,7 +363,7 @@ def assert_moments(paths, ssm, y, u, slack=0.0):
 @pytest.mark.parametrize("guided", [False, True])
 def test_backward_simulation_gives_the_smoother(guided):
     ssm, y, u, _ = linear_case()
-    proposal = guided_proposal(ssm, y, u) if guided else None
+    proposal = messages(ssm, y, u, scale=0.6) if guided else None
     found = particle_filter(jax.random.key(0), ssm, y, u, num_particles=2000, proposal=proposal)
     paths = particle_smoother(jax.random.key(1), ssm, found, u, num_paths=1000)
     assert_moments(paths, ssm, y, u, slack=0.1)  # the filter's own error
@@ -383,7 +383,7 @@ def swept(keys, paths, ssm, y, u, potentials, sweeps):
     return jax.vmap(one)(keys, paths)
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guided", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_conditional_smc_leaves_the_posterior_as_it_is(guided):
     """From exact draws eight particles keep the law; from one path, far off, a few sweeps find it."""
     ssm, y, u, _ = linear_case()

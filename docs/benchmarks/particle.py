@@ -4,8 +4,8 @@
 
 Run it in an environment of its own (`results.md` says how). The model: a noisy nonlinear map of `n` states, all
 observed with normal noise, `n` = 2 and 8; systematic resampling where the effective number falls below half, on both
-sides; the log-likelihood, float32. Prints a Markdown table: seconds of the first call (compiling, mostly), and steps per
-second (median of the runs) of later ones. cuthbert is a dash where it is not installed.
+sides; the log-likelihood, float32. Prints a Markdown table: seconds of the first call (compiling, mostly), and steps
+per second (median of the runs) of later ones. cuthbert is a dash where it is not installed.
 """
 
 import argparse
