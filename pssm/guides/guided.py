@@ -93,17 +93,21 @@ def _potentials(
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    def again(_: int, found: PotentialsAtMode) -> PotentialsAtMode:
-        steps = _spread(prior, found)  # (points, time, state)
+    def one_round(_: int, state: tuple[Array, PotentialsAtMode]) -> tuple[Array, PotentialsAtMode]:
+        steps, found = state  # points about the path, `(points, time, state)`: at first all on it
 
         def average(path: Array) -> Array:
             return jnp.sum(weights * jax.vmap(log_lik)(path + steps))
 
-        return mode_potentials(prior, average, rank=rank, start=found.center, num_iters=num_iters)
+        found = mode_potentials(prior, average, rank=rank, start=found.center, num_iters=num_iters)
+        return _spread(prior, found), found
 
-    weights = jnp.asarray(_points(model.n_state)[1], y.dtype)
-    found = mode_potentials(prior, log_lik, rank=rank, num_iters=num_iters)
-    return jax.lax.fori_loop(0, num_rounds, again, found)
+    points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
+    path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype))
+    nothing = jnp.zeros_like(path)
+    start = PotentialsAtMode(path, nothing, jnp.zeros((*path.shape, rank), y.dtype), nothing, nothing)
+    steps = jnp.zeros((len(points), *path.shape), y.dtype)
+    return jax.lax.fori_loop(0, num_rounds + 1, one_round, (steps, start))[1]
 
 
 def _points(n: int) -> tuple[np.ndarray, np.ndarray]:
