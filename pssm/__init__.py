@@ -16,6 +16,8 @@ from pssm import models as models
 from pssm import sde as sde
 from pssm._version import __version__ as __version__
 from pssm.distributions import observe as observe
+from pssm.filters import ParticleResult as ParticleResult
+from pssm.filters import conditional_smc as conditional_smc
 from pssm.filters import forecast as forecast
 from pssm.filters import gaussian_filter as gaussian_filter
 from pssm.filters import gaussian_smoother as gaussian_smoother
@@ -24,6 +26,8 @@ from pssm.filters import kalman_smoother as kalman_smoother
 from pssm.filters import log_likelihood as log_likelihood
 from pssm.filters import log_likelihoods as log_likelihoods
 from pssm.filters import most_likely_states as most_likely_states
+from pssm.filters import particle_filter as particle_filter
+from pssm.filters import particle_smoother as particle_smoother
 from pssm.filters import sample_states as sample_states
 from pssm.filters import simulate as simulate
 from pssm.learning import DynamicTexture as DynamicTexture

@@ -213,14 +213,17 @@ class NonlinearSSM:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
         children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
-        return children, (self._transition[1], self._emission[1], self.time_varying, self._emission_takes_inputs)
+        # As leaves and structure: two models of the same functions then share their compiled programs.
+        leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1]))
+        return children, (tuple(leaves), structure, self.time_varying, self._emission_takes_inputs)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "NonlinearSSM":
         """Rebuilds without checks."""
         model = object.__new__(cls)
         model.m0, model.chol_P0, model.chol_Q, transition, emission = children
-        model._transition, model._emission = (transition, static[0]), (emission, static[1])
+        own, seen = jax.tree.unflatten(static[1], static[0])
+        model._transition, model._emission = (transition, own), (emission, seen)
         model.time_varying, model._emission_takes_inputs = static[2:]
         return model
 
@@ -248,7 +251,7 @@ def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
         leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))
     others = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray))
     places = dict(others)
-    return tuple(x for i, x in enumerate(leaves) if i not in places), _Static(structure, others)
+    return tuple(jnp.asarray(x) for i, x in enumerate(leaves) if i not in places), _Static(structure, others)
 
 
 def _join(arrays: tuple[Array, ...], static: _Static) -> Any:

@@ -153,16 +153,17 @@ def _marginal_normal(d: dist.MultivariateNormal, value: Array) -> Array:
     shape = jnp.broadcast_shapes(value.shape, d.batch_shape + d.event_shape)
     size = shape[-1]
     residual = jnp.broadcast_to(value - d.loc, shape).reshape(-1, size)
-    factors = jnp.broadcast_to(d.scale_tril, shape + (size,)).reshape(-1, size, size)
+    missing = jnp.broadcast_to(jnp.isnan(value), shape).reshape(-1, size)  # not of `residual`: under `vmap` over `loc`
+    factors = jnp.broadcast_to(d.scale_tril, shape + (size,)).reshape(-1, size, size)  # one factor then does for all
 
-    def one(r: Array, factor: Array) -> Array:
-        seen = ~jnp.isnan(r)
+    def one(r: Array, missing: Array, factor: Array) -> Array:
+        seen = ~missing
         chol = triangularise(jnp.where(seen[:, None], factor, 0.0))
         whitened = solve_lower(chol, jnp.where(seen, r, 0.0))
         terms = LOG_2PI + 2 * jnp.log(jnp.where(seen, jnp.diagonal(chol), 1.0)) + whitened**2
         return -0.5 * jnp.sum(jnp.where(seen, terms, 0.0))
 
-    return jax.vmap(one)(residual, factors).reshape(shape[:-1])
+    return jax.vmap(one)(residual, missing, factors).reshape(shape[:-1])
 
 
 def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = None) -> Array:

@@ -2,10 +2,15 @@
 
 from pssm.filters.gaussian import gaussian_filter, gaussian_smoother
 from pssm.filters.kalman import forecast, kalman_filter, log_likelihoods, simulate
+from pssm.filters.particle import particle_filter
+from pssm.filters.particle_smoother import conditional_smc, particle_smoother
+from pssm.filters.particle_sweep import ParticleResult
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother, most_likely_states, sample_states
 
 __all__ = [
+    "ParticleResult",
+    "conditional_smc",
     "forecast",
     "gaussian_filter",
     "gaussian_smoother",
@@ -14,6 +19,8 @@ __all__ = [
     "log_likelihood",
     "log_likelihoods",
     "most_likely_states",
+    "particle_filter",
+    "particle_smoother",
     "sample_states",
     "simulate",
 ]

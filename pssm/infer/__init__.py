@@ -2,6 +2,7 @@
 
 from pssm.infer.causal import causal_draws
 from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
@@ -18,6 +19,7 @@ __all__ = [
     "importance_bound",
     "log_weights",
     "one_step_probabilities",
+    "particle_gibbs",
     "posterior_draws",
     "sample_states",
     "smoothed_states",

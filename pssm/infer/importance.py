@@ -12,10 +12,12 @@ from numpyro.distributions.util import scale_and_mask
 from pssm._checks import check_count
 from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
+from pssm.filters.resampling import ess as ess_of
+from pssm.filters.resampling import systematic
 from pssm.guides.auto import ModelRun, unwrap
 from pssm.infer.fit import SVIFit, as_key
 from pssm.infer.objective import site_log_prob
-from pssm.linalg.low_rank import Factor, Update, log_ratio, posterior_sample
+from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample
 
 
 class EvidenceBound(NamedTuple):
@@ -225,15 +227,15 @@ def guided_filter(
             return z, -log_ratio(update, factor, mu, z)
 
         def ahead(update: Update, now: dict[str, Any], z: Array) -> Array:
-            """`log Z(z)` of the next conditional; the potential is 1 at its centre."""
-            return -jax.vmap(lambda x: log_ratio(update, now["chol_Q"], prior.step(now, x), update.c))(z)
+            """`log Z(z)` of the next conditional."""
+            return jax.vmap(lambda x: log_normaliser(update, now["chol_Q"], prior.step(now, x)))(z)
 
         start_key, scan_key = jax.random.split(key)
         draw_first = jax.vmap(lambda k: draw(k, first, a["chol_P0"], a["m0"]))
         z, weights = draw_first(jax.random.split(start_key, N))
         weights = weights + gained(0, z[:, None])
         if not steps:
-            return base + jax.nn.logsumexp(weights) - jnp.log(N), _ess(weights)
+            return base + jax.nn.logsumexp(weights) - jnp.log(N), ess_of(weights)
 
         timed = prior.timed(a)
 
@@ -253,9 +255,9 @@ def guided_filter(
             weights = weights + gained(start, jnp.moveaxis(rows, 0, 1))
             look = jnp.where(last, 0.0, ahead(next_update, {**a, **next_t}, z))
             seen = weights + look
-            ess = _ess(seen)
+            ess = ess_of(seen)
             need = (ess < 0.5 * N) & ~last
-            chosen = jnp.where(need, _systematic(resample_key, seen), jnp.arange(N))
+            chosen = jnp.where(need, systematic(resample_key, seen), jnp.arange(N))
             total = total + jnp.where(need, jax.nn.logsumexp(seen) - jnp.log(N), 0.0)
             weights = jnp.where(need, -look[chosen], weights)
             return (z[chosen], weights, total), ess
@@ -275,15 +277,3 @@ def guided_filter(
         return total + base + jax.nn.logsumexp(weights) - jnp.log(N), ess.min()
 
     return chain._map(one)
-
-
-def _ess(log_weights: Array) -> Array:
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
-
-
-def _systematic(key: Array, log_weights: Array) -> Array:
-    """Systematic resampling: one uniform number, evenly spaced positions."""
-    count = log_weights.shape[0]
-    cumulative = jnp.cumsum(jax.nn.softmax(log_weights))
-    positions = (jnp.arange(count) + jax.random.uniform(key, (), log_weights.dtype)) / count
-    return jnp.clip(jnp.searchsorted(cumulative, positions), 0, count - 1)

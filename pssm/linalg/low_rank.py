@@ -230,6 +230,20 @@ def log_ratio(update: Update, factor: Factor, mu: Float[Array, " state"], z: Flo
     return update.half_logdet + jnp.vdot(rest, w) + 0.5 * (jnp.vdot(step, w) - quadratic)
 
 
+def log_potential(p: Potential, z: Float[Array, " state"]) -> Array:
+    """`log psi(z)`."""
+    x = z if p.c is None else z - p.c
+    pull = matvec(p.K.T, x)
+    value = jnp.vdot(p.k, x) - 0.5 * jnp.sum(pull**2)
+    value = value if p.b is None else value + jnp.vdot(p.b, pull)
+    return value if p.delta is None else value - 0.5 * jnp.sum(p.delta * x**2)
+
+
+def log_normaliser(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
+    """`log int N(z; mu, Q) psi(z) dz`: minus the log ratio at the centre, where the potential is one."""
+    return -log_ratio(update, factor, mu, update.c)
+
+
 def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]:
     """Diagonal of `V`."""
     if not isinstance(factor, Diagonal):

@@ -1,0 +1,326 @@
+"""One pass of particles through a series: what the particle filter and conditional SMC have in common.
+
+Between two steps a cloud holds where each particle is expected next, so that resampling moves means, not states, and
+the transition is evaluated once per particle and step. Weights are carried with their look-ahead (`particle.py` says
+what that is), normalised; the sums that normalise them make the estimate of the evidence.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from pssm._checks import as_float, check_choice, check_count, check_shape
+from pssm._types import Array, ArrayLike
+from pssm.filters.gaussian import _update
+from pssm.filters.linearize import NAMES, Linearize, rule
+from pssm.filters.resampling import ess, multinomial, normalise
+from pssm.linalg import solve_lower, triangularise
+from pssm.linalg.low_rank import (
+    Factor,
+    Potential,
+    Update,
+    apply_factor,
+    as_factor,
+    as_matrix,
+    condition,
+    log_normaliser,
+    log_potential,
+    posterior_sample,
+)
+from pssm.linalg.small import matvec
+from pssm.nonlinear import NonlinearSSM, check_nonlinear
+
+
+class Potentials(Protocol):
+    """Potentials of the states, one per step: a `LowRankChain`, what `pssm.guides.guided_proposal` gives, or your own.
+
+    `psi_t(z) = exp(k_t'x - x'(diag(diag_t) + K_t K_t')x / 2)` with `x = z - center_t`. An attribute `b` `(time, rank)`,
+    where there is one, adds `(K_t b_t)'x`.
+
+    Attributes:
+        k: slopes, `(time, state)`.
+        K: factors, `(time, state, rank)`.
+        diag: diagonal precisions, `(time, state)`, or None.
+        center: `(time, state)`, or None for zero.
+    """
+
+    @property
+    def k(self) -> Array: ...  # noqa: D102
+    @property
+    def K(self) -> Array: ...  # noqa: D102
+    @property
+    def diag(self) -> Array | None: ...  # noqa: D102
+    @property
+    def center(self) -> Array | None: ...  # noqa: D102
+
+
+class ParticleResult(NamedTuple):
+    """What a particle filter found.
+
+    Attributes:
+        log_likelihood: log of an unbiased estimate of `p(y_{1:T})`; as a logarithm a lower bound in expectation. -inf
+            where at some step no particle was possible.
+        log_likelihoods: their summands, `(time,)`: estimates of `log p(y_t | y_{1:t-1})`.
+        particles: states, `(time, particles, state)`.
+        log_weights: normalised, `(time, particles)`: with them the particles of step t stand for `p(z_t | y_{1:t})`.
+        ancestors: `particles[t, i]` came from `particles[t - 1, ancestors[t, i]]`, `(time, particles)`.
+        ess: effective number of particles before resampling, `(time,)`, look-ahead included.
+        log_look_ahead: log of `Z_{t+1}(z_t)`, `(time, particles)`; zero for a filter that is not guided. Particles are
+            resampled by `log_weights + log_look_ahead`; with that sum they stand, roughly, for `p(z_t | y_{1:T})`.
+    """
+
+    log_likelihood: Array
+    log_likelihoods: Array
+    particles: Array
+    log_weights: Array
+    ancestors: Array
+    ess: Array
+    log_look_ahead: Array
+
+
+class Task(NamedTuple):
+    """A model, its data and the potentials, checked; a pytree.
+
+    Attributes:
+        model: the model.
+        y: `(time, obs)`.
+        u: `(time, input)`, or None.
+        chol_P0: its factor, a `Diagonal` where it can be seen to be one.
+        chol_Q: the same; with a time axis where the model's has one.
+        potentials: with a time axis, or None.
+    """
+
+    model: NonlinearSSM
+    y: Array
+    u: Array | None
+    chol_P0: Factor
+    chol_Q: Factor
+    potentials: Potential | None
+
+    def factor(self, t: Array) -> Factor:
+        """The factor of the noise into step `t`."""
+        return jax.tree.map(lambda x: x[t], self.chol_Q) if self.model.time_varying else self.chol_Q
+
+
+def prepare(
+    model: Any, y: ArrayLike, u: ArrayLike | None, num_particles: int, proposal: Any
+) -> tuple[Task, str | Linearize | None]:
+    """The checked task, and what linearises (a name, a function or None); the dtype is the model's."""
+    check_count("num_particles", num_particles)
+    model = check_nonlinear(model)
+    series, inputs = model.check_series(y, u)
+    dtype = model.m0.dtype
+    potentials = None
+    linearize = None
+    if all(hasattr(proposal, name) for name in ("k", "K", "diag", "center")):
+        potentials = _check_potentials(proposal, len(series), model.n_state, dtype)
+    elif isinstance(proposal, str):
+        check_choice("proposal", proposal, NAMES)
+        linearize = proposal
+    elif callable(proposal):
+        linearize = proposal
+    elif proposal is not None:
+        raise TypeError(
+            "`proposal` must be None, a name, a rule of linearisation, or potentials with attributes k, K, diag and "
+            f"center (`pssm.guides.guided_proposal`); got {type(proposal).__name__}."
+        )
+    factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
+    inputs = None if inputs is None else inputs.astype(dtype)
+    return Task(model, series.astype(dtype), inputs, *factors, potentials), linearize
+
+
+def _check_potentials(given: Any, steps: int, n: int, dtype: Any) -> Potential:
+    K = as_float("proposal.K", given.K).astype(dtype)
+    if K.ndim != 3 or K.shape[:2] != (steps, n):
+        raise ValueError(f"`proposal.K` must have shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
+    found: dict[str, Array | None] = {}
+    for name in ("k", "diag", "center", "b"):
+        x = getattr(given, name, None)
+        if x is None and name != "k":
+            found[name] = None
+            continue
+        array = as_float(f"proposal.{name}", x).astype(dtype)
+        shape, meaning = ((steps, K.shape[2]), "time, rank") if name == "b" else ((steps, n), "time, state")
+        check_shape(f"proposal.{name}", array, shape, meaning)
+        found[name] = array
+    return Potential(K, found["k"], found["diag"], found["center"], found["b"])
+
+
+class _Now(NamedTuple):
+    """What one step needs besides the particles; `next_update` and `next_factor` belong to the step after it."""
+
+    key: Array
+    t: Array
+    y: Array
+    statistic: Array
+    u: Array | None
+    u_next: Array | None
+    potential: Potential | None
+    update: Update | None
+    next_update: Update | None
+    reference: Array | None
+
+
+class _Cloud(NamedTuple):
+    """The particles between two steps.
+
+    Attributes:
+        mu: where each is expected next, `(particles, state)`.
+        log_weights: look-ahead included, normalised.
+        log_filtering: the same without it, not normalised.
+    """
+
+    mu: Array
+    log_weights: Array
+    log_filtering: Array
+
+
+def sweep(
+    key: Array,
+    task: Task,
+    num_particles: int,
+    linearize: str | Linearize | None,
+    resample: Callable[[Array, Array], Array],
+    ess_threshold: Array | float,
+    reference: Array | None = None,
+) -> ParticleResult:
+    """The filter; with a `reference` path `(time, state)`, conditional SMC.
+
+    The last particle then follows the reference, its ancestors drawn anew; the others are resampled at every step,
+    independently of each other.
+    """
+    model, y, u, _, _, potentials = task
+    steps, N = len(y), num_particles
+    t = jnp.arange(steps)
+    statistic = model.statistic(y, None if u is None else u[0])
+    everything = _Now(jax.random.split(key, steps), t, y, statistic, u, _next(u), potentials, None, None, reference)
+    first, later = _first_and_rest(everything)
+    update, updates = _updates(task)
+    if update is not None:  # where nothing follows the first step, its own update stands in, and is not used
+        follows = update if steps == 1 else _first_and_rest(updates)[0]
+        first = first._replace(update=update, next_update=follows)
+        later = later._replace(update=updates, next_update=_next(updates))
+    even = jnp.full(N, -jnp.log(N), y.dtype)
+
+    def visit(now: _Now, factor: Factor, mu: Array, log_weights: Array) -> tuple[_Cloud, tuple]:
+        """Moves the particles from their means `mu`, and weighs them."""
+        z, gain = _move(model, linearize, now, factor, mu)
+        if now.reference is not None:
+            z = jnp.concatenate([z[:-1], now.reference[None]])
+        gain = gain + jax.vmap(lambda z: model.log_prob(now.y, z, now.u))(z)
+        ahead = jax.vmap(lambda z: model.transition(z, now.u_next))(z).astype(y.dtype)
+        look = jnp.zeros(N, y.dtype)
+        if now.potential is not None:
+            next_factor = task.factor(jnp.minimum(now.t + 1, steps - 1))
+            look = jax.vmap(lambda mu: log_normaliser(now.next_update, next_factor, mu))(ahead)
+            look = jnp.where(now.t < steps - 1, look, 0.0)
+        log_weights, size = normalise((log_weights + gain + look).astype(y.dtype))
+        look = jnp.where(jnp.isfinite(look), look, 0.0)  # such a particle has weight zero
+        filtering = log_weights - look
+        return _Cloud(ahead, log_weights, filtering), (z, log_weights, look, size, jax.nn.logsumexp(filtering))
+
+    def step(cloud: _Cloud, now: _Now) -> tuple[_Cloud, tuple]:
+        choose_key, move_key = jax.random.split(now.key)
+        if now.reference is None:
+            need = ess(cloud.log_weights) < ess_threshold * N
+            chosen = jax.lax.cond(
+                need, lambda: resample(choose_key, cloud.log_weights), lambda: jnp.arange(N, dtype=jnp.int32)
+            )
+            log_weights = jnp.where(need, even, cloud.log_weights)
+        else:
+            chosen, log_weights = _conditional(choose_key, task, now, cloud), even
+        cloud, out = visit(now._replace(key=move_key), task.factor(now.t), cloud.mu[chosen], log_weights)
+        return cloud, (*out, chosen)
+
+    start = jnp.broadcast_to(model.m0, (N, model.n_state))
+    cloud, out = visit(first, task.chol_P0, start, even)
+    out = (*out, jnp.arange(N, dtype=jnp.int32))
+    _, rest = jax.lax.scan(step, cloud, later)
+    z, log_weights, look, size, share, ancestors = (
+        jnp.concatenate([a[None], b]) for a, b in zip(out, rest, strict=True)
+    )
+    if update is not None:
+        size = size.at[0].add(log_normaliser(update, task.chol_P0, model.m0))
+    # The estimate of p(y_{1:t}) is exp(sum of `size` up to t + `share` at t); at the end nothing looks ahead.
+    return ParticleResult(
+        log_likelihood=jnp.sum(size),
+        log_likelihoods=size + jnp.diff(share, prepend=0.0),
+        particles=z,
+        log_weights=log_weights - look - share[:, None],
+        ancestors=ancestors,
+        ess=jax.vmap(ess)(log_weights),
+        log_look_ahead=look,
+    )
+
+
+def _updates(task: Task) -> tuple[Update | None, Update | None]:
+    """What conditioning on the potentials needs: for the first step, and for the later ones, all at once."""
+    if task.potentials is None:
+        return None, None
+    first, rest = _first_and_rest(task.potentials)
+    timed = bool(task.model.time_varying)
+    factor = _first_and_rest(task.chol_Q)[1] if timed else task.chol_Q
+    return condition(task.chol_P0, first), jax.vmap(condition, in_axes=(0 if timed else None, 0))(factor, rest)
+
+
+def _first_and_rest(tree: Any) -> tuple[Any, Any]:
+    return jax.tree.map(lambda x: x[0], tree), jax.tree.map(lambda x: x[1:], tree)
+
+
+def _next(tree: Any) -> Any:
+    """Entry `t + 1` in place of `t`; the last one stands twice."""
+    return jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), tree)
+
+
+def _move(
+    model: NonlinearSSM, linearize: str | Linearize | None, now: _Now, factor: Factor, mu: Array
+) -> tuple[Array, Array]:
+    """New states `(particles, state)` from the transition's means, and `log p - log q` of the move.
+
+    With potentials the normaliser is left out: the look-ahead of the step before has counted it.
+    """
+    draw_key, pull_key = jax.random.split(now.key)
+    N = len(mu)
+    if linearize is not None:
+        return _move_linearised(model, rule(linearize), now, factor, mu)
+    noise = jax.random.normal(draw_key, (N, factor.shape[-1]), mu.dtype)
+    if now.update is None:
+        return mu + jax.vmap(lambda e: apply_factor(factor, e))(noise), jnp.zeros(N, mu.dtype)
+    pulls = jax.random.normal(pull_key, (N, *now.update.b.shape), mu.dtype)
+    z = jax.vmap(lambda mu, e, w: posterior_sample(now.update, factor, mu, e, w))(mu, noise, pulls)
+    return z, -jax.vmap(lambda z: log_potential(now.potential, z))(z)
+
+
+def _move_linearised(
+    model: NonlinearSSM, linearize: Linearize, now: _Now, factor: Factor, mu: Array
+) -> tuple[Array, Array]:
+    """The affine update of each particle, in the noise that drives it: `z = mu + F x`, so that `F` may be singular."""
+    root = triangularise(as_matrix(factor))
+    noise = jax.random.normal(now.key, mu.shape, mu.dtype)
+
+    def one(mu: Array, e: Array) -> tuple[Array, Array]:
+        update = _update(model, mu, root, now.statistic, now.u, linearize, 1)
+        x = update.x + matvec(update.chol_x, e)
+        pivots = jnp.diagonal(update.chol_x)
+        logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)))
+        return mu + matvec(root, x), 0.5 * jnp.sum(e**2 - x**2) + logdet
+
+    return jax.vmap(one)(mu, noise)
+
+
+def _conditional(key: Array, task: Task, now: _Now, cloud: _Cloud) -> Array:
+    """Ancestors where the last particle is the reference: its own is drawn by how likely the reference follows."""
+    others, own = jax.random.split(key)
+    chosen = multinomial(others, cloud.log_weights)
+    logits = cloud.log_filtering + follow_density(task.factor(now.t), cloud.mu, now.reference)
+    last = multinomial(own, logits)[0]
+    return jnp.concatenate([chosen[:-1], last[None]])
+
+
+def follow_density(factor: Factor, mu: Array, z: Array) -> Array:
+    """`log p(z | z_{t-1})` up to a constant, for the transition's means `mu (particles, state)`; `F` regular."""
+    root = triangularise(as_matrix(factor))
+    white = solve_lower(root, (z - mu).T)
+    return -0.5 * jnp.sum(white**2, axis=0)
