@@ -152,7 +152,7 @@ class NonlinearSSM:
         base = _base(self.emission(self.m0, u))
         if not isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
             return y
-        kinds = jnp.arange(base.probs.shape[-1] - 1)
+        kinds = jnp.arange(jnp.shape(base.probs)[-1] - 1)
         found = jnp.where(jnp.isnan(y)[..., None], jnp.nan, y[..., None] == kinds)
         return found.reshape(*y.shape[:-1], -1).astype(y.dtype)
 
