@@ -139,7 +139,7 @@ def _filter(
     def step(predicted: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
         y, s, u, u_next, own_noise = xs
         mean, chol = predicted
-        update = _update(model, mean, chol, s, u, linearize, num_iters)
+        update = condition_on(model, mean, chol, s, u, linearize, num_iters)
         value = update.log_likelihood if gaussian else _evidence(model, y, u, update)
         f = linearize(lambda z: model.transition(z, u_next), update.mean, update.chol)
         chol_Q = model.chol_Q if own_noise is None else own_noise
@@ -169,13 +169,14 @@ def _time_varying(model: NonlinearSSM, steps: _Steps) -> LinearGaussianSSM:
     return LinearGaussianSSM(model.m0, triangularise(model.chol_P0), **timed, time_varying=tuple(timed))
 
 
-class _Update(NamedTuple):
+class Posterior(NamedTuple):
     """The posterior of one observation.
 
     Attributes:
         mean: `(state,)`.
         chol: `(state, state)`.
-        x: posterior mean of `x`, `(state,)`, and `chol_x` its factor.
+        x: mean of `x`, `(state,)`.
+        chol_x: its factor, `(state, state)`.
         emission: about the prior, as it was used.
         log_likelihood: log density of the observation under the affine model.
     """
@@ -188,13 +189,14 @@ class _Update(NamedTuple):
     log_likelihood: Array
 
 
-def _update(
+def condition_on(
     model: NonlinearSSM, mean: Array, chol: Array, s: Array, u: Array | None, linearize: Linearize, num_iters: int
-) -> _Update:
+) -> Posterior:
+    """`N(mean, chol chol')` given one observation `s` (the statistic), NaN where missing."""
     seen = ~jnp.isnan(s)
     filled = jnp.where(seen, s, 0.0)
 
-    def with_emission(emission: _Emission) -> _Update:
+    def with_emission(emission: _Emission) -> Posterior:
         affine, noise = emission
         rows = jnp.concatenate([noise, affine.spread], axis=1)
         rows = jnp.where(seen[:, None], rows, 0.0)
@@ -208,7 +210,7 @@ def _update(
         live = pivots > 0
         terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + white**2
         value = -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
-        return _Update(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, value)
+        return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, value)
 
     update = with_emission(_emission(model, mean, chol, u, linearize))
     for _ in range(num_iters - 1):
@@ -229,7 +231,7 @@ def _emission(model: NonlinearSSM, mean: Array, chol: Array, u: Array | None, li
 
 
 def _again(
-    model: NonlinearSSM, mean: Array, chol: Array, u: Array | None, linearize: Linearize, update: _Update
+    model: NonlinearSSM, mean: Array, chol: Array, u: Array | None, linearize: Linearize, update: Posterior
 ) -> _Emission:
     """The emission about the posterior, as an affine function of the prior's `x`."""
     if linearize is jacobian:  # the direction of the derivatives may be the prior's, which is never too narrow
@@ -252,7 +254,7 @@ def _matrix(factor: Array) -> Array:
     return factor if factor.ndim == 2 else jnp.where(jnp.eye(len(factor), dtype=bool), factor, 0.0)
 
 
-def _evidence(model: NonlinearSSM, y: Array, u: Array | None, update: _Update) -> Array:
+def _evidence(model: NonlinearSSM, y: Array, u: Array | None, update: Posterior) -> Array:
     """`log p(y | z) + log N(x; 0, 1) - log N(x; posterior)` at the posterior mean: Laplace's formula."""
     pivots = jnp.diagonal(update.chol_x)
     logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)))

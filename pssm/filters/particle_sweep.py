@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._types import Array, ArrayLike
-from pssm.filters.gaussian import _update
+from pssm.filters.gaussian import condition_on
 from pssm.filters.linearize import NAMES, Linearize, rule
 from pssm.filters.resampling import ess, multinomial, normalise
 from pssm.linalg import solve_lower, triangularise
@@ -301,7 +301,7 @@ def _move_linearised(
     noise = jax.random.normal(now.key, mu.shape, mu.dtype)
 
     def one(mu: Array, e: Array) -> tuple[Array, Array]:
-        update = _update(model, mu, root, now.statistic, now.u, linearize, 1)
+        update = condition_on(model, mu, root, now.statistic, now.u, linearize, 1)
         x = update.x + matvec(update.chol_x, e)
         pivots = jnp.diagonal(update.chol_x)
         logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)))
