@@ -57,10 +57,10 @@ def dynamic_factor(
     Example:
         >>> import numpy as np
         >>> from pssm import datasets
-        >>> growth = np.diff(np.log(datasets.load("macrodata", "realgdp, realcons, realinv").y), axis=0)
+        >>> growth = np.diff(np.log(datasets.load("macrodata", ["realgdp", "realcons"]).y), axis=0)
         >>> fn = numpyro.handlers.seed(dynamic_factor, 0)
         >>> numpyro.handlers.trace(fn).get_trace(growth)["loadings"]["value"].shape
-        (3, 1)
+        (2, 1)
 
     Source:
         Durbin & Koopman 2012, section 3.7; Geweke 1977; stationarity: Ansley & Kohn 1986.
