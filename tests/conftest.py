@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests: CPU, a shared compilation cache, 64-bit arithmetic on request."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -8,6 +9,18 @@ import jax
 import pytest
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+SLOW = {
+    line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and not line.startswith("#")
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests listed in `slow.txt`."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

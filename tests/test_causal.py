@@ -36,6 +36,7 @@ def fitted(model, y, guide=None):
     return SVIFit.of(svi, svi.run(jax.random.key(0), 10, y, progress_bar=False), y)
 
 
+@pytest.mark.slow
 def test_filtered_and_forecast_states_are_the_exact_ones(x64):
     y = np.array(pssm.simulate(jax.random.key(0), SSM, T)[1])
     y[2] = np.nan

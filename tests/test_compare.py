@@ -355,6 +355,7 @@ def test_a_model_with_a_path_of_its_own(nile):
     assert study.parameters["parameter"].tolist() == ["sigma"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table(nile):
     run = {"leave_future_out": False, "progress": False, "svi_steps": 100, "seed": 3, "horizon": 0}
     first, second = (pssm.compare("local_level", nile[:20], ["svi:normal"], scale=100.0, **run) for _ in range(2))

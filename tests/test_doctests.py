@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "pssm"
-SLOW = {"pssm.study.compare", "pssm.infer.fit"}  # whole fits
+SLOW = {  # whole fits
+    "pssm.study.compare",
+    "pssm.infer.fit",
+    "pssm.infer.causal",
+    "pssm.diagnostics.gap",
+    "pssm.diagnostics.tree",
+    "pssm.guides.scan_adapter",
+}
 
 
 def modules_with_examples():
