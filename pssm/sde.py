@@ -18,7 +18,7 @@ import jax.scipy.linalg as jsl
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
-from pssm.linalg import triangularise
+from pssm.linalg import factor_from_covariance, triangularise
 from pssm.linalg.small import TINY, matmul
 from pssm.ssm import LinearGaussianSSM
 
@@ -73,7 +73,7 @@ class LinearSDE(NamedTuple):
         if not is_traced(steps) and bool((steps < 0).any()):
             raise ValueError(f"`t` must not go back; it does at index {int(jnp.argmax(steps < 0))}.")
         A, chol_Q = jax.vmap(lambda step: discretise(self.F, self.L, step))(steps)
-        chol_P0 = semidefinite_cholesky(self.P0)
+        chol_P0 = factor_from_covariance("P0", self.P0)
         return LinearGaussianSSM(self.m0, chol_P0, A, chol_Q, self.C, chol_R, d=d, time_varying=("A", "chol_Q"))
 
 

@@ -112,6 +112,30 @@ def test_on_the_pendulum_they_are_the_textbooks(linearize, points, x64):
     np.testing.assert_allclose(found.cov, covs, atol=1e-9)
 
 
+@pytest.mark.parametrize("linearize", ["ekf", "ukf"])
+def test_single_precision_is_close_to_the_textbook(linearize):
+    with jax.enable_x64(True):
+        y = np.asarray(swings()[1])
+    total, means, covs = textbook(y, None if linearize == "ekf" else unscented_points(2))
+    found = jax.jit(partial(gaussian_filter, pendulum(), linearize=linearize))(jnp.asarray(y, jnp.float32))
+    assert found.mean.dtype == jnp.float32
+    assert float(found.log_likelihood) == pytest.approx(total, abs=2e-3)
+    np.testing.assert_allclose(found.mean, means, atol=2e-4)
+    np.testing.assert_allclose(found.cov, covs, atol=2e-4)
+
+
+def test_laplace_in_single_precision_is_that_in_double():
+    counts = np.array([[1, 0, 2], [0, 1, 1], [np.nan, 2, 0], [3, 0, 1], [2, np.nan, 1]])
+    found = []
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            path = jax.jit(partial(laplace_path, spikes()))(jnp.asarray(counts, float))
+            found.append([np.asarray(x) for x in (path.mean, path.cov, path.cross_cov, path.log_likelihood)])
+    assert found[0][0].dtype == np.float32
+    for narrow, wide in zip(*found, strict=True):
+        np.testing.assert_allclose(narrow, wide, atol=5e-4)
+
+
 @pytest.mark.parametrize("points", [unscented_points(3), cubature_points(3), hermite_points(3, 3)], ids=str)
 def test_points_have_the_moments_of_a_normal(points):
     x, w = points

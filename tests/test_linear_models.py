@@ -130,6 +130,27 @@ def test_a_step_of_map_em_is_the_maximum_of_its_objective(x64):
         np.testing.assert_allclose(g, 0.0, atol=1e-8, err_msg=name)
 
 
+def test_single_precision_agrees():
+    """A step of MAP-EM, and the density of `lds` with its gradient."""
+    found = {}
+    y = series(steps=20)
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            one = jnp.eye(2)
+            C = jnp.array([[1.0, 0.0], [0.5, 0.7], [-0.3, 0.2], [0.1, 0.4]])
+            start = LinearGaussianSSM(jnp.zeros(2), 3.0 * one, 0.6 * one, one, C, 0.8 * jnp.eye(4), d=3.0 * jnp.ones(4))
+            prior = models.lds_prior(jnp.asarray(y), 2)
+            fit = fit_em(y, start, prior=prior, num_iters=3, tol=0.0, fixed=("m0", "P0", "Q"), diagonal=("R",))
+            values = models.lds_values(start)
+            joint = jax.jit(
+                jax.value_and_grad(lambda v: log_density(partial(models.lds, num_states=2), (y,), {}, v)[0])
+            )
+            found[wide] = fit.log_joint, fit.ssm.A, fit.ssm.R, *jax.tree.leaves(joint(values))
+    assert found[False][1].dtype == jnp.float32
+    for a, b in zip(found[False], found[True], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
 def test_with_a_prior_the_sum_rises_and_holds_what_the_likelihood_cannot(x64):
     y = series(steps=12)
     options = dict(fixed=("m0", "P0", "Q"), diagonal=("R",))

@@ -55,6 +55,17 @@ def test_a_sum_is_a_sum_and_its_likelihood_that_of_the_process(x64):
     assert float(pssm.log_likelihood(sde.at(t, [[0.2]]), y)) == pytest.approx(want, abs=1e-8)
 
 
+def test_single_precision_is_close(x64):
+    t = np.sort(np.random.default_rng(0).uniform(0, 5, 20))
+    wide = matern(0.7, 1.5, smoothness=2.5) + oscillator(1.3, 3.0, 1.5)
+    found = {}
+    for dtype in (jnp.float32, jnp.float64):
+        sde, noise = jax.tree.map(lambda x, to=dtype: jnp.asarray(x, to), (wide, np.full((1, 1), 0.2)))
+        found[dtype] = pssm.log_likelihood(sde.at(t.astype(dtype), noise), np.sin(t, dtype=dtype))
+    assert found[jnp.float32].dtype == jnp.float32
+    assert float(found[jnp.float32]) == pytest.approx(float(found[jnp.float64]), abs=1e-2)
+
+
 def test_walks_at_even_times_are_the_structural_models(x64):
     model = integrated_walk(0.3, order=2, start=[2.0, 1.0]).at(np.arange(5.0), [[0.5]])
     np.testing.assert_allclose(model.A[1], [[1, 1], [0, 1]], atol=1e-14)

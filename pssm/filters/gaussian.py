@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.filters.linearize import Linearization, Linearize, SigmaPoints, jacobian, rule
+from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
@@ -133,8 +134,7 @@ def _filter(
 ) -> tuple[FilterResult, LinearGaussianSSM]:
     gaussian = model.is_gaussian(None if u is None else u[0])
     statistics = model.statistic(y, None if u is None else u[0])
-    follows = None if u is None else jnp.concatenate([u[1:], u[-1:]])
-    noise = jnp.concatenate([model.chol_Q[1:], model.chol_Q[-1:]]) if model.time_varying else None
+    follows, noise = _into_next(model, u, len(y))
 
     def step(predicted: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
         y, s, u, u_next, own_noise = xs
@@ -142,13 +142,9 @@ def _filter(
         update = condition_on(model, mean, chol, s, u, linearize, num_iters)
         value = update.log_likelihood if gaussian else _evidence(model, y, u, update)
         f = linearize(lambda z: model.transition(z, u_next), update.mean, update.chol)
-        chol_Q = model.chol_Q if own_noise is None else own_noise
-        new = f.mean, triangularise(jnp.concatenate([f.spread, chol_Q], axis=1))
-        A = _in_state(f.slope, update.chol)
-        C = _in_state(update.emission.affine.slope, chol)
-        transition = A, f.mean - matvec(A, update.mean), jnp.concatenate([f.rest, chol_Q], axis=1)
-        chol_R = triangularise(jnp.concatenate([update.emission.noise, update.emission.affine.rest], axis=1))
-        steps = _Steps(*transition, C, update.emission.affine.mean - matvec(C, mean), chol_R)
+        new = f.mean, triangularise(jnp.concatenate([f.spread, own_noise], axis=1))
+        A, C = _in_state(f.slope, update.chol), _in_state(update.emission.affine.slope, chol)
+        steps = _affine_step(A, f, own_noise, update.mean, C, update.emission, mean)
         return new, (value, update.mean, update.chol, mean, chol, steps)
 
     start = model.m0, triangularise(model.chol_P0)
@@ -156,6 +152,32 @@ def _filter(
     values, steps = out[0], out[-1]
     result = FilterResult(jnp.sum(values), *out[:-1])
     return result, _time_varying(model, steps)
+
+
+def _into_next(model: NonlinearSSM, u: Array | None, steps: int) -> tuple[Array | None, Array]:
+    """Inputs and noise of the step that follows each one; after the last, any."""
+
+    def next_of(x: Array) -> Array:
+        return jnp.concatenate([x[1:], x[-1:]])
+
+    noise = (
+        next_of(model.chol_Q) if model.time_varying else jnp.broadcast_to(model.chol_Q, (steps, *model.chol_Q.shape))
+    )
+    return None if u is None else next_of(u), noise
+
+
+def _affine_step(
+    A: Array, f: Linearization, chol_Q: Array, from_mean: Array, C: Array, emission: _Emission, seen_mean: Array
+) -> _Steps:
+    """Slopes, and offsets such that the functions have their means at these points; what they miss is noise."""
+    return _Steps(
+        A,
+        f.mean - matvec(A, from_mean),
+        jnp.concatenate([f.rest, chol_Q], axis=1),
+        C,
+        emission.affine.mean - matvec(C, seen_mean),
+        triangularise(jnp.concatenate([emission.noise, emission.affine.rest], axis=1)),
+    )
 
 
 def _time_varying(model: NonlinearSSM, steps: _Steps) -> LinearGaussianSSM:
@@ -206,16 +228,19 @@ def condition_on(
         root, gain, chol_x = factor[:p, :p], factor[p:, :p], factor[p:, p:]
         white = solve_lower(root, jnp.where(seen, filled - affine.mean, 0.0))
         x = matvec(gain, white)
-        pivots = jnp.diagonal(root)
-        live = pivots > 0
-        terms = LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + white**2
-        value = -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
-        return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, value)
+        return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, _log_normal(root, white))
 
     update = with_emission(_emission(model, mean, chol, u, linearize))
     for _ in range(num_iters - 1):
         update = with_emission(_again(model, mean, chol, u, linearize, update))
     return update
+
+
+def _log_normal(root: Array, white: Array) -> Array:
+    """Log density of a normal variable with the factor `root`, whitened; what has no variance does not count."""
+    pivots = jnp.diagonal(root)
+    live = pivots > 0
+    return -0.5 * jnp.sum(jnp.where(live, LOG_2PI + 2 * jnp.log(jnp.where(live, pivots, 1.0)) + white**2, 0.0))
 
 
 def _emission(model: NonlinearSSM, mean: Array, chol: Array, u: Array | None, linearize: Linearize) -> _Emission:
@@ -265,26 +290,17 @@ def _affine_path(
     model: NonlinearSSM, u: Array | None, linearize: Linearize, smoothed: SmootherResult
 ) -> LinearGaussianSSM:
     """The model made affine about the smoothed moments of every step."""
-    follows = None if u is None else jnp.concatenate([u[1:], u[-1:]])
-    noise = jnp.concatenate([model.chol_Q[1:], model.chol_Q[-1:]]) if model.time_varying else None
+    follows, noise = _into_next(model, u, len(smoothed.mean))
 
-    def one(mean: Array, chol: Array, u: Array | None, u_next: Array | None, own_noise: Array | None) -> _Steps:
+    def one(mean: Array, chol: Array, u: Array | None, u_next: Array | None, own_noise: Array) -> _Steps:
         f = linearize(lambda z: model.transition(z, u_next), mean, chol)
         emission = _emission(model, mean, chol, u, linearize)
-        chol_Q = model.chol_Q if own_noise is None else own_noise
         if linearize is jacobian:  # straight, so that directions without spread have a slope too
             A = jax.jacfwd(lambda z: model.transition(z, u_next))(mean)
             C = jax.jacfwd(lambda z: model.moments(z, u).mean)(mean)
         else:
             A, C = _in_state(f.slope, chol), _in_state(emission.affine.slope, chol)
-        return _Steps(
-            A,
-            f.mean - matvec(A, mean),
-            jnp.concatenate([f.rest, chol_Q], axis=1),
-            C,
-            emission.affine.mean - matvec(C, mean),
-            triangularise(jnp.concatenate([emission.noise, emission.affine.rest], axis=1)),
-        )
+        return _affine_step(A, f, own_noise, mean, C, emission, mean)
 
     return _time_varying(model, jax.vmap(one)(smoothed.mean, smoothed.chol, u, follows, noise))
 
@@ -298,12 +314,8 @@ def _laplace(
 
     def normal(s: Array, seen: Array, C: Array, d: Array, chol_R: Array, z: Array) -> Array:
         root = triangularise(jnp.where(seen[:, None], chol_R, 0.0))
-        white = solve_lower(root, jnp.where(seen, s - d - matvec(C, z), 0.0))
-        live = jnp.diagonal(root) > 0
-        terms = LOG_2PI + 2 * jnp.log(jnp.where(live, jnp.diagonal(root), 1.0)) + white**2
-        return -0.5 * jnp.sum(jnp.where(live, terms, 0.0))
+        return _log_normal(root, solve_lower(root, jnp.where(seen, s - d - matvec(C, z), 0.0)))
 
     filled = jnp.where(seen, statistics, 0.0)
     theirs = jax.vmap(normal)(filled, seen, affine.C, affine.d, affine.chol_R, path)
-    smoothed = kalman_smoother(affine, statistics)
-    return smoothed.log_likelihood + jnp.sum(own - theirs)
+    return log_likelihood(affine, statistics) + jnp.sum(own - theirs)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StatePath
-from pssm.guides.mode import gauss_newton, mode_path
+from pssm.guides.mode import gauss_newton, mode_path, through_noise
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
-from pssm.linalg.small import cholesky, invert_lower, matmul
+from pssm.linalg.small import matmul
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
@@ -71,11 +71,8 @@ def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> Smoo
 
     def given(factor: Any, J: Array) -> tuple[Array, Array, Array]:
         F = as_matrix(factor)
-        inner = matmul(F.T, matmul(J, F))
-        inverse = invert_lower(cholesky(jnp.eye(len(inner), dtype=J.dtype) + 0.5 * (inner + inner.T)))
-        spread = matmul(F, inverse.T)
-        keep = jnp.eye(len(J), dtype=J.dtype) - matmul(spread, matmul(spread.T, J))
-        return spread, keep, jnp.sum(jnp.log(jnp.diagonal(inverse)))
+        reduce, _, inverse = through_noise(F, J)
+        return matmul(F, inverse.T), reduce.T, jnp.sum(jnp.log(jnp.diagonal(inverse)))
 
     def linearise(x: Array, t: dict[str, Any]) -> Array:
         return jax.jacfwd(lambda s: prior.step({**a, **t}, s))(x)

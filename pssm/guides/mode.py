@@ -230,7 +230,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
             J, h = message
             g, W, A, o, t = xs
             factor = as_matrix({**a, **t}["chol_Q"])
-            reduce, spread, _ = _through_noise(factor, J)
+            reduce, spread, _ = through_noise(factor, J)
             h_before = matvec(reduce, h - matvec(J, o))
             J_before = matmul(matmul(reduce, J), reduce.T) + matmul(spread, spread.T)
             message = W + matmul(A.T, matmul(J_before, A)), g + matvec(A.T, h_before)
@@ -242,7 +242,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
 
         def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
             rows = as_matrix(factor)
-            reduce, _, inverse = _through_noise(rows, J)
+            reduce, _, inverse = through_noise(rows, J)
             w = matvec(reduce, h - matvec(J, mu))
             return mu + matvec(rows, matvec(rows.T, w)), w, jnp.sum(matmul(rows, inverse.T) ** 2, axis=1)
 
@@ -263,7 +263,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
     return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
 
 
-def _through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
+def through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
     """`G = (1 + J Q)^{-1}`, `S` with `G J = G J G' + S S'` (nothing cancels), and the inverse of `chol(1 + F'J F)`."""
     loaded = matmul(J, factor)
     inner = matmul(factor.T, loaded)

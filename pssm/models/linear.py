@@ -9,6 +9,7 @@ from pssm._checks import check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StableMatrixNormal
 from pssm.learning import MatrixNormalInverseWishart, Prior, fit_em
+from pssm.linalg import triangularise
 from pssm.models.several import below_diagonal, look_at, observe_series, triangular_loadings
 from pssm.models.structural import STATES
 from pssm.ssm import LinearGaussianSSM
@@ -153,10 +154,10 @@ def lds_values(ssm: LinearGaussianSSM) -> dict[str, Array]:
 
 def unit_noise(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
     """The same system in a basis where `Q` is the identity and the first state `N(0, 9)`; `A` shrunk to stable."""
-    Q = np.asarray(ssm.Q)
-    if np.linalg.eigvalsh(Q).min() <= 1e-12 * np.abs(Q).max():
+    L = np.asarray(triangularise(ssm.chol_Q))
+    scale = np.abs(L).max(initial=0.0)
+    if np.diagonal(L).min(initial=np.inf) <= 1e-6 * scale:
         raise ValueError("`ssm` has a singular `Q`: there is no basis in which it is the identity.")
-    L = np.linalg.cholesky(Q)
     A = np.linalg.solve(L, np.asarray(ssm.A) @ L)
     radius = np.abs(np.linalg.eigvals(A)).max()
     one = jnp.eye(ssm.n_state, dtype=ssm.dtype)
