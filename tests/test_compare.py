@@ -342,9 +342,10 @@ def test_a_model_without_states(nile):
     assert "smoothed_states" not in study.results["nuts"].tree.children
 
 
-def test_a_model_with_a_path_of_its_own(nile):
-    study = pssm.compare(random_level, nile[:20], ["nuts:states"], spread=150.0, **SHORT)
-    result = study.results["nuts:states"]
+@pytest.mark.parametrize("method", ["nuts:states", "nuts:transport"])
+def test_a_model_with_a_path_of_its_own(nile, method):
+    study = pssm.compare(random_level, nile[:20], [method], spread=150.0, svi_steps=200, **SHORT)
+    result = study.results[method]
     assert result.status == "done"
     samples = result.fit.get_samples()
     assert samples["z_base"].shape == (200, 20)  # what NUTS moved: the noise that drives the path

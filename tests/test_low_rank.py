@@ -50,11 +50,15 @@ def evaluate(factor, potential, mu, z):
     update = low_rank.condition(factor, potential)
     noise = jnp.zeros(factor.shape[-1], mu.dtype), jnp.zeros(update.b.shape[-1], mu.dtype)
     draw = lambda e: low_rank.posterior_sample(update, factor, mu, *e)  # noqa: E731
+    mapped = lambda e: low_rank.posterior_map(update, low_rank.map_gain(update), factor, mu, e)  # noqa: E731
+    root = jax.jacfwd(mapped)(noise[0])
     return {
         "mean": low_rank.posterior_mean(update, mu),
         "slope": low_rank.posterior_slope(update, mu),
         "draw without noise": draw(noise),
         "loading": jnp.concatenate(jax.jacfwd(draw)(noise), axis=1),
+        "mapped mean": mapped(noise[0]),
+        "mapped covariance": root @ root.T,
         "variance": low_rank.posterior_variance(update, factor),
         "covariance": low_rank.posterior_covariance(update, factor),
         "kl": low_rank.kl(update, factor, mu),
@@ -82,7 +86,7 @@ def test_conditioning_is_the_dense_one(kind, form, rank):
     mean, cov, kl, ratio = dense(mu, matrix, potential)
     found = {name: np.asarray(x) for name, x in evaluate(factor, potential, mu, z).items()}
     expected = {"mean": mean, "draw without noise": mean, "covariance": cov, "kl": kl, "log ratio": ratio(z)}
-    expected |= {"variance": np.diag(cov)}
+    expected |= {"variance": np.diag(cov), "mapped mean": mean, "mapped covariance": cov}
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
     np.testing.assert_allclose(found["loading"] @ found["loading"].T, cov, rtol=1e-9, atol=1e-9)

@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING
 
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
+from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
 from pssm.diagnostics.gap import BoundGap, bound_gap
+from pssm.diagnostics.scores import scores
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
 if TYPE_CHECKING:
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BoundGap",
+    "Calibration",
     "Evidence",
     "bound_gap",
     "khat",
@@ -18,6 +21,8 @@ __all__ = [
     "load_tree",
     "log_evidence",
     "save_tree",
+    "scores",
+    "simulation_based_calibration",
     "to_datatree",
 ]
 

@@ -23,7 +23,9 @@ from pssm.linalg.low_rank import (
     gaussian_entropy,
     kl,
     log_ratio,
+    map_gain,
     posterior_covariance,
+    posterior_map,
     posterior_mean,
     posterior_sample,
     posterior_transition,
@@ -147,6 +149,31 @@ class LowRankChain(dist.Distribution):
         batch = (*sample_shape, *self.batch_shape)
         return paths.reshape(*batch, *self.event_shape), kls.reshape(batch)
 
+    def path_from_noise(self, noise: Array) -> Array:
+        """The path driven by standard normal `noise (..., prior.noise_size)`: one to one where `Q` is regular.
+
+        `sample` takes more numbers than a path has entries; this takes exactly as many, so a sampler can work on them.
+        """
+        batch = jnp.broadcast_shapes(noise.shape[:-1], self.batch_shape)
+        n, steps = self.prior.n_state, self.prior.num_steps
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            e = a["noise"]
+            start = posterior_map(first, map_gain(first), a["chol_P0"], a["m0"], e[:n])
+
+            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+                update, lift, timed, e = xs
+                now = {**a, **timed}
+                z = posterior_map(update, lift, now["chol_Q"], self.prior.step(now, z), e)
+                return z, z
+
+            xs = later, jax.vmap(map_gain)(later), self.prior.timed(a), e[n:].reshape(steps - 1, -1)
+            _, path = jax.lax.scan(step, start, xs, length=steps - 1)
+            return jnp.concatenate([start[None], path])
+
+        return self._map(one, {"noise": noise}, 1, batch).reshape(*batch, *self.event_shape)
+
     def _columns(self, factor: Factor) -> int:
         """Columns of the update's `K`: a general factor takes the diagonal in as `state` further ones."""
         extra = 0 if self.diag is None or isinstance(factor, Diagonal) else self.prior.n_state
@@ -225,12 +252,13 @@ class LowRankChain(dist.Distribution):
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _map(self, fn: Any, values: dict[str, Array] | None = None, core: int = 0) -> Any:
+    def _map(self, fn: Any, values: dict[str, Array] | None = None, core: int = 0, batch: tuple | None = None) -> Any:
         arrays, cores = self.prior.arrays()
         for name, own in _CORE.items():
             arrays[f"psi_{name}"], cores[f"psi_{name}"] = getattr(self, name), own
         values = values or {}
-        return map_batch(fn, self.batch_shape, {**arrays, **values}, {**cores, **dict.fromkeys(values, core)})
+        batch = self.batch_shape if batch is None else batch
+        return map_batch(fn, batch, {**arrays, **values}, {**cores, **dict.fromkeys(values, core)})
 
     def _updates(self, a: dict[str, Any]) -> tuple[Update, Update]:
         """The updates of the first step and, stacked, of the later ones: all at once, before any scan."""

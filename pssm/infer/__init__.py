@@ -6,6 +6,7 @@ from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
+from pssm.infer.transport import transport_reparam
 
 __all__ = [
     "EvidenceBound",
@@ -23,4 +24,5 @@ __all__ = [
     "posterior_draws",
     "sample_states",
     "smoothed_states",
+    "transport_reparam",
 ]

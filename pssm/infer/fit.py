@@ -180,14 +180,10 @@ def fit_svi(
     """
     check_count("num_steps", num_steps, least=10)
     if isinstance(guide, str):
-        check_choice("guide", guide, (*GUIDES, *FAMILIES))
-        if guide in FAMILIES:
-            guide = AutoStateSpace(model, rank=rank, family=guide)
-        else:
-            guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
+        guide = guide_of(model, guide, rank)
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.01)
     optimizer = optax.chain(optax.clip_by_global_norm(100.0), optax.adam(schedule)) if optimizer is None else optimizer
-    svi = SVI(model, guide, optimizer, _loss(guide) if loss is None else loss)
+    svi = SVI(model, guide, optimizer, default_loss(guide) if loss is None else loss)
     state = _start(svi, as_key(key), args, kwargs)
     result = svi.run(as_key(key), num_steps, *args, progress_bar=progress_bar, init_state=state, **kwargs)
     losses = np.asarray(result.losses)
@@ -211,17 +207,8 @@ def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     What a guide keeps of its first call must not come from inside a compilation. Of the known guides that is the
     prototype, made here before; for others, and where something cannot be compiled: None, and `svi.run` does it all.
     """
-    guide = svi.guide
-    if type(guide) not in (*GUIDES.values(), AutoStateSpace):
+    if not prepare_guide(svi.guide, jax.random.split(key, 3)[2], args, kwargs):
         return None
-    with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
-        if guide.prototype_trace is None:
-            guide._setup_prototype(*args, **kwargs)
-        inner = guide._globals if isinstance(guide, AutoStateSpace) else None
-        if inner is not None and type(inner) not in GUIDES.values():
-            return None
-        if inner is not None and inner.prototype_trace is None:
-            inner._setup_prototype(*args, **kwargs)
     try:
         state = jax.jit(lambda key: svi.init(key, *args, **kwargs))(key)
     except jax.errors.JAXTypeError:
@@ -230,7 +217,31 @@ def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return state if all(not_jax_tracer(x) for x in kept) else None
 
 
-def _loss(guide: Any) -> ELBO:
+def prepare_guide(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Makes what a known guide keeps of its first call, so that its start can be compiled; False for other guides."""
+    if type(guide) not in (*GUIDES.values(), AutoStateSpace):
+        return False
+    with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
+        if guide.prototype_trace is None:
+            guide._setup_prototype(*args, **kwargs)
+        inner = guide._globals if isinstance(guide, AutoStateSpace) else None
+        if inner is not None and type(inner) not in GUIDES.values():
+            return False
+        if inner is not None and inner.prototype_trace is None:
+            inner._setup_prototype(*args, **kwargs)
+    return True
+
+
+def guide_of(model: Callable[..., Any], name: str, rank: int) -> AutoGuide:
+    """The guide that `fit_svi` makes of a name."""
+    check_choice("guide", name, (*GUIDES, *FAMILIES))
+    if name in FAMILIES:
+        return AutoStateSpace(model, rank=rank, family=name)
+    return GUIDES[name](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
+
+
+def default_loss(guide: Any) -> ELBO:
+    """The ELBO that `fit_svi` takes for a guide."""
     if not isinstance(guide, AutoStateSpace):
         return Trace_ELBO(num_particles=8)
     return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)

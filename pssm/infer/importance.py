@@ -25,7 +25,7 @@ class EvidenceBound(NamedTuple):
 
     Attributes:
         value: `log (1/S) sum_s w_s`.
-        standard_error: of `value`, from the spread of the weights; nan where there is one weight only.
+        standard_error: of `value`, from the spread of the weights; nan where there is one weight only (one filter).
         ess: effective number of draws (of a particle filter: the smallest at any block's end).
         kind: what the number is, in words.
         log_weights: `(S,)`.
@@ -105,8 +105,8 @@ def importance_bound(
         key: random key, or a whole number.
         num_particles: draws, or particles.
         resample_every: block length of the particle filter, for a guide with one unbatched `LowRankChain` site.
-        num_outer: with `resample_every`, how many draws of the other latent sites, a particle filter for each; not used
-            where there are none.
+        num_outer: with `resample_every`, how many draws of the other latent sites, a particle filter for each. Where
+            there are none, the particles are divided among so many filters, if each gets 100 or more.
 
     Returns:
         An `EvidenceBound`.
@@ -162,10 +162,13 @@ def _particle_bound(fit: SVIFit, key: Key, num_particles: int, block: int, num_o
     first = _trace(fit.svi.guide, key, params, fit, None)
     alone = sum(s["type"] == "sample" for s in first.values()) == 1
     _chain_site(first)
-    keys = jax.random.split(key, 1 if alone else num_outer)
+    if alone:  # several smaller filters in place of one: their spread is the standard error
+        num_outer = num_outer if num_particles >= 100 * num_outer else 1
+        num_particles //= num_outer
+    keys = jax.random.split(key, num_outer)
     values, ess = jax.jit(lambda ks: jax.lax.map(run, ks))(keys)
-    kind = f"lower bound (guided particle filter, {num_particles} particles, blocks of {block}"
-    kind += ")" if alone else f", {num_outer} draws of the other sites)"
+    kind = f"lower bound ({num_outer} guided particle filters, {num_particles} particles each, blocks of {block}"
+    kind += ")" if alone else ", a draw of the other sites for each)"
     return _summary(np.asarray(values), kind, float(np.min(ess)))
 
 

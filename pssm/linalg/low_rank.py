@@ -11,6 +11,7 @@ with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that doe
     mean       m = x + Qt K (Y Y')^{-1} (b - K'(x - c)),   x = s mu + (1 - s) c + Qt k
     step       m - mu = Q w,   w = s (delta (c - mu) + k + K (Y Y')^{-1} (b - K'(x - c)))
     sample     the same with e ~ N(0, Qt) added to x and N(0, 1) taken from b          (Matheron's rule)
+    map        m + e - Qt K (Y Y')^{-1} (1 + Y^{-1})^{-1} K'e: one draw from as many normals as Q has columns
     log |V|    = log |Q| + sum log s - 2 sum log Y_ii
 
 Nothing is divided by `q`, so noise-free directions are exact; nothing cancels where `K` is large, since `K` meets only
@@ -195,6 +196,25 @@ def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pu
     """A draw from the conditioned Gaussian; `noise (noise,)` and `pull_noise (columns of K,)` are standard normal."""
     e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
     return _absorb(update, update.shrink * mu + update.offset + e, update.b - pull_noise)
+
+
+def map_gain(update: Update) -> Float[Array, "state cols"]:
+    """`Qt K (Y Y')^{-1} (1 + Y^{-1})^{-1}`, for `posterior_map`: once for all draws, outside of any scan.
+
+    With `W = Qt^{1/2} K Y^{-T}` the conditioned covariance is `Qt^{1/2} (1 - W W') Qt^{1/2}`. A root of the bracket is
+    `1 - W S W'` where `S = (1 + Y^{-1})^{-1}`, since `S + S' - S W'W S' = 1`: no eigenvalues are needed.
+    """
+    one = jnp.eye(update.inverse.shape[0], dtype=update.inverse.dtype)
+    return matmul(update.gain, invert_lower(one + update.inverse))
+
+
+def posterior_map(update: Update, lift: Array, factor: Factor, mu: Array, noise: Array) -> Array:
+    """`m + G noise` with `G G' = V`: a draw that is one to one with its standard normal `noise (noise,)`.
+
+    `lift` is `map_gain(update)`. Where `Q` is singular so is `G`, along the same directions.
+    """
+    e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
+    return posterior_mean(update, mu) + e - matvec(lift, matvec(update.K.T, e))
 
 
 def _absorb(update: Update, x: Array, pull: Array) -> Array:

@@ -24,7 +24,7 @@ from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.tree import data_digest
 from pssm.infer import posterior_draws
 from pssm.infer.fit import trace_with
-from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_GUIDES, MethodResult, Settings, run_method
+from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.verdict import judge, parameter_rows
 
 
@@ -129,8 +129,9 @@ def compare(
         model: a NumPyro model whose first argument is the data, or the name of one in `pssm.models`.
         y: data `(time,)` or `(time, obs)`, NaN where missing.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
-            "nuts:states" (NUTS over the path), "svi:mvn", "svi:normal", and over the path "svi:chain", "svi:diagonal"
-            (bounds) and "svi:moment_matched" (a surrogate). The first exact one is the reference.
+            "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
+            "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate).
+            The first exact one is the reference.
         seed: fixes every random choice.
         num_warmup: NUTS adaptation steps per chain.
         num_samples: NUTS draws per chain.
@@ -249,7 +250,7 @@ def _add_elpd(result: MethodResult, model: Callable[..., Any], data: np.ndarray,
         and "smoothed_states" not in result.tree
     ):
         return
-    if result.name == "nuts:states" or result.name in PATH_GUIDES:
+    if result.name in PATH_METHODS:
         return
     if settings.budget is not None and 3 * result.seconds_run > settings.budget:
         result.note = f"{result.note} No leave-future-out: refits would not fit into the budget.".strip()
@@ -261,7 +262,7 @@ def _add_elpd(result: MethodResult, model: Callable[..., Any], data: np.ndarray,
 def _evidence(model, values, results: dict[str, MethodResult], reference: str, seed: int) -> tuple[float, str]:
     """The log evidence by importance sampling around the reference's draws, where its weights can be trusted."""
     fit = results[reference].fit if reference else None
-    if fit is None or reference == "nuts:states":
+    if fit is None or reference in PATH_METHODS:
         return float("nan"), ""
     draws = posterior_draws(fit)
     if sum(int(np.prod(x.shape[2:])) for x in draws.values()) > 30:

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,17 +19,27 @@ from numpyro.infer.util import initialize_model
 from pssm.diagnostics import khat, to_datatree
 from pssm.distributions import NonCenteredPath, StatePath
 from pssm.guides.auto import BOUND, FAMILIES, SURROGATE, AutoStateSpace
-from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi, one_step_probabilities, posterior_draws
+from pssm.infer import (
+    SVIFit,
+    elbo,
+    fit_nuts,
+    fit_svi,
+    one_step_probabilities,
+    posterior_draws,
+    transport_reparam,
+)
 from pssm.infer.fit import trace_with
 from pssm.infer.predict import marginal_site
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
 GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES
-METHODS = ("nuts", "nuts:states", *GUIDE_NAMES)
+METHODS = ("nuts", "nuts:states", "nuts:transport", *GUIDE_NAMES)
+PATH_METHODS = ("nuts:states", "nuts:transport", *PATH_GUIDES)  # the path is among their unknowns
 DEFAULT_METHODS = ("nuts", "nuts:states", "svi:mvn", "svi:normal")
 OBJECTIVES = (
     {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"}
     | {"nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"}
+    | {"nuts:transport": "exact posterior (Markov chain), states sampled through the map of a fitted chain"}
     | dict.fromkeys(GUIDE_NAMES, BOUND)
     | {"svi:moment_matched": SURROGATE}
 )
@@ -113,8 +124,8 @@ def run_method(
     """
     result = MethodResult(name, objective=OBJECTIVES[name])
     fitted_model = model
-    if name == "nuts:states" or name in PATH_GUIDES:
-        sampled = (path_model if name in PATH_GUIDES else sampled_model)(model, y, **kwargs)
+    if name in PATH_METHODS:
+        sampled = (sampled_model if name == "nuts:states" else path_model)(model, y, **kwargs)
         if sampled is None:
             result.status, result.note = "skipped", "the model has no sampled form (no `states` option, no StatePath)"
             return result
@@ -174,6 +185,12 @@ def _fit(name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwa
             progress_bar=settings.progress,
             **kwargs,
         )
+    if name == "nuts:transport":
+        steps = min(1000, settings.svi_steps)  # a map need not have converged
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="SVI has not converged")
+            fit = fit_svi(model, y, guide="chain", key=settings.seed, num_steps=steps, progress_bar=False, **kwargs)
+        model = transport_reparam(numpyro.handlers.substitute(model, data=fit.params), fit.svi.guide)
     return fit_nuts(
         model,
         y,
@@ -227,7 +244,8 @@ def within_budget(
     """Settings cut so that the method is expected to stay within the budget: `(settings, what was cut, possible)`.
 
     The expectation is the measured time of one gradient times a typical number of gradients. With the path among
-    NUTS's unknowns that number grows with its length, up to NUTS's limit (1023 for each draw).
+    NUTS's unknowns that number grows with its length, up to NUTS's limit (1023 for each draw), but not where the path
+    is sampled through a fitted chain.
     """
     if settings.budget is None:
         return settings, "", True
@@ -252,7 +270,7 @@ def within_budget(
             True,
         )
     unknowns = sum(int(np.size(x)) for x in z.values())
-    leapfrogs = min(max(unknowns, 100), 1023) if name == "nuts:states" else 12
+    leapfrogs = {"nuts:states": min(max(unknowns, 100), 1023), "nuts:transport": 30}.get(name, 12)
     per_iteration = leapfrogs * each * settings.num_chains
     total = settings.num_warmup + settings.num_samples
     if total * per_iteration <= settings.budget:
