@@ -29,8 +29,8 @@ test: lint ## lint, then run all tests but the slow ones
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow"
 
 slow: export JAX_PLATFORMS = cpu
-slow: $(STAMP) ## the tests that take longest, which `make test` leaves out
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
+slow: $(STAMP) ## the tests that take longest, which `make test` leaves out; BUDGET=300: as many as begin in 300 s
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow $(if $(BUDGET),--budget $(BUDGET))
 
 lint: $(STAMP) ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests: CPU, a shared compilation cache, 64-bit arithmetic on request."""
 
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,11 +17,33 @@ SLOW = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """Marks the tests listed in `slow.txt`."""
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, help="seconds after which no further test is begun")
+
+
+def pytest_configure(config):
+    config.stash[STARTED] = time.monotonic()
+
+
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of `slow.txt`; with a budget, begins at another file every day, so that all have a turn."""
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.slow)
+    if config.getoption("budget") and items:
+        files = list(dict.fromkeys(item.path for item in items))
+        first = int(time.time() / 86400) * 7 % len(files)
+        order = {path: (i - first) % len(files) for i, path in enumerate(files)}
+        items.sort(key=lambda item: order[item.path])
+
+
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("budget")
+    if budget and time.monotonic() - item.config.stash[STARTED] > budget:
+        pytest.skip("the budget is spent")
 
 
 @pytest.fixture
