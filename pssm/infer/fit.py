@@ -17,7 +17,7 @@ from numpyro.util import not_jax_tracer
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
 from pssm.guides import AutoStateSpace
-from pssm.guides.auto import BOUND, FAMILIES
+from pssm.guides.paths import BOUND, FAMILIES, PathGuide
 from pssm.infer.objective import TraceConditionalKL_ELBO
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
@@ -231,7 +231,7 @@ def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _loss(guide: Any) -> ELBO:
-    if not isinstance(guide, AutoStateSpace):
+    if not isinstance(guide, PathGuide):
         return Trace_ELBO(num_particles=8)
     return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)
 
