@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro import handlers
 
+from pssm._checks import check_choice
 from pssm._types import Array
+from pssm.distributions import StatePath
 
 
 class ModelRun:
@@ -31,6 +33,52 @@ class ModelRun:
         """The model's trace with the given sites and parameters set."""
         with handlers.block():
             return handlers.trace(self._prepared(values)).get_trace(*self.args, **self.kwargs)
+
+    def path_prior(self, path: str, values: dict[str, Array]) -> StatePath:
+        """The prior of a path at the given values."""
+        return unwrap(self.trace(values)[path]["fn"])[0]
+
+    def data(
+        self, path: str, values: dict[str, Array], sites: str | tuple[str, ...] | Callable[..., Array] | None = None
+    ) -> tuple[Array, tuple[int, ...]]:
+        """What is observed of a path, `(*batch, time, ...)`, and the batch shape.
+
+        Args:
+            path: name of the path's site.
+            values: values of the sites and parameters.
+            sites: the observed site or sites, or a function of the model's arguments that returns the data of all
+                trials; by default all observed sites of the right shape. Several are put side by side.
+        """
+        trace = self.trace(values)
+        batch, steps = trace[path]["fn"].batch_shape, trace[path]["fn"].event_shape[0]
+        lead = (*batch, steps)
+        if callable(sites):
+            y = jnp.asarray(sites(*self.args, **self.kwargs), float)
+            for frame in trace[path]["cond_indep_stack"]:
+                axis = len(batch) + frame.dim
+                if y.shape[axis] != batch[axis]:
+                    y = jnp.take(y, self.indices[frame.name], axis=axis)
+            found = {"data": y}
+        else:
+            names = (sites,) if isinstance(sites, str) else sites
+            observed = {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+            for name in names or ():
+                check_choice("data", name, tuple(observed))
+            found = {n: jnp.asarray(x, float) for n, x in observed.items() if n in names} if names else {}
+            if not names:
+                found = {n: jnp.asarray(x, float) for n, x in observed.items() if jnp.shape(x)[: len(lead)] == lead}
+        for name, x in found.items():
+            if x.shape[: len(lead)] != lead:
+                raise ValueError(f"`data`: `{name}` must have shape {lead} (batch, time, ...) in front; got {x.shape}.")
+        if not found:
+            raise ValueError(
+                f"`data`: the model observes no site of shape {lead} (batch, time, ...) to encode for `{path}`; "
+                "call it with data, or say with `data` what to encode."
+            )
+        if len(found) == 1:
+            (y,) = found.values()
+            return (y[..., None] if y.ndim == len(lead) else y), batch
+        return jnp.concatenate([x.reshape(*lead, -1) for x in found.values()], axis=-1), batch
 
     def log_lik(self, path: str, values: dict[str, Array]) -> Callable[[Array], Array]:
         """Log density of everything but the path itself, as a function of it; of the path's batch shape.

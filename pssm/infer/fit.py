@@ -16,7 +16,7 @@ from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
-from pssm.guides import AutoStateSpace
+from pssm.guides import AmortizedStateSpace, AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, PathGuide
 from pssm.infer.objective import TraceConditionalKL_ELBO
 
@@ -195,7 +195,8 @@ def fit_svi(
         step = int(np.argmin(np.isfinite(losses)))
         raise FloatingPointError(
             f"The loss became {losses[step]} at step {step} of {num_steps}. Lower `learning_rate` (now "
-            f"{learning_rate}), or look at the model's priors with numpyro.infer.Predictive."
+            f"{learning_rate}), or look at the model's priors with numpyro.infer.Predictive. A transition that "
+            "explodes can be held by AmortizedStateSpace's `limit` or by `nets.Saturated`."
         )
     fit = SVIFit.of(svi, result, *args, **kwargs)
     if progress_bar:
@@ -212,12 +213,12 @@ def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     prototype, made here before; for others, and where something cannot be compiled: None, and `svi.run` does it all.
     """
     guide = svi.guide
-    if type(guide) not in (*GUIDES.values(), AutoStateSpace):
+    if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
         return None
     with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
         if guide.prototype_trace is None:
             guide._setup_prototype(*args, **kwargs)
-        inner = guide._globals if isinstance(guide, AutoStateSpace) else None
+        inner = guide._globals if isinstance(guide, PathGuide) else None
         if inner is not None and type(inner) not in GUIDES.values():
             return None
         if inner is not None and inner.prototype_trace is None:

@@ -1,0 +1,283 @@
+"""`AmortizedStateSpace`: exact with the exact encoder, minibatches, held-out trials, online, refined, guarded."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import oracles
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+
+import pssm
+from pssm import nets
+from pssm.distributions import LowRankMomentMatched, StatePath, observe
+from pssm.guides import AmortizedStateSpace
+from pssm.infer import TraceConditionalKL_ELBO, fit_svi
+
+T, TRIALS, NOISE = 6, 3, 0.7
+RNG = np.random.default_rng(0)
+A, B, C = 0.6 * RNG.normal(size=(2, 2)), RNG.normal(size=(2, 1)), RNG.normal(size=(3, 2))
+SD = np.array([0.6, 0.4])
+U = RNG.normal(size=(T, 1))
+SSM = pssm.LinearGaussianSSM(np.zeros(2), np.eye(2), A, np.diag(SD), C, NOISE * np.eye(3), B=B)
+Y = RNG.normal(size=(TRIALS, T, 3))
+Y[0, 2], Y[0, 3, 1], Y[1, 0], Y[1, -1], Y[2, 4, :2] = (np.nan,) * 5
+
+
+def trials(y, size=None):
+    own = [jnp.asarray(x, jnp.result_type(float)) for x in (np.zeros(2), np.eye(2), A, np.diag(SD), U, B)]
+    with numpyro.plate("trials", len(y), subsample_size=size) as index:
+        z = numpyro.sample("z", StatePath(*own[:4], T, own[4], B=own[5]))
+        observe("y", dist.Normal(z @ C.T, NOISE).to_event(2), jnp.asarray(y)[index])
+
+
+def messages(y, u):
+    """An encoder with nothing to learn: the exact backward messages, in information form."""
+    seen = ~jnp.isnan(y)
+    rows = jnp.asarray(C, y.dtype) * seen[:, :, None] / NOISE  # (time, obs, state)
+    W = jnp.einsum("tpi,tpj->tij", rows, rows)
+    g = jnp.einsum("tpi,tp->ti", rows, jnp.where(seen, y, 0.0) / NOISE)
+    Q, offset = jnp.diag(jnp.asarray(SD, y.dtype) ** 2), u @ jnp.asarray(B, y.dtype).T
+
+    def back(after, xs):
+        J, h = after
+        W, g, o = xs
+        keep = jnp.linalg.inv(jnp.eye(2, dtype=y.dtype) + J @ Q)
+        J, h = W + A.T @ keep @ J @ A, g + A.T @ keep @ (h - J @ o)
+        return (J, h), (J, h)
+
+    # What acts on the step into t + 1 stands with the message of t + 1.
+    _, (J, h) = jax.lax.scan(back, (W[-1], g[-1]), (W[:-1], g[:-1], offset[1:]), reverse=True)
+    J, h = jnp.concatenate([J, W[-1:]]), jnp.concatenate([h, g[-1:]])
+    values, vectors = jnp.linalg.eigh(J)
+    return h, vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :], jnp.zeros_like(h)
+
+
+def evidences():
+    return np.array([oracles.log_likelihood(SSM, y, U) for y in Y])
+
+
+def losses(guide, params, *args, loss=None, num=20, model=trials):
+    loss = Trace_ELBO() if loss is None else loss
+    one = jax.jit(lambda key: loss.loss(key, params, model, guide, *args))
+    return -np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(1), num)))
+
+
+def test_exact_messages_are_the_exact_posterior(x64):
+    guide = AmortizedStateSpace(trials, encoder=messages, rank=2)
+    np.testing.assert_allclose(losses(guide, {}, Y), evidences().sum(), rtol=1e-6)
+    found = guide.sample_posterior(jax.random.key(2), {}, Y, sample_shape=(4000,))["z"]
+    assert found.shape == (4000, TRIALS, T, 2)
+    for i, y in enumerate(Y):
+        mean, cov = oracles.states(SSM, y, U)["smoothed"]
+        sd = np.sqrt(np.diagonal(cov, axis1=1, axis2=2))
+        assert (np.abs(found[:, i].mean(0) - mean) < 5 * sd / np.sqrt(4000)).all()
+        np.testing.assert_allclose(found[:, i].std(0), sd, rtol=0.06)
+
+
+def test_a_minibatch_stands_for_all_trials_and_new_trials_need_no_training(x64):
+    guide = AmortizedStateSpace(trials, encoder=messages, rank=2)
+    own = evidences()
+    found = losses(guide, {}, Y, 1, num=40)
+    which = np.abs(found[:, None] - TRIALS * own).argmin(1)
+    np.testing.assert_allclose(found, (TRIALS * own)[which], rtol=1e-6)
+    assert set(which) == {0, 1, 2}
+    np.testing.assert_allclose(losses(guide, {}, Y[:2]), own[:2].sum(), rtol=1e-6)  # another number of trials
+
+
+def tiny(**options):
+    return nets.sequence_encoder(3, 2, 1, size=8, n_input=1, data=Y, key=jax.random.key(0), **options)
+
+
+@functools.cache
+def trained(double):
+    """A guide with a small network after a few steps."""
+    with jax.enable_x64(double):
+        guide = AmortizedStateSpace(trials, encoder=tiny(), rank=1, masking=nets.hide_steps(0.2))
+        svi = SVI(trials, guide, optax.adam(3e-2), TraceConditionalKL_ELBO(4))
+        result = svi.run(jax.random.key(0), 150, Y, 2, progress_bar=False)
+        return guide, result
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_training_on_minibatches_comes_near(double):
+    guide, result = trained(double)
+    with jax.enable_x64(double):
+        assert np.isfinite(result.losses).all()
+        found = losses(guide.replace(masking=None), result.params, Y, num=200)
+        assert evidences().sum() - 1.5 < found.mean() < evidences().sum() + 0.1
+        refined = losses(guide.replace(masking=None, refine=1), result.params, Y, num=200)
+        assert refined.mean() > found.mean()
+        leaves = jax.tree.leaves(result.params["z_auto_encoder$params"])
+        assert all(x.dtype == jnp.result_type(float) for x in leaves)
+
+
+def test_gradients_are_finite_with_missing_data(x64):
+    guide, result = trained(True)
+    loss = TraceConditionalKL_ELBO()
+    y = np.full_like(Y, np.nan)
+    y[0] = Y[0]
+    slope = jax.grad(lambda p: loss.loss(jax.random.key(0), p, trials, guide, y))(result.params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+    nothing = losses(guide.replace(masking=None), result.params, y[1:])
+    np.testing.assert_allclose(nothing, 0.0, atol=1e-9)  # trials without data: the prior
+
+
+def test_fit_svi_takes_it_and_coordinated_dropout_goes_through_data():
+    def model(scored, seen=None):
+        trials(scored)
+
+    guide = AmortizedStateSpace(model, encoder=tiny(), rank=1, data=lambda scored, seen=None: seen)
+    seen, scored = nets.coordinated_dropout(jax.random.key(0), jnp.asarray(Y, jnp.float32), 0.3)
+    with pytest.warns(UserWarning, match="not converged"):
+        fit = fit_svi(model, scored, seen, guide=guide, num_steps=20, learning_rate=0.1, progress_bar=False)
+    assert fit.losses[-1] < fit.losses[0]
+    with pytest.raises(ValueError, match="`data`: `data` must have shape"):
+        losses(AmortizedStateSpace(model, encoder=tiny(), rank=1, data=lambda *a: jnp.ones((2, 2))), {}, scored)
+
+
+# --- causal ----------------------------------------------------------------------------------------------------------
+
+
+def one_series(y):
+    f = lambda z, u: jnp.tanh(jnp.asarray(A, z.dtype) @ z) + jnp.asarray(B, z.dtype) @ u  # noqa: E731
+    z = numpyro.sample("z", StatePath(jnp.zeros(2), jnp.eye(2), f, jnp.diag(jnp.asarray(SD)), T, jnp.asarray(U)))
+    observe("y", dist.Normal(z @ C.T, NOISE).to_event(2), y)
+
+
+def test_online_chain_equals_the_batch_draws():
+    guide = AmortizedStateSpace(one_series, encoder=tiny(causal=True), rank=1, causal=True, num_samples=5)
+    y, key = jnp.asarray(Y[0], jnp.float32), jax.random.key(3)
+    svi = SVI(one_series, guide, optax.adam(1e-3), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), y))
+    run = guide.online(params, y)
+
+    def posterior():
+        from numpyro import handlers
+
+        with handlers.seed(rng_seed=0), handlers.substitute(data=params), handlers.trace() as trace:
+            guide(y)
+        return trace["z"]["fn"]
+
+    q = posterior()
+    batch = q.sample(key, (5,))
+    noise_key, pull_key = jax.random.split(key)
+    noise = jnp.concatenate([jax.random.normal(noise_key, (T, 5, 2)), jax.random.normal(pull_key, (T, 5, 1))], axis=-1)
+    assert run.noise_size == 3
+    state, u = None, jnp.asarray(U, jnp.float32)
+    for t in range(T):
+        state, belief = run.assimilate(state, y[t], u[t], noise[t])
+        np.testing.assert_allclose(belief.particles, batch[:, t], atol=1e-5)
+    # A row depends on the data up to it.
+    changed = guide.sample_posterior(key, params, y.at[4].add(1.0))["z"]
+    same = guide.sample_posterior(key, params, y)["z"]
+    np.testing.assert_array_equal(changed[:4], same[:4])
+    assert np.abs(changed[4] - same[4]).max() > 0
+    state, belief = run.start(key, y[0], u[0])
+    state, belief = run.step(state, y[1], u[1])
+    assert np.isfinite(belief.variance).all()
+    assert (belief.variance > 0).all()
+
+
+def local_messages(y, u):
+    raise NotImplementedError("only steps")
+
+
+class Exact(eqx.Module):
+    """The likelihood of each step, exact: with it the moment-matched recursion is the Kalman filter."""
+
+    causal = True
+
+    def __call__(self, y, u=None):
+        found = jax.vmap(lambda y: self.step((), y)[1])(y)
+        return found
+
+    def start(self):
+        return ()
+
+    def step(self, state, y, u=None):
+        seen = ~jnp.isnan(y)
+        K = jnp.where(seen[:, None], jnp.asarray(C, y.dtype), 0.0).T / NOISE
+        return state, nets.PseudoObservation(K, b=jnp.where(seen, y, 0.0) / NOISE, mask=seen.any())
+
+
+def linear_series(y):
+    own = [jnp.asarray(x, jnp.result_type(float)) for x in (np.zeros(2), np.eye(2), A, np.diag(SD), U, B)]
+    z = numpyro.sample("z", StatePath(*own[:4], T, own[4], B=own[5]))
+    observe("y", dist.Normal(z @ C.T, NOISE).to_event(2), y)
+
+
+def test_online_moment_matched_is_the_kalman_filter(x64):
+    guide = AmortizedStateSpace(
+        linear_series, encoder=Exact(), rank=3, family="moment_matched", causal=True, num_samples=4000
+    )
+    y = jnp.asarray(Y[0])
+    run = guide.online({}, y)
+    mean, cov = oracles.states(SSM, Y[0], U)["filtered"]
+    state, belief = run.start(jax.random.key(0), y[0], jnp.asarray(U[0]))
+    beliefs = [belief]
+    for t in range(1, T):
+        state, belief = run.step(state, y[t], jnp.asarray(U[t]))
+        beliefs.append(belief)
+    np.testing.assert_allclose([b.mean for b in beliefs], mean, atol=0.05)
+    variance = np.diagonal(cov, axis1=1, axis2=2)
+    np.testing.assert_allclose([b.variance for b in beliefs], variance, rtol=0.05)
+    q = LowRankMomentMatched(
+        guide_prior(y), **{n: x for n, x in Exact()(y).arguments().items()}, key=jax.random.key(1), num_samples=4000
+    )
+    np.testing.assert_allclose(q.mean, mean, atol=0.05)
+
+
+def guide_prior(y):
+    from numpyro import handlers
+
+    return handlers.trace(handlers.seed(linear_series, 0)).get_trace(y)["z"]["fn"]
+
+
+def test_what_is_not_causal_is_refused():
+    with pytest.raises(ValueError, match="`causal` is True, but `encoder` sees the future"):
+        AmortizedStateSpace(trials, encoder=tiny(), rank=1, causal=True)
+    with pytest.raises(ValueError, match="`refine` uses all data"):
+        AmortizedStateSpace(trials, encoder=tiny(causal=True), rank=1, causal=True, refine=1)
+    with pytest.raises(ValueError, match="`causal=True` is needed"):
+        AmortizedStateSpace(trials, encoder=tiny(), rank=1).online({}, Y)
+    with pytest.raises(TypeError, match="`encoder` must be a function"):
+        AmortizedStateSpace(trials, encoder=3, rank=1)
+    with pytest.raises(ValueError, match="`replace` changes"):
+        AmortizedStateSpace(trials, encoder=tiny(), rank=1).replace(rank=2)
+
+
+# --- explosive dynamics ----------------------------------------------------------------------------------------------
+
+
+def cubic(y):
+    drift = numpyro.param("drift", 0.5)
+    z = numpyro.sample("z", StatePath(jnp.zeros(1), 3 * jnp.eye(1), lambda z, u: z + drift * z**3, jnp.eye(1), 20))
+    observe("y", dist.Poisson(jnp.exp(jnp.minimum(z, 20.0))).to_event(2), y)
+
+
+def test_an_explosive_drift_is_held_and_reported():
+    encoder = nets.sequence_encoder(1, 1, 1, size=4, key=jax.random.key(0))
+    y = jnp.ones((20, 1))
+
+    def value_and_slope(limit):
+        guide = AmortizedStateSpace(cubic, encoder=encoder, rank=1, limit=limit)
+        svi = SVI(cubic, guide, optax.adam(1e-3), TraceConditionalKL_ELBO(8))
+        params = svi.get_params(svi.init(jax.random.key(0), y))
+        run = jax.value_and_grad(lambda p: svi.loss.loss(jax.random.key(1), p, cubic, guide, y))
+        return (*jax.jit(run)(params), guide.exploded(jax.random.key(2), params, y))
+
+    value, slope, share = value_and_slope(None)
+    assert not np.isfinite(value)
+    assert share > 0
+    value, slope, share = value_and_slope(50.0)
+    assert np.isfinite(value)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+    assert 0 < share <= 1
+    with pytest.raises(FloatingPointError, match="`limit`"):
+        fit_svi(cubic, y, guide=AmortizedStateSpace(cubic, encoder=encoder, rank=1), num_steps=10, progress_bar=False)
