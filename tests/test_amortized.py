@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import optax
 import oracles
 import pytest
+from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
 import pssm
@@ -104,28 +105,28 @@ def trained(double):
         return guide, result
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_on_minibatches_comes_near(double):
     guide, result = trained(double)
     with jax.enable_x64(double):
         assert np.isfinite(result.losses).all()
         found = losses(guide.replace(masking=None), result.params, Y, num=200)
-        assert evidences().sum() - 1.5 < found.mean() < evidences().sum() + 0.1
-        refined = losses(guide.replace(masking=None, refine=1), result.params, Y, num=200)
-        assert refined.mean() > found.mean()
+        assert evidences().sum() - 4 < found.mean() < evidences().sum()
+        refined = losses(guide.replace(masking=None, refine=1), result.params, Y)
+        np.testing.assert_allclose(refined, evidences().sum(), atol=0.2)  # linear: one round is nearly exact
         leaves = jax.tree.leaves(result.params["z_auto_encoder$params"])
         assert all(x.dtype == jnp.result_type(float) for x in leaves)
 
 
-def test_gradients_are_finite_with_missing_data(x64):
-    guide, result = trained(True)
+def test_gradients_are_finite_with_missing_data():
+    guide, result = trained(False)
     loss = TraceConditionalKL_ELBO()
     y = np.full_like(Y, np.nan)
     y[0] = Y[0]
     slope = jax.grad(lambda p: loss.loss(jax.random.key(0), p, trials, guide, y))(result.params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
     nothing = losses(guide.replace(masking=None), result.params, y[1:])
-    np.testing.assert_allclose(nothing, 0.0, atol=1e-9)  # trials without data: the prior
+    np.testing.assert_allclose(nothing, 0.0, atol=1e-4)  # trials without data: the prior
 
 
 def test_fit_svi_takes_it_and_coordinated_dropout_goes_through_data():
@@ -157,15 +158,9 @@ def test_online_chain_equals_the_batch_draws():
     params = svi.get_params(svi.init(jax.random.key(0), y))
     run = guide.online(params, y)
 
-    def posterior():
-        from numpyro import handlers
-
-        with handlers.seed(rng_seed=0), handlers.substitute(data=params), handlers.trace() as trace:
-            guide(y)
-        return trace["z"]["fn"]
-
-    q = posterior()
-    batch = q.sample(key, (5,))
+    with handlers.seed(rng_seed=0), handlers.substitute(data=params), handlers.trace() as trace:
+        guide(y)
+    batch = trace["z"]["fn"].sample(key, (5,))
     noise_key, pull_key = jax.random.split(key)
     noise = jnp.concatenate([jax.random.normal(noise_key, (T, 5, 2)), jax.random.normal(pull_key, (T, 5, 1))], axis=-1)
     assert run.noise_size == 3
@@ -184,18 +179,13 @@ def test_online_chain_equals_the_batch_draws():
     assert (belief.variance > 0).all()
 
 
-def local_messages(y, u):
-    raise NotImplementedError("only steps")
-
-
 class Exact(eqx.Module):
     """The likelihood of each step, exact: with it the moment-matched recursion is the Kalman filter."""
 
     causal = True
 
     def __call__(self, y, u=None):
-        found = jax.vmap(lambda y: self.step((), y)[1])(y)
-        return found
+        return jax.vmap(lambda y: self.step((), y)[1])(y)
 
     def start(self):
         return ()
@@ -212,30 +202,26 @@ def linear_series(y):
     observe("y", dist.Normal(z @ C.T, NOISE).to_event(2), y)
 
 
-def test_online_moment_matched_is_the_kalman_filter(x64):
+def test_online_moment_matched_is_the_batch_and_nearly_the_kalman_filter(x64):
     guide = AmortizedStateSpace(
-        linear_series, encoder=Exact(), rank=3, family="moment_matched", causal=True, num_samples=4000
+        linear_series, encoder=Exact(), rank=3, family="moment_matched", causal=True, num_samples=500
     )
-    y = jnp.asarray(Y[0])
+    y, key = jnp.asarray(Y[0]), jax.random.key(1)
     run = guide.online({}, y)
-    mean, cov = oracles.states(SSM, Y[0], U)["filtered"]
-    state, belief = run.start(jax.random.key(0), y[0], jnp.asarray(U[0]))
-    beliefs = [belief]
-    for t in range(1, T):
-        state, belief = run.step(state, y[t], jnp.asarray(U[t]))
+    q = LowRankMomentMatched(path_prior(y), **Exact()(y).arguments(), key=key, num_samples=500)
+    noise = jax.random.normal(key, (T, 500, run.noise_size))
+    state, beliefs = None, []
+    for t in range(T):
+        state, belief = run.assimilate(state, y[t], jnp.asarray(U[t]), noise[t])
         beliefs.append(belief)
-    np.testing.assert_allclose([b.mean for b in beliefs], mean, atol=0.05)
-    variance = np.diagonal(cov, axis1=1, axis2=2)
-    np.testing.assert_allclose([b.variance for b in beliefs], variance, rtol=0.05)
-    q = LowRankMomentMatched(
-        guide_prior(y), **{n: x for n, x in Exact()(y).arguments().items()}, key=jax.random.key(1), num_samples=4000
-    )
-    np.testing.assert_allclose(q.mean, mean, atol=0.05)
+    np.testing.assert_allclose([b.mean for b in beliefs], q.mean, atol=1e-9)
+    np.testing.assert_allclose([b.variance for b in beliefs], q.variance, atol=1e-9)
+    truth = oracles.states(SSM, Y[0], U)["filtered"]
+    np.testing.assert_allclose(q.mean, truth[0], atol=0.15)
+    np.testing.assert_allclose(q.variance, np.diagonal(truth[1], axis1=1, axis2=2), rtol=0.25)
 
 
-def guide_prior(y):
-    from numpyro import handlers
-
+def path_prior(y):
     return handlers.trace(handlers.seed(linear_series, 0)).get_trace(y)["z"]["fn"]
 
 
@@ -258,7 +244,7 @@ def test_what_is_not_causal_is_refused():
 def cubic(y):
     drift = numpyro.param("drift", 0.5)
     z = numpyro.sample("z", StatePath(jnp.zeros(1), 3 * jnp.eye(1), lambda z, u: z + drift * z**3, jnp.eye(1), 20))
-    observe("y", dist.Poisson(jnp.exp(jnp.minimum(z, 20.0))).to_event(2), y)
+    observe("y", dist.Poisson(jnp.exp(jnp.minimum(z, 20.0)), validate_args=False).to_event(2), y)
 
 
 def test_an_explosive_drift_is_held_and_reported():

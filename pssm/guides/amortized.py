@@ -15,14 +15,14 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.mode import noise_scale
-from pssm.guides.model_run import ModelRun
+from pssm.guides.model_run import ModelRun, unwrap
 from pssm.guides.online import Clipped, OnlineFilter, online_filter
 from pssm.guides.paths import PathGuide
 from pssm.nets.encoders import SmoothingEncoder
 from pssm.nets.potentials import as_pseudo_observation
 from pssm.register import is_trainable, register
 
-OPTIONS = ("masking", "refine", "limit", "num_samples")
+OPTIONS = ("masking", "refine", "refine_rank", "limit", "num_samples")
 
 
 class AmortizedStateSpace(PathGuide):
@@ -48,9 +48,10 @@ class AmortizedStateSpace(PathGuide):
             is drawn given those, and `online` runs the same step by step.
         diagonal: whether the potentials have a diagonal. Not for "moment_matched".
         refine: rounds of Gauss-Newton from the encoder's central path, whose potentials then stand in for the
-            encoder's. The bound is one all the same, for `rank` = size of the state close to that of
+            encoder's. The bound is one all the same, with `refine_rank` = size of the state close to that of
             `AutoStateSpace(potentials="mode")`, at the cost of as many linearised smoothers a call. No gradient reaches
             the encoder through it: train with 0, then use `guide.replace(refine=1)`. Not causal.
+        refine_rank: columns of the refined potentials; by default `rank`.
         limit: a bound on the size of the transition's image in the guide's own draws, a number or `(state,)`, for
             transitions that can explode (a cubic drift leaves float32 in a few steps). The model stays as it is, and
             the objective a bound: inside of the limit nothing changes, outside draws get their low density. For
@@ -102,6 +103,7 @@ class AmortizedStateSpace(PathGuide):
         causal: bool = False,
         diagonal: bool = True,
         refine: int = 0,
+        refine_rank: int | None = None,
         limit: ArrayLike | None = None,
         data: str | tuple[str, ...] | Callable[..., Array] | None = None,
         masking: Callable[[Key, Array], Array] | None = None,
@@ -124,7 +126,8 @@ class AmortizedStateSpace(PathGuide):
             create_plates=create_plates,
         )
         self.causal, self.data, self.masking, self.trainable = causal, data, masking, trainable
-        self.refine, self.limit = check_count("refine", refine, least=0), limit
+        self.refine, self.refine_rank = check_count("refine", refine, least=0), refine_rank
+        self.limit = limit
         self.encoder = encoder
         for own in encoder.values() if isinstance(encoder, dict) else (encoder,):
             if not callable(own):
@@ -135,7 +138,7 @@ class AmortizedStateSpace(PathGuide):
             raise ValueError("`refine` uses all data, so it cannot go with `causal=True`.")
 
     def replace(self, **options: Any) -> "AmortizedStateSpace":
-        """This guide with other values of `masking`, `refine`, `limit` or `num_samples`, and the same parameters."""
+        """This guide with other values of `masking`, `refine`, `limit` and so on, and the same parameters."""
         for name in options:
             if name not in OPTIONS:
                 raise ValueError(f"`replace` changes {', '.join(OPTIONS)}; got {name!r}.")
@@ -154,11 +157,25 @@ class AmortizedStateSpace(PathGuide):
     def exploded(
         self, rng_key: Key, params: dict[str, Array], *args: Any, num_samples: int = 20, **kwargs: Any
     ) -> float:
-        """Share of drawn paths that are not finite, or that reach the `limit` somewhere."""
-        draws = self.sample_posterior(rng_key, params, *args, sample_shape=(num_samples,), **kwargs)
-        limit = jnp.inf if self.limit is None else as_float("limit", self.limit)
-        bad = [jnp.any(~(jnp.abs(draws[name]) < limit), axis=(-2, -1)).mean() for name in self._paths]
-        return float(max(bad))
+        """Share of drawn paths that are not finite, or whose transition reached the `limit` somewhere."""
+        guide = self if self.masking is None else self.replace(masking=None)
+
+        def one(key: Key) -> Array:
+            with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
+                with handlers.trace() as trace:
+                    guide(*args, **kwargs)
+            bad = []
+            for name in self._paths:
+                z, prior = trace[name]["value"], unwrap(trace[name]["fn"])[0].prior
+                arrays, cores = prior.arrays()
+                xs, own = {**arrays, "z": z}, {**cores, "z": 2}
+                mean = map_batch(lambda a, p=prior: p.means(a, a["z"]), z.shape[:-2], xs, own)
+                limit = jnp.inf if self.limit is None else as_float("limit", self.limit)
+                ok = jnp.isfinite(z).all((-2, -1)) & (jnp.abs(mean) < limit).all((-2, -1))
+                bad.append(1.0 - ok.mean())
+            return jnp.max(jnp.stack(bad))
+
+        return float(jax.jit(jax.vmap(one))(jax.random.split(rng_key, num_samples)).mean())
 
     def online(
         self, params: dict[str, Array], *args: Any, values: dict[str, Array] | None = None, **kwargs: Any
@@ -240,7 +257,7 @@ class AmortizedStateSpace(PathGuide):
             return found
         chain = LowRankChain(self._limited(prior), found["k"], found["K"], **_rest(found, "diag", "center", "b"))
         start = jax.lax.stop_gradient(chain.central_path())
-        return self._at_mode(name, run, values, start, self.refine - 1)._asdict()
+        return self._at_mode(name, run, values, start, self.refine - 1, self.refine_rank)._asdict()
 
     def _posterior(self, prior: StatePath, given: dict[str, Array]) -> LowRankChain | LowRankMomentMatched:
         prior = self._limited(prior)

@@ -126,9 +126,15 @@ class PathGuide(AutoGuide):
         return LowRankChain(prior, k, K, diag=given.get("diag"), **options)
 
     def _at_mode(
-        self, name: str, run: ModelRun, values: dict[str, Array], start: Array | None, num_iters: int
+        self,
+        name: str,
+        run: ModelRun,
+        values: dict[str, Array],
+        start: Array | None,
+        num_iters: int,
+        rank: int | None = None,
     ) -> PotentialsAtMode:
-        options = {"rank": self.rank, "diagonal": self.diagonal}
+        options = {"rank": self.rank if rank is None else rank, "diagonal": self.diagonal}
 
         def parts(values: dict[str, Array]) -> tuple[StatePath, Callable[[Array], Array]]:
             return unwrap(run.trace(values)[name]["fn"])[0], run.log_lik(name, values)
