@@ -17,7 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 import pssm
 from pssm import nets
 from pssm.distributions import LowRankMomentMatched, StatePath, observe
-from pssm.guides import AmortizedStateSpace
+from pssm.guides import AmortizedStateSpace, AutoStateSpace
 from pssm.infer import TraceConditionalKL_ELBO, fit_svi
 
 T, TRIALS, NOISE = 6, 3, 0.7
@@ -238,6 +238,33 @@ def test_what_is_not_causal_is_refused():
         AmortizedStateSpace(trials, encoder=tiny(), rank=1).replace(rank=2)
 
 
+def test_published_causal_form_filters_with_the_local_part():
+    keys = jax.random.split(jax.random.key(0), 4)
+    head = functools.partial(nets.PotentialHead, 8, 2, diagonal=False)
+    local = nets.LocalEncoder(nets.StepMLP(3, 8, n_input=1, key=keys[0]), head(1, key=keys[1]))
+    mixer = nets.GRU(local.head.size + 1, 8, key=keys[2])
+    encoder = nets.SmoothingEncoder(local, nets.BackwardEncoder(mixer, head(2, key=keys[3])))
+    guide = AmortizedStateSpace(
+        linear_series, encoder=encoder, rank=3, family="moment_matched", causal=True, num_samples=20
+    )
+    y = jnp.asarray(Y[0], jnp.float32)
+    assert guide.objective.startswith("surrogate")
+    svi = SVI(linear_series, guide, optax.adam(1e-3), TraceConditionalKL_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), y))
+
+    def posterior(y):
+        with handlers.seed(rng_seed=0), handlers.substitute(data=params), handlers.trace() as trace:
+            guide(y)
+        return trace["z"]["fn"]
+
+    one, other = posterior(y), posterior(y.at[5].add(1.0))
+    assert np.isfinite(one.kl).all()
+    assert np.abs(one.mean[:5] - other.mean[:5]).max() > 1e-6  # smoothed
+    run = guide.online(params, y)
+    state, belief = run.start(jax.random.key(0), y[0], jnp.asarray(U[0], jnp.float32))  # the local part alone
+    assert np.isfinite(belief.mean).all()
+
+
 # --- explosive dynamics ----------------------------------------------------------------------------------------------
 
 
@@ -267,3 +294,42 @@ def test_an_explosive_drift_is_held_and_reported():
     assert 0 < share <= 1
     with pytest.raises(FloatingPointError, match="`limit`"):
         fit_svi(cubic, y, guide=AmortizedStateSpace(cubic, encoder=encoder, rank=1), num_steps=10, progress_bar=False)
+
+
+# --- refined ---------------------------------------------------------------------------------------------------------
+
+READOUT = np.random.default_rng(3).normal(size=(10, 2)) / 2**0.5
+
+
+def oscillators(y=None, size=None, count=60):
+    """Van der Pol, counts of ten channels."""
+    field = lambda z, u: jnp.stack([z[0] + 0.1 * z[1], z[1] + 0.1 * (1.5 * (1 - z[0] ** 2) * z[1] - z[0])])  # noqa: E731
+    with numpyro.plate("trials", count if y is None else len(y), subsample_size=size) as index:
+        prior = StatePath(jnp.array([1.0, 0.0]), 0.7 * jnp.eye(2), field, 0.1 * jnp.eye(2), 30)
+        z = numpyro.sample("z", prior)
+        rate = jnp.exp(jnp.minimum(z @ jnp.asarray(READOUT.T, z.dtype), 12.0))
+        return observe("y", dist.Poisson(rate).to_event(2), None if y is None else y[index])
+
+
+@pytest.mark.slow
+def test_one_round_closes_half_of_what_the_encoder_leaves():
+    y = jnp.asarray(handlers.seed(oscillators, 0)(), jnp.float32)
+    train, held = y[:50], y[50:]
+    encoder = nets.sequence_encoder(10, 2, 1, size=16, data=train, key=jax.random.key(0))
+    guide = AmortizedStateSpace(oscillators, encoder=encoder, rank=1, limit=6.0)
+    optimizer = optax.chain(optax.clip_by_global_norm(1e4), optax.adam(5e-3))
+    svi = SVI(oscillators, guide, optimizer, TraceConditionalKL_ELBO(2))
+    result = svi.run(jax.random.key(0), 400, train, 10, progress_bar=False)
+    assert np.isfinite(result.losses).all()
+    best = AutoStateSpace(oscillators, rank=2, potentials="mode")
+    start = SVI(oscillators, best, optax.adam(1e-3), Trace_ELBO())
+    params = start.get_params(start.init(jax.random.key(0), held))
+    target = losses(best, params, held, num=50, model=oscillators).mean()
+    plain = losses(guide, result.params, held, num=50, model=oscillators).mean()
+    one, two = (
+        losses(guide.replace(refine=i, refine_rank=2), result.params, held, num=50, model=oscillators).mean()
+        for i in (1, 2)
+    )
+    assert plain < target
+    assert target - one < 0.5 * (target - plain)
+    assert target - two < 0.5 * (target - plain)

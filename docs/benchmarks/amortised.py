@@ -7,7 +7,8 @@ and 20 Gaussian channels, (b) the Van der Pol oscillator (our variant of the usu
 The encoder is a perceptron on every step and a gated recurrent unit of 64 that runs backward, `rank=1` and a diagonal;
 minibatches of 32, 4 paths, Adam with a cosine schedule, 3000 steps. Rows: the bound per held-out trial of the encoder,
 of the encoder refined by one and two rounds of Gauss-Newton (`refine_rank=2`), and of potentials at the mode
-(`AutoStateSpace(potentials="mode")`), which is near-exact here; for (a) also the exact log evidence. Then the microseconds of an online step with 64 states.
+(`AutoStateSpace(potentials="mode")`), which is near-exact here; for (a) also the exact log evidence.
+Then the microseconds of an online step with 64 states.
 """
 
 import os

@@ -199,9 +199,9 @@ class AmortizedStateSpace(PathGuide):
         with handlers.block(), handlers.seed(rng_seed=jax.random.key(0)), handlers.substitute(data=params):
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
-            (name,) = self._paths if len(self._paths) == 1 else (None,)
-            if name is None:
-                raise ValueError("`model` has several paths; `online` runs one.")
+            if len(self._paths) > 1:
+                raise ValueError(f"`model` must have one path to filter online; it has {', '.join(self._paths)}.")
+            (name,) = self._paths
             given = dict(values or {})
             if self._globals is not None and not given:
                 given = dict(self._globals.median(params))
@@ -210,8 +210,11 @@ class AmortizedStateSpace(PathGuide):
             given = {**run.expose_params(given), **given}
             prior = self._limited(run.path_prior(name, given))
             encode = self._registered(name)
-        encode = encode.local if isinstance(encode, SmoothingEncoder) else encode
-        return online_filter(encode, prior, self.family, self.rank, self.diagonal, self.num_samples)
+        rank = self.rank
+        if isinstance(encode, SmoothingEncoder):  # the published causal form filters with the local part
+            encode = encode.local
+            rank = encode.head.rank
+        return online_filter(encode, prior, self.family, rank, self.diagonal, self.num_samples)
 
     # -----------------------------------------------------------------------------------------------------------------
 
