@@ -95,13 +95,17 @@ def tiny(**options):
     return nets.sequence_encoder(3, 2, 1, size=8, n_input=1, data=Y, key=jax.random.key(0), **options)
 
 
+def data(double):
+    return Y if double else Y.astype(np.float32)
+
+
 @functools.cache
 def trained(double):
     """A guide with a small network after a few steps."""
     with jax.enable_x64(double):
         guide = AmortizedStateSpace(trials, encoder=tiny(), rank=1, masking=nets.hide_steps(0.2))
         svi = SVI(trials, guide, optax.adam(3e-2), TraceConditionalKL_ELBO(4))
-        result = svi.run(jax.random.key(0), 150, Y, 2, progress_bar=False)
+        result = svi.run(jax.random.key(0), 150, data(double), 2, progress_bar=False)
         return guide, result
 
 
@@ -110,9 +114,9 @@ def test_training_on_minibatches_comes_near(double):
     guide, result = trained(double)
     with jax.enable_x64(double):
         assert np.isfinite(result.losses).all()
-        found = losses(guide.replace(masking=None), result.params, Y, num=200)
+        found = losses(guide.replace(masking=None), result.params, data(double), num=200)
         assert evidences().sum() - 4 < found.mean() < evidences().sum()
-        refined = losses(guide.replace(masking=None, refine=1), result.params, Y)
+        refined = losses(guide.replace(masking=None, refine=1), result.params, data(double))
         np.testing.assert_allclose(refined, evidences().sum(), atol=0.2)  # linear: one round is nearly exact
         leaves = jax.tree.leaves(result.params["z_auto_encoder$params"])
         assert all(x.dtype == jnp.result_type(float) for x in leaves)
@@ -121,7 +125,7 @@ def test_training_on_minibatches_comes_near(double):
 def test_gradients_are_finite_with_missing_data():
     guide, result = trained(False)
     loss = TraceConditionalKL_ELBO()
-    y = np.full_like(Y, np.nan)
+    y = np.full_like(data(False), np.nan)
     y[0] = Y[0]
     slope = jax.grad(lambda p: loss.loss(jax.random.key(0), p, trials, guide, y))(result.params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
