@@ -13,6 +13,7 @@ SLOW = {  # whole fits
     "pssm.infer.causal",
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
+    "pssm.guides.amortized",
     "pssm.guides.scan_adapter",
 }
 

@@ -24,6 +24,7 @@ ORDER = [
     "batch",
     "missing",
     "observed",
+    "register",
     "nonlinear",
     "sde",
     "filters",

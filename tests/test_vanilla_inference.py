@@ -32,6 +32,7 @@ NONLINEAR = {
     "lorenz63": models.lorenz63,
     "van_der_pol": models.van_der_pol,
     "ring_attractor": partial(models.ring_attractor, u=U),
+    "neural_ssm": partial(models.neural_ssm, num_states=1, hidden=4),
 }
 VARIANTS = {
     "seasonal harmonics": partial(models.seasonal, period=12.5, harmonics=2),
@@ -40,11 +41,12 @@ VARIANTS = {
     "structural everything": partial(models.structural, trend=True, seasonal=4, cycle=True, ar=2, u=U),
     "structural stationary": partial(models.structural, level=False, cycle=(3.0, 12.0)),
     "lds inputs": partial(models.lds, num_states=2, u=U),
+    "neural_ssm random": partial(models.neural_ssm, num_states=1, hidden=4, weights="random", emission="poisson"),
 }
 OBSERVED = {"lds": 2, "lds inputs": 3, "dynamic_factor": 2, "poisson_lds": 3, "lorenz63": 3, "van_der_pol": 2}
-OBSERVED |= {"ring_attractor": 5}
-COUNTS = ("poisson_lds", "ring_attractor")
-QUICK = ("stochastic_volatility", "poisson_lds")
+OBSERVED |= {"ring_attractor": 5, "neural_ssm": 2}
+COUNTS = ("poisson_lds", "ring_attractor", "neural_ssm random")
+QUICK = ("stochastic_volatility", "poisson_lds", "neural_ssm")
 
 
 def cases():
@@ -52,7 +54,7 @@ def cases():
     everything = MODELS | NONLINEAR | VARIANTS
     for name, model in everything.items():
         slow = name in VARIANTS or (name in NONLINEAR and name not in QUICK)
-        for states in ("ekf" if name in NONLINEAR else "marginal", "sampled"):
+        for states in ("ekf" if name in NONLINEAR or "neural" in name else "marginal", "sampled"):
             marks = pytest.mark.slow if slow or (name, states) == ("poisson_lds", "ekf") else ()
             yield pytest.param(model, states, data(name), id=f"{name}-{states}", marks=marks)
 

@@ -13,7 +13,7 @@ from numpyro.infer import MCMC, NUTS, SVI
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
-from pssm.guides.auto import FAMILIES
+from pssm.guides.paths import FAMILIES
 from pssm.infer.fit import GUIDES, as_key, default_loss, guide_of, prepare_guide
 
 Draws = dict[str, Any]

@@ -14,8 +14,8 @@ from pssm._types import Key
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
 from pssm.guides import AutoStateSpace
-from pssm.guides.auto import unwrap
 from pssm.guides.mode import DENSE
+from pssm.guides.model_run import unwrap
 from pssm.infer.fit import SVIFit, as_key, elbo, posterior_draws, trace_with
 from pssm.infer.importance import importance_bound, log_weights
 from pssm.infer.predict import marginal_site

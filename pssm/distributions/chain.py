@@ -230,6 +230,24 @@ class LowRankChain(dist.Distribution):
 
         return self._over_steps(mean, value, use_value=False, total=False)
 
+    def central_path(self) -> Array:
+        """The path without noise, `z_t = E[z_t | z_{t-1}]`, `(..., time, state)`: the mean, if `f` is linear."""
+
+        def one(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            start = posterior_mean(first, a["m0"])
+
+            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+                update, timed = xs
+                z = posterior_mean(update, self.prior.step({**a, **timed}, z))
+                return z, z
+
+            xs = later, self.prior.timed(a)
+            path = jax.lax.scan(step, start, xs, length=self.prior.num_steps - 1)[1]
+            return jnp.concatenate([start[None], path])
+
+        return self._map(one)
+
     def moments(self, key: Key, num_samples: int = 1000) -> tuple[Array, Array]:
         """Mean and variance of every state by Monte Carlo, `(..., time, state)` each.
 

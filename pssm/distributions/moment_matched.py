@@ -121,27 +121,16 @@ class LowRankMomentMatched(dist.Distribution):
         prior = self.prior
         psi = {n.removeprefix("psi_"): x for n, x in a.items() if n.startswith("psi_")}
         causal = "K_back" in psi
+        still = jnp.zeros((prior.n_state, self.num_samples), a["m0"].dtype)
 
         def step(particles: tuple[Array, Array] | None, xs: tuple) -> tuple[tuple[Array, Array], Moments]:
             p, noise, t = xs
             now = {**a, **t}
             factor = now["chol_P0"] if particles is None else now["chol_Q"]
 
-            def predict(z: Array | None) -> tuple[Array, Array]:
-                if z is None:
-                    return a["m0"], jnp.zeros((prior.n_state, self.num_samples), a["m0"].dtype)
-                image = jax.vmap(lambda x: prior.step(now, x))(z)
-                mean = image.mean(0)
-                return mean, (image - mean).T / jnp.sqrt(jnp.asarray(self.num_samples, mean.dtype))
-
-            mean, spread = predict(None if particles is None else particles[0])
-            c = p.get("center", jnp.zeros_like(mean))
-            b = p.get("b", jnp.zeros(p["K"].shape[1], mean.dtype))
-            width = factor.shape[-1]
-            centred = _prior_draws(factor, spread, noise[:, :width], noise[:, -self.num_samples :])
-            first = _update(factor, spread, None, mean, p["K"], p["k"], b, c)
-            rank = p["K"].shape[1]
-            z = _draws(first, mean, centred, p["K"], noise[:, width : width + rank])
+            mean, spread = (a["m0"], still) if particles is None else predict(prior, now, particles[0])
+            z, first = assimilate(factor, mean, spread, p, noise)
+            c, width, rank = p.get("center", jnp.zeros_like(mean)), factor.shape[-1], p["K"].shape[1]
             if not causal:
                 return (z, z), Moments(z, first.mean, spread, first.cut, first.kl)
             zero = jnp.zeros(p["K_back"].shape[1], mean.dtype)
@@ -149,10 +138,7 @@ class LowRankMomentMatched(dist.Distribution):
             rest = noise[:, width + rank : width + rank + p["K_back"].shape[1]]
             smoothed = _draws(second, first.mean, z - first.mean, p["K_back"], rest)
             cut = jnp.concatenate([first.cut, second.cut], axis=1)
-            if particles is None:
-                target_mean, target_spread = mean, spread
-            else:
-                target_mean, target_spread = predict(particles[1])
+            target_mean, target_spread = (mean, spread) if particles is None else predict(prior, now, particles[1])
             logdet = first.logdet + second.logdet
             kl = _gaussian_kl(factor, spread, cut, logdet, second.mean, target_mean, target_spread)
             return (z, smoothed), Moments(smoothed, second.mean, spread, cut, kl)
@@ -218,6 +204,33 @@ class LowRankMomentMatched(dist.Distribution):
         )
 
 
+def predict(prior: StatePath, now: dict[str, Any], particles: Array) -> tuple[Array, Array]:
+    """Mean of the transition's image of `(num_samples, state)` draws, and its spread `(state, num_samples)`."""
+    image = jax.vmap(lambda x: prior.step(now, x))(particles)
+    mean = image.mean(0)
+    return mean, (image - mean).T / jnp.sqrt(jnp.asarray(len(particles), mean.dtype))
+
+
+def assimilate(
+    factor: Factor, mean: Array, spread: Array, p: dict[str, Array], noise: Array
+) -> tuple[Array, "Updated"]:
+    """Draws from `N(mean, F F' + spread spread')` times a potential, and that Gaussian.
+
+    Args:
+        factor: `F`.
+        mean: `(state,)`.
+        spread: `(state, num_samples)`.
+        p: `k`, `K` and perhaps `b` and `center` of the potential.
+        noise: standard normal, `(num_samples, noise + rank + ... + num_samples)`.
+    """
+    c = p.get("center", jnp.zeros_like(mean))
+    b = p.get("b", jnp.zeros(p["K"].shape[1], mean.dtype))
+    width, rank = factor.shape[-1], p["K"].shape[1]
+    centred = _prior_draws(factor, spread, noise[:, :width], noise[:, -spread.shape[1] :])
+    found = _update(factor, spread, None, mean, p["K"], p["k"], b, c)
+    return _draws(found, mean, centred, p["K"], noise[:, width : width + rank]), found
+
+
 def _check_backward(prior: StatePath, backward: Any) -> dict[str, Array]:
     """The backward potentials by name, their shapes checked."""
     if not isinstance(backward, tuple | list) or len(backward) != 2:
@@ -230,7 +243,9 @@ def _check_backward(prior: StatePath, backward: Any) -> dict[str, Array]:
     return {"k_back": k, "K_back": K}
 
 
-class _Updated(NamedTuple):
+class Updated(NamedTuple):
+    """A Gaussian that has taken in a potential: mean, `cut`, gain, divergence from before, and `log |P'| - log |P|`."""
+
     mean: Array
     cut: Array
     gain: Array
@@ -240,7 +255,7 @@ class _Updated(NamedTuple):
 
 def _update(
     factor: Factor, spread: Array, cut: Array | None, mean: Array, K: Array, k: Array, b: Array, c: Array
-) -> _Updated:
+) -> Updated:
     """`N(mean, P)`, `P = F F' + spread spread' - cut cut'`, times a potential; `logdet` is `log |P'| - log |P|`."""
     by_noise, by_spread = apply_transpose(factor, K), matmul(spread.T, K)
     loaded = _apply_columns(factor, by_noise) + matmul(spread, by_spread)  # P K
@@ -257,7 +272,7 @@ def _update(
     log_root = jnp.sum(jnp.log(jnp.diagonal(root)))
     kl = log_root + 0.5 * (jnp.sum(inverse**2) - K.shape[1] + jnp.vdot(step, k + matvec(K, a)))
     cut = matmul(loaded, inverse.T)
-    return _Updated(mean + step, cut, matmul(cut, inverse), kl, -2 * log_root)
+    return Updated(mean + step, cut, matmul(cut, inverse), kl, -2 * log_root)
 
 
 def _apply_columns(factor: Factor, x: Array) -> Array:
@@ -274,7 +289,7 @@ def _prior_draws(factor: Factor, spread: Array, noise: Array, weights: Array) ->
     return jax.vmap(lambda e, w: apply_factor(factor, e) + matvec(spread, w))(noise, weights)
 
 
-def _draws(updated: _Updated, mean: Array, centred: Array, K: Array, noise: Array) -> Array:
+def _draws(updated: Updated, mean: Array, centred: Array, K: Array, noise: Array) -> Array:
     """Matheron: draws from the prediction become draws from the update, exactly."""
     rest = matmul(centred, K) + noise
     return updated.mean + centred - matmul(updated.gain, rest.T).T

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
@@ -118,7 +119,8 @@ class StatePath(dist.Distribution):
         else:
             is_plain = len(jax.tree.leaves(transition)) == 1 and jax.tree.leaves(transition)[0] is transition
             function = jax.tree_util.Partial(transition) if is_plain else transition
-        self._dynamic, self._static = eqx.partition(function, eqx.is_array)
+        # NumPy arrays too: what is static is compared by `==`, which arrays have no single answer to.
+        self._dynamic, self._static = eqx.partition(function, lambda x: eqx.is_array(x) or isinstance(x, np.ndarray))
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
     def _check(self, arrays: dict[str, Any]) -> tuple[int, ...]:

@@ -1,8 +1,16 @@
 """Guides for SVI: the structured low-rank posterior for any model with a state path; Laplace's approximation."""
 
+from pssm.guides.amortized import AmortizedStateSpace
 from pssm.guides.auto import AutoStateSpace
 from pssm.guides.guided import guided_proposal
 from pssm.guides.laplace import laplace_path
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 
-__all__ = ["AutoScanStateSpace", "AutoStateSpace", "guided_proposal", "laplace_path", "scan_path"]
+__all__ = [
+    "AmortizedStateSpace",
+    "AutoScanStateSpace",
+    "AutoStateSpace",
+    "guided_proposal",
+    "laplace_path",
+    "scan_path",
+]

@@ -16,8 +16,8 @@ from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
-from pssm.guides import AutoStateSpace
-from pssm.guides.auto import BOUND, FAMILIES
+from pssm.guides import AmortizedStateSpace, AutoStateSpace
+from pssm.guides.paths import BOUND, FAMILIES, PathGuide
 from pssm.infer.objective import TraceConditionalKL_ELBO
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
@@ -191,7 +191,8 @@ def fit_svi(
         step = int(np.argmin(np.isfinite(losses)))
         raise FloatingPointError(
             f"The loss became {losses[step]} at step {step} of {num_steps}. Lower `learning_rate` (now "
-            f"{learning_rate}), or look at the model's priors with numpyro.infer.Predictive."
+            f"{learning_rate}), or look at the model's priors with numpyro.infer.Predictive. A transition that "
+            "explodes can be held by AmortizedStateSpace's `limit` or by `nets.Saturated`."
         )
     fit = SVIFit.of(svi, result, *args, **kwargs)
     if progress_bar:
@@ -219,12 +220,12 @@ def _start(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def prepare_guide(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Makes what a known guide keeps of its first call, so that its start can be compiled; False for other guides."""
-    if type(guide) not in (*GUIDES.values(), AutoStateSpace):
+    if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
         return False
     with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
         if guide.prototype_trace is None:
             guide._setup_prototype(*args, **kwargs)
-        inner = guide._globals if isinstance(guide, AutoStateSpace) else None
+        inner = guide._globals if isinstance(guide, PathGuide) else None
         if inner is not None and type(inner) not in GUIDES.values():
             return False
         if inner is not None and inner.prototype_trace is None:
@@ -242,7 +243,7 @@ def guide_of(model: Callable[..., Any], name: str, rank: int) -> AutoGuide:
 
 def default_loss(guide: Any) -> ELBO:
     """The ELBO that `fit_svi` takes for a guide."""
-    if not isinstance(guide, AutoStateSpace):
+    if not isinstance(guide, PathGuide):
         return Trace_ELBO(num_particles=8)
     return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)
 

@@ -14,7 +14,7 @@ from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
 from pssm.filters.resampling import ess as ess_of
 from pssm.filters.resampling import systematic
-from pssm.guides.auto import ModelRun, unwrap
+from pssm.guides.model_run import ModelRun, unwrap
 from pssm.infer.fit import SVIFit, as_key
 from pssm.infer.objective import site_log_prob
 from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample

@@ -12,7 +12,7 @@ from numpyro.util import check_model_guide_match
 
 from pssm._types import Array, Key
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.auto import unwrap
+from pssm.guides.model_run import unwrap
 
 
 class TraceConditionalKL_ELBO(ELBO):

@@ -12,7 +12,8 @@ from numpyro.primitives import Messenger
 
 from pssm._types import Array
 from pssm.distributions import LowRankChain, StatePath
-from pssm.guides.auto import AutoStateSpace, ModelRun
+from pssm.guides.auto import AutoStateSpace
+from pssm.guides.model_run import ModelRun
 from pssm.infer.objective import site_log_prob
 
 

@@ -1,5 +1,6 @@
 """Ready NumPyro models. Each is a plain function for plain `MCMC(NUTS(model))` and `SVI(model, guide, ...)`."""
 
+from pssm.models.deep import neural_ssm
 from pssm.models.dynamics import lorenz63_system, pendulum_system, ring_attractor_system, van_der_pol_system
 from pssm.models.factor import dynamic_factor
 from pssm.models.linear import lds, lds_prior, lds_start, lds_values
@@ -21,6 +22,7 @@ NAMES = (
     "local_level",
     "local_linear_trend",
     "lorenz63",
+    "neural_ssm",
     "pendulum",
     "poisson_lds",
     "ring_attractor",
@@ -41,6 +43,7 @@ __all__ = [
     "local_linear_trend",
     "lorenz63",
     "lorenz63_system",
+    "neural_ssm",
     "pendulum",
     "pendulum_system",
     "poisson_lds",

@@ -18,7 +18,8 @@ from numpyro.infer.util import initialize_model
 
 from pssm.diagnostics import khat, to_datatree
 from pssm.distributions import NonCenteredPath, StatePath
-from pssm.guides.auto import BOUND, FAMILIES, SURROGATE, AutoStateSpace
+from pssm.guides import AutoStateSpace
+from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
     SVIFit,
     elbo,
