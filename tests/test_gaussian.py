@@ -334,9 +334,32 @@ def test_inputs_reach_both_equations(x64):
         (lambda: gaussian_filter(pendulum(), np.ones((4, 1)), np.ones((3, 1))), ValueError, "`u` must have shape"),
         (lambda: gaussian_filter(pendulum(), np.ones(4), linearize="best"), ValueError, "`linearize` must be one of"),
         (lambda: gaussian_filter(pendulum(), np.ones(4), num_iters=0), ValueError, "`num_iters` must be at least 1"),
+        (lambda: spikes().to_linear(np.zeros(2)), ValueError, "`to_linear` needs a normal emission"),
+        (lambda: pendulum().to_linear(np.zeros((4, 3))), ValueError, "`about` must have shape"),
+        (lambda: pendulum().to_linear(np.zeros((4, 2)), np.zeros((3, 1))), ValueError, "`u` must have shape"),
         (lambda: gaussian_filter("model", np.ones(4)), TypeError, "`model` must be a NonlinearSSM"),
     ],
 )
 def test_bad_arguments_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_linear_models_survive_the_way_there_and_back(x64):
+    rng = np.random.default_rng(5)
+    ssm = LinearGaussianSSM(**oracles.random_model(rng, n=2, p=2, m=1, offsets=True))
+    y, u = oracles.with_holes(rng, rng.normal(size=(7, 2))), rng.normal(size=(7, 1))
+    model = NonlinearSSM.from_linear(ssm)
+    want = pssm.log_likelihood(ssm, y, u)
+    about_one = model.to_linear(rng.normal(size=2), rng.normal(size=1))
+    for name in ("A", "B", "b", "C", "D", "d", "R", "Q", "P0"):
+        np.testing.assert_allclose(getattr(about_one, name), getattr(ssm, name), atol=1e-12, err_msg=name)
+    about_path = model.to_linear(rng.normal(size=(7, 2)), u)
+    assert float(pssm.log_likelihood(about_path, y)) == pytest.approx(float(want), abs=1e-10)
+
+
+def test_linearised_about_the_mode_the_smoother_stays_there(x64):
+    _, y = swings(20)
+    path = jax.jit(partial(gaussian_smoother, pendulum(), num_iters=30))(y).mean
+    again = pssm.kalman_smoother(pendulum().to_linear(path), y)
+    np.testing.assert_allclose(again.mean, path, atol=1e-8)
