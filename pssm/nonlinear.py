@@ -98,7 +98,7 @@ class NonlinearSSM:
             setattr(self, name, x.astype(dtype))
         self.time_varying = tuple(time_varying)
         self._transition, self._emission = _split(transition), _split(emission)
-        self._emission_takes_inputs = _takes_two(emission)
+        self._emission_takes_inputs = takes_two(emission)
 
     m0: Float[Array, " state"]
     chol_P0: Float[Array, "state state"]
@@ -299,7 +299,7 @@ def _join(arrays: tuple[Array, ...], static: _Static) -> Any:
     return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def takes_two(function: Callable[..., Any]) -> bool:
     """Whether a function needs a second argument."""
     try:
         parameters = inspect.signature(function).parameters.values()

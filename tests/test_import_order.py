@@ -26,6 +26,7 @@ ORDER = [
     "observed",
     "nonlinear",
     "sde",
+    "nonlinear_sde",
     "filters",
     "learning",
     "distributions",
