@@ -136,11 +136,12 @@ def refine(
 
 def runge_kutta(field: Field, z: Float[Array, " state"], step: ArrayLike) -> Float[Array, " state"]:
     """One step of the classical Runge-Kutta method along `dz/dt = field(z)`."""
-    k1 = field(z)
-    k2 = field(z + 0.5 * step * k1)
-    k3 = field(z + 0.5 * step * k2)
-    k4 = field(z + step * k3)
-    return z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    once = jax.lax.optimization_barrier  # else XLA computes the earlier stages again wherever a later one needs them
+    k1 = once(field(z))
+    k2 = once(field(once(z + 0.5 * step * k1)))
+    k3 = once(field(once(z + 0.5 * step * k2)))
+    k4 = once(field(once(z + step * k3)))
+    return once(z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
 
 
 def _euler(field: Field, z: Array, step: ArrayLike) -> Array:
