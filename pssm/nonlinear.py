@@ -98,7 +98,7 @@ class NonlinearSSM:
             setattr(self, name, x.astype(dtype))
         self.time_varying = tuple(time_varying)
         self._transition, self._emission = _split(transition), _split(emission)
-        self._emission_takes_inputs = _takes_two(emission)
+        self._emission_takes_inputs = takes_two(emission)
 
     m0: Float[Array, " state"]
     chol_P0: Float[Array, "state state"]
@@ -116,6 +116,45 @@ class NonlinearSSM:
         model = cls(ssm.m0, ssm.chol_P0, transition, ssm.chol_Q, emission, time_varying=ssm.time_varying)
         model._emission_takes_inputs = True
         return model
+
+    def to_linear(self, about: ArrayLike, u: ArrayLike | None = None) -> LinearGaussianSSM:
+        """The linear-Gaussian model that this one is to first order: exact where it is linear.
+
+        About a path, step t is affine about `about[t - 1]` (transition) and `about[t]` (emission), and inputs are
+        absorbed in the offsets: give the result to the exact functions without `u`. About one state the result does not
+        vary in time, and the inputs keep their own matrices `B` and `D`, the derivatives at `u`.
+
+        Args:
+            about: a path `(time, state)`, such as the mean of `gaussian_smoother`, or one state `(state,)`.
+            u: inputs `(time, input)` of the path, or the input `(input,)` beside the one state.
+
+        Returns:
+            A `LinearGaussianSSM`. The noise of the observations is that at `about`.
+
+        Raises:
+            ValueError: a shape does not fit, or the emission is not normal.
+
+        Example:
+            >>> import jax.numpy as jnp, numpyro.distributions as dist
+            >>> model = NonlinearSSM(jnp.zeros(1), jnp.eye(1), lambda z, u: jnp.sin(z), 0.1 * jnp.eye(1),
+            ...                      lambda z: dist.Normal(z**2, 0.1).to_event(1))
+            >>> model.to_linear(jnp.zeros((5, 1))).time_varying
+            ('A', 'C', 'chol_R', 'b', 'd')
+        """
+        point = as_float("about", about)
+        check_shape("about", point, (self.n_state,), "state")
+        check_finite("about", point)
+        inputs = None if u is None else as_float("u", u)
+        if inputs is not None and inputs.shape[:-1] != point.shape[:-1]:
+            raise ValueError(f"`u` must have shape {(*point.shape[:-1], 'input')}, as `about`; got {inputs.shape}.")
+        if not self.is_gaussian(inputs if inputs is None or point.ndim == 1 else inputs[0]):
+            raise ValueError(
+                "`to_linear` needs a normal emission; this one is not. `gaussian_smoother` and `laplace_path` take any."
+            )
+        point = point.astype(self.m0.dtype)
+        if point.ndim == 1:
+            return _about_state(self, point, inputs)
+        return _about_path(self, point, inputs)
 
     @property
     def n_state(self) -> int:
@@ -260,7 +299,7 @@ def _join(arrays: tuple[Array, ...], static: _Static) -> Any:
     return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def takes_two(function: Callable[..., Any]) -> bool:
     """Whether a function needs a second argument."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -280,6 +319,37 @@ def _normal(
     chol: Array, C: Array, D: Array | None, d: Array | None, z: Array, u: Array | None
 ) -> dist.MultivariateNormal:
     return dist.MultivariateNormal(_affine(C, D, d, z, u), scale_tril=chol)
+
+
+def _emission_at(model: NonlinearSSM, z: Array, u: Array | None) -> dict[str, Array]:
+    """Slope, offset and noise of a normal emission about `z`."""
+    mean, factor = model.moments(z, u)
+    C = jax.jacfwd(lambda z: model.moments(z, u).mean)(z)
+    return {"C": C, "d": mean - matvec(C, z), "chol_R": jnp.diag(factor) if factor.ndim == 1 else factor}
+
+
+def _about_state(model: NonlinearSSM, z: Array, u: Array | None) -> LinearGaussianSSM:
+    A = jax.jacfwd(model.transition)(z, u)
+    found = {"A": A, "b": model.transition(z, u) - matvec(A, z), **_emission_at(model, z, u)}
+    if u is not None:
+        found["B"] = jax.jacfwd(model.transition, 1)(z, u)
+        found["D"] = jax.jacfwd(lambda u: model.moments(z, u).mean)(u)
+        found |= {"b": found["b"] - matvec(found["B"], u), "d": found["d"] - matvec(found["D"], u)}
+    return LinearGaussianSSM(model.m0, model.chol_P0, chol_Q=model.chol_Q, time_varying=model.time_varying, **found)
+
+
+def _about_path(model: NonlinearSSM, path: Array, u: Array | None) -> LinearGaussianSSM:
+    if model.time_varying and len(model.chol_Q) != len(path):
+        raise ValueError(f"`about` must have {len(model.chol_Q)} time steps, as `chol_Q` has; got {len(path)}.")
+    before = jnp.concatenate([path[:1], path[:-1]])  # entry 0 is not used
+
+    def into(z: Array, u: Array | None) -> dict[str, Array]:
+        A = jax.jacfwd(model.transition)(z, u)
+        return {"A": A, "b": model.transition(z, u) - matvec(A, z)}
+
+    found = jax.vmap(into)(before, u) | jax.vmap(lambda z, u: _emission_at(model, z, u))(path, u)
+    timed = (*found, *model.time_varying)
+    return LinearGaussianSSM(model.m0, model.chol_P0, chol_Q=model.chol_Q, time_varying=timed, **found)
 
 
 def _base(d: dist.Distribution) -> dist.Distribution:

@@ -65,16 +65,21 @@ class LinearSDE(NamedTuple):
             >>> model.time_varying
             ('A', 'chol_Q')
         """
-        times = as_float("t", t)
-        if times.ndim != 1 or not len(times):
-            raise ValueError(f"`t` must have shape (time,) with at least one time; got {times.shape}.")
-        check_finite("t", times)
-        steps = jnp.diff(times, prepend=times[:1])
-        if not is_traced(steps) and bool((steps < 0).any()):
-            raise ValueError(f"`t` must not go back; it does at index {int(jnp.argmax(steps < 0))}.")
-        A, chol_Q = jax.vmap(lambda step: discretise(self.F, self.L, step))(steps)
+        A, chol_Q = jax.vmap(lambda step: discretise(self.F, self.L, step))(gaps_between(t))
         chol_P0 = factor_from_covariance("P0", self.P0)
         return LinearGaussianSSM(self.m0, chol_P0, A, chol_Q, self.C, chol_R, d=d, time_varying=("A", "chol_Q"))
+
+
+def gaps_between(t: ArrayLike) -> Float[Array, " time"]:
+    """The time that passes before each of the times `t`, which must not go back; 0 before the first."""
+    times = as_float("t", t)
+    if times.ndim != 1 or not len(times):
+        raise ValueError(f"`t` must have shape (time,) with at least one time; got {times.shape}.")
+    check_finite("t", times)
+    steps = jnp.diff(times, prepend=times[:1])
+    if not is_traced(steps) and bool((steps < 0).any()):
+        raise ValueError(f"`t` must not go back; it does at index {int(jnp.argmax(steps < 0))}.")
+    return steps
 
 
 def discretise(

@@ -334,9 +334,75 @@ def test_inputs_reach_both_equations(x64):
         (lambda: gaussian_filter(pendulum(), np.ones((4, 1)), np.ones((3, 1))), ValueError, "`u` must have shape"),
         (lambda: gaussian_filter(pendulum(), np.ones(4), linearize="best"), ValueError, "`linearize` must be one of"),
         (lambda: gaussian_filter(pendulum(), np.ones(4), num_iters=0), ValueError, "`num_iters` must be at least 1"),
+        (lambda: spikes().to_linear(np.zeros(2)), ValueError, "`to_linear` needs a normal emission"),
+        (lambda: pendulum().to_linear(np.zeros((4, 3))), ValueError, "`about` must have shape"),
+        (lambda: pendulum().to_linear(np.zeros((4, 2)), np.zeros((3, 1))), ValueError, "`u` must have shape"),
         (lambda: gaussian_filter("model", np.ones(4)), TypeError, "`model` must be a NonlinearSSM"),
     ],
 )
 def test_bad_arguments_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_linear_models_survive_the_way_there_and_back(x64):
+    rng = np.random.default_rng(5)
+    ssm = LinearGaussianSSM(**oracles.random_model(rng, n=2, p=2, m=1, offsets=True))
+    y, u = oracles.with_holes(rng, rng.normal(size=(7, 2))), rng.normal(size=(7, 1))
+    model = NonlinearSSM.from_linear(ssm)
+    want = pssm.log_likelihood(ssm, y, u)
+    about_one = model.to_linear(rng.normal(size=2), rng.normal(size=1))
+    for name in ("A", "B", "b", "C", "D", "d", "R", "Q", "P0"):
+        np.testing.assert_allclose(getattr(about_one, name), getattr(ssm, name), atol=1e-12, err_msg=name)
+    about_path = model.to_linear(rng.normal(size=(7, 2)), u)
+    assert float(pssm.log_likelihood(about_path, y)) == pytest.approx(float(want), abs=1e-10)
+
+
+def test_linearised_about_the_mode_the_smoother_stays_there(x64):
+    _, y = swings(20)
+    path = jax.jit(partial(gaussian_smoother, pendulum(), num_iters=30))(y).mean
+    again = pssm.kalman_smoother(pendulum().to_linear(path), y)
+    np.testing.assert_allclose(again.mean, path, atol=1e-8)
+
+
+def one_state(emission, m0=0.0, chol_P0=1.0, chol_Q=0.3):
+    return NonlinearSSM([m0], [[chol_P0]], lambda z, u: 0.9 * z, [[chol_Q]], emission)
+
+
+COUNTS = CASES["poisson"][0]
+
+
+@pytest.mark.parametrize("linearize", ["ekf", "ukf"])
+def test_extreme_counts_are_survived(linearize):
+    """Steps are halved where a count is far from what was expected; later steps know no more of it."""
+    y = jnp.array([0.0, 2.0, 1e5, jnp.nan, 1e6, 0.0, 0.0])[:, None]
+
+    @jax.jit
+    def run(sigma):
+        found = gaussian_filter(one_state(COUNTS, chol_Q=sigma), y, linearize=linearize, num_iters=4)
+        return found.log_likelihood, found
+
+    (value, found), slope = jax.value_and_grad(run, has_aux=True)(0.3)
+    assert np.isfinite(value)
+    assert np.isfinite(slope)
+    assert 3.0 < float(found.mean[2, 0]) < 13.0  # log 1e5 = 11.5
+    assert np.isfinite(found.cov).all()
+    smoothed = jax.jit(partial(gaussian_smoother, one_state(COUNTS), linearize=linearize))(y)
+    assert np.isfinite(smoothed.mean).all()
+
+
+@pytest.mark.parametrize("y", [[3.0], [jnp.nan]], ids=["seen", "missing"])
+@pytest.mark.parametrize(("chol_P0", "chol_Q"), [(1.0, 0.3), (0.0, 0.0), (1e3, 0.0)])
+def test_one_step_no_noise_and_wide_starts(y, chol_P0, chol_Q):
+    model = one_state(COUNTS, chol_P0=chol_P0, chol_Q=chol_Q)
+    for method in (gaussian_filter, gaussian_smoother, laplace_path):
+        found = method(model, y)
+        assert np.isfinite(found.log_likelihood), method
+        assert np.isfinite(found.mean).all(), method
+
+
+def test_a_start_that_overflows_is_an_error():
+    with pytest.raises(ValueError, match="left the finite numbers at step 0"):
+        gaussian_filter(one_state(COUNTS, m0=1e4), [1.0, 2.0])
+    with pytest.raises(ValueError, match="left the finite numbers at step 1"):
+        gaussian_filter(NonlinearSSM([2.0], [[1.0]], lambda z, u: jnp.exp(50 * z**2), [[1.0]], normal), [2.0, 1.0])

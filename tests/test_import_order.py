@@ -27,6 +27,7 @@ ORDER = [
     "register",
     "nonlinear",
     "sde",
+    "nonlinear_sde",
     "filters",
     "learning",
     "distributions",

@@ -9,6 +9,7 @@ import pytest
 
 from pssm.linalg import factor_from_covariance, outer, solve_lower, triangularise
 from pssm.linalg.small import SMALL, matmul, matvec
+from pssm.linalg.square_root import triangularise_once
 
 DTYPES = (np.float32, np.float64)
 SIZES = [(1, 1), (1, 4), (3, 2), (4, 4), (5, 9), (SMALL, SMALL), (SMALL + 1, SMALL + 3), (SMALL + 6, 5)]
@@ -278,3 +279,16 @@ def test_factor_from_covariance_traced_values_pass_and_have_a_derivative():
     direction = covariance(random_factor(19, 4, 2))
     root, tangent = jax.jit(lambda c, d: jax.jvp(partial(factor_from_covariance, "Q"), (c,), (d,)))(cov, direction)
     np.testing.assert_allclose(tangent @ root.T + root @ tangent.T, direction, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 6), (7, 3)])
+def test_one_projection_gives_the_same_factor(shape, x64):
+    m = np.random.default_rng(0).normal(size=shape)
+    m[2] = 2 * m[0] - m[1]
+    m[:, 0] *= 1e6
+    found = jax.jit(triangularise_once)(m)
+    np.testing.assert_allclose(found, triangularise(jnp.asarray(m)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found @ found.T, m @ m.T, rtol=1e-12)
+    assert (found[:, 2] == 0).all()
+    wide = jnp.asarray([[1.0, 1e7], [0.0, 1.0]], jnp.float32)
+    np.testing.assert_allclose(triangularise_once(wide), [[1e7, 0.0], [1.0, 1e-7]], rtol=1e-6)

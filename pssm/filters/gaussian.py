@@ -17,23 +17,26 @@ Source:
     moments: Tronarp, García-Fernández & Särkkä 2018.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pssm._checks import check_count
+from pssm._checks import check_count, is_traced
 from pssm._types import Array, ArrayLike
 from pssm.filters.linearize import Linearization, Linearize, SigmaPoints, jacobian, rule
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
+from pssm.linalg.square_root import triangularise_once
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import FilterResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
 LOG_2PI = 1.8378770664093453
+HALVINGS = 40
 
 
 def gaussian_filter(
@@ -61,7 +64,7 @@ def gaussian_filter(
         it is that of the affine models, of others it is Laplace's.
 
     Raises:
-        ValueError: a shape does not fit, or `linearize` is unknown.
+        ValueError: a shape does not fit, `linearize` is unknown, or (outside of `jit`) the result is not finite.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist
@@ -103,6 +106,17 @@ def gaussian_smoother(
     return smoothed._replace(log_likelihood=_laplace(model, final, series, statistics, inputs, smoothed.mean))
 
 
+def _check_result(found: FilterResult) -> None:
+    """Refuses a result that is not finite; a traced one has NaN or -inf in its likelihood."""
+    if is_traced(found.log_likelihoods) or bool(jnp.isfinite(found.log_likelihood)):
+        return
+    step = int(jnp.argmin(jnp.isfinite(found.log_likelihoods)))
+    raise ValueError(
+        f"The filter left the finite numbers at step {step}: `transition` or `emission` overflows at the filtered "
+        "state, or the observation is impossible. Check `m0`, units and scales, or use `laplace_path`."
+    )
+
+
 def _prepared(
     model: NonlinearSSM | LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None, linearize: str | Linearize, count: int
 ) -> tuple[NonlinearSSM, Array, Array | None, Linearize, int]:
@@ -139,10 +153,10 @@ def _filter(
     def step(predicted: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
         y, s, u, u_next, own_noise = xs
         mean, chol = predicted
-        update = condition_on(model, mean, chol, s, u, linearize, num_iters)
+        update = condition_on(model, mean, chol, s, u, linearize, num_iters, None if gaussian else y)
         value = update.log_likelihood if gaussian else _evidence(model, y, u, update)
         f = linearize(lambda z: model.transition(z, u_next), update.mean, update.chol)
-        new = f.mean, triangularise(jnp.concatenate([f.spread, own_noise], axis=1))
+        new = f.mean, triangularise_once(jnp.concatenate([f.spread, own_noise], axis=1))
         A, C = _in_state(f.slope, update.chol), _in_state(update.emission.affine.slope, chol)
         steps = _affine_step(A, f, own_noise, update.mean, C, update.emission, mean)
         return new, (value, update.mean, update.chol, mean, chol, steps)
@@ -151,6 +165,7 @@ def _filter(
     _, out = jax.lax.scan(step, start, (y, statistics, u, follows, noise))
     values, steps = out[0], out[-1]
     result = FilterResult(jnp.sum(values), *out[:-1])
+    _check_result(result)
     return result, _time_varying(model, steps)
 
 
@@ -212,28 +227,63 @@ class Posterior(NamedTuple):
 
 
 def condition_on(
-    model: NonlinearSSM, mean: Array, chol: Array, s: Array, u: Array | None, linearize: Linearize, num_iters: int
+    model: NonlinearSSM,
+    mean: Array,
+    chol: Array,
+    s: Array,
+    u: Array | None,
+    linearize: Linearize,
+    num_iters: int,
+    y: Array | None = None,
 ) -> Posterior:
-    """`N(mean, chol chol')` given one observation `s` (the statistic), NaN where missing."""
+    """`N(mean, chol chol')` given one observation `s` (the statistic), NaN where missing.
+
+    With the observation itself, `y`, a step is halved until the posterior density is no less than where it started: an
+    emission that is not normal may be far from what its moments promise (a count of 10 000 where one was expected).
+    """
     seen = ~jnp.isnan(s)
     filled = jnp.where(seen, s, 0.0)
 
-    def with_emission(emission: _Emission) -> Posterior:
+    def with_emission(emission: _Emission, x_before: Array) -> Posterior:
         affine, noise = emission
         rows = jnp.concatenate([noise, affine.spread], axis=1)
         rows = jnp.where(seen[:, None], rows, 0.0)
         below = jnp.concatenate([jnp.zeros((len(mean), noise.shape[1]), mean.dtype), affine.basis], axis=1)
-        factor = triangularise(jnp.concatenate([rows, below]))
+        factor = triangularise_once(jnp.concatenate([rows, below]))
         p = len(s)
         root, gain, chol_x = factor[:p, :p], factor[p:, :p], factor[p:, p:]
         white = solve_lower(root, jnp.where(seen, filled - affine.mean, 0.0))
         x = matvec(gain, white)
+        if y is not None:
+            x = x_before + _share(lambda x: _log_joint(model, y, mean, chol, u, x), x_before, x) * (x - x_before)
         return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, _log_normal(root, white))
 
-    update = with_emission(_emission(model, mean, chol, u, linearize))
+    update = with_emission(_emission(model, mean, chol, u, linearize), jnp.zeros_like(mean))
     for _ in range(num_iters - 1):
-        update = with_emission(_again(model, mean, chol, u, linearize, update))
+        update = with_emission(_again(model, mean, chol, u, linearize, update), update.x)
     return update
+
+
+def _log_joint(model: NonlinearSSM, y: Array, mean: Array, chol: Array, u: Array | None, x: Array) -> Array:
+    return model.log_prob(y, mean + matvec(chol, x), u) - 0.5 * jnp.sum(x**2)
+
+
+def _share(log_joint: Callable[[Array], Array], start: Array, end: Array) -> Array:
+    """The share of a step that is taken: 1, or the largest of 1/2, 1/4, ... that does not go down."""
+    least = log_joint(start)
+    least = jnp.where(jnp.isfinite(least), least - 1e-3 * jnp.abs(least), -jnp.inf)
+
+    def bad(count: Array) -> Array:
+        value = log_joint(start + 0.5**count * (end - start))
+        return ~(jnp.isfinite(value) & (value >= least))
+
+    # The carry is a whole number and a flag, which have no derivatives: the loop is no obstacle to gradients.
+    count, _ = jax.lax.while_loop(
+        lambda state: state[1] & (state[0] < HALVINGS),
+        lambda state: (state[0] + 1, bad(state[0] + 1)),
+        (jnp.zeros((), int), bad(jnp.zeros((), int))),
+    )
+    return jax.lax.stop_gradient(jnp.where(count < HALVINGS, 0.5**count, 0.0).astype(start.dtype))
 
 
 def _log_normal(root: Array, white: Array) -> Array:

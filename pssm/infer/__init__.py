@@ -6,10 +6,12 @@ from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
+from pssm.infer.pseudo_marginal import PseudoMarginal
 from pssm.infer.transport import transport_reparam
 
 __all__ = [
     "EvidenceBound",
+    "PseudoMarginal",
     "SVIFit",
     "TraceConditionalKL_ELBO",
     "causal_draws",

@@ -7,23 +7,43 @@ river flows and interest rates alike.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpyro
 import numpyro.distributions as dist
 
-from pssm._types import Array
+from pssm._types import Array, ArrayLike
+from pssm.sde import discretise, matern, semidefinite_cholesky
 
 
 class Scale(NamedTuple):
-    """What the priors are scaled by: the first observed value and the standard deviation of the data."""
+    """What the priors are scaled by: the first observed value and the standard deviation of the data.
+
+    `gaps` `(time,)` are the times between observations, where they are uneven; None stands for steps of one. A block
+    then has a time axis in front of `A` and `chol_Q`: it is a linear stochastic differential equation, discretised
+    exactly (`pssm.sde`), here in closed form. The parameters are those of a step of one.
+    """
 
     location: Array
     spread: Array
+    gaps: Array | None = None
+
+    def noise(self, sigma: Array, size: int) -> Array:
+        """Factor of independent noises that come in evenly: `sigma` in a step of one."""
+        factor = sigma * jnp.eye(size)
+        return factor if self.gaps is None else jnp.sqrt(self.gaps)[:, None, None] * factor
+
+    def turn(self, angle: ArrayLike) -> Array:
+        """Rotation by `angle` in a step of one."""
+        return _rotation(jnp.asarray(angle)) if self.gaps is None else jax.vmap(_rotation)(angle * self.gaps)
 
 
 class Block(NamedTuple):
-    """One component: `m0 (n,)`, `chol_P0 (n, n)`, `A (n, n)`, `chol_Q (n, q)`, `C (1, n)` and names of its states."""
+    """One component: `m0 (n,)`, `chol_P0 (n, n)`, `A (n, n)`, `chol_Q (n, q)`, `C (1, n)` and names of its states.
+
+    With uneven times `A` and `chol_Q` may have a time axis in front.
+    """
 
     m0: Array
     chol_P0: Array
@@ -38,32 +58,48 @@ def stack(blocks: list[Block]) -> Block:
     return Block(
         jnp.concatenate([b.m0 for b in blocks]),
         jsl.block_diag(*[b.chol_P0 for b in blocks]),
-        jsl.block_diag(*[b.A for b in blocks]),
-        jsl.block_diag(*[b.chol_Q for b in blocks]),
+        _block_diagonal([b.A for b in blocks]),
+        _block_diagonal([b.chol_Q for b in blocks]),
         jnp.concatenate([b.C for b in blocks], axis=1),
         tuple(name for b in blocks for name in b.names),
     )
+
+
+def _block_diagonal(parts: list[Array]) -> Array:
+    """Matrices side by side, at every time where one of them has a time axis."""
+    timed = [len(part) for part in parts if part.ndim == 3]
+    if not timed:
+        return jsl.block_diag(*parts)
+    return jax.vmap(jsl.block_diag)(*[jnp.broadcast_to(part, (timed[0], *part.shape[-2:])) for part in parts])
 
 
 def level_block(scale: Scale) -> Block:
     """A random walk, `level_t = level_{t-1} + w_t`, with `sigma_level ~ HalfNormal(spread)`."""
     sigma = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
     one = jnp.ones((1, 1))
-    return Block(scale.location[None], 10 * scale.spread * one, one, sigma * one, one, ("level",))
+    return Block(scale.location[None], 10 * scale.spread * one, one, scale.noise(sigma, 1), one, ("level",))
 
 
 def trend_block(scale: Scale) -> Block:
     """A random walk whose step is itself a random walk, `level_t = level_{t-1} + slope_{t-1} + w_t`.
 
     `sigma_level ~ HalfNormal(spread)`, `sigma_slope ~ HalfNormal(spread / 10)`; the first slope is within a spread.
+    Between uneven times the slope is a Brownian motion that carries the level along.
     """
     sigma_level = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
     sigma_slope = numpyro.sample("sigma_slope", dist.HalfNormal(0.1 * scale.spread))
+    A, chol_Q = jnp.array([[1.0, 1.0], [0.0, 1.0]]), jnp.diag(jnp.stack([sigma_level, sigma_slope]))
+    if scale.gaps is not None:
+        gap, none = scale.gaps, jnp.zeros_like(scale.gaps)
+        A = jnp.stack([none + 1, gap, none, none + 1], axis=1).reshape(-1, 2, 2)
+        rows = sigma_slope * gap / 3**0.5, sigma_slope * (none + 0.75**0.5), none + 0.5 * sigma_slope
+        columns = jnp.stack([none + sigma_level, rows[0], none, none, rows[1], rows[2]], axis=1)
+        chol_Q = jnp.sqrt(gap)[:, None, None] * columns.reshape(-1, 2, 3)
     return Block(
         jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
         jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),
-        jnp.array([[1.0, 1.0], [0.0, 1.0]]),
-        jnp.diag(jnp.stack([sigma_level, sigma_slope])),
+        A,
+        chol_Q,
         jnp.array([[1.0, 0.0]]),
         ("level", "slope"),
     )
@@ -92,28 +128,54 @@ def harmonic_seasonal_block(scale: Scale, period: float, harmonics: int) -> Bloc
     n = 2 * harmonics
     seen = jnp.tile(jnp.array([[1.0, 0.0]]), (1, harmonics))
     names = tuple(f"{wave}_{k}" for k in range(1, harmonics + 1) for wave in ("seasonal", "seasonal_phase"))
-    rotation = jsl.block_diag(*[_rotation(jnp.asarray(angle)) for angle in angles])
-    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), rotation, sigma * jnp.eye(n), seen, names)
+    rotation = _block_diagonal([scale.turn(angle) for angle in angles])
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), rotation, scale.noise(sigma, n), seen, names)
 
 
 def cycle_block(scale: Scale, shortest: float, longest: float) -> Block:
     """A damped stochastic cycle, stationary, of unknown period.
 
-    `cycle_period ~ LogUniform(shortest, longest)` in time steps, `cycle_damping ~ Beta(8, 2)`,
+    `cycle_period ~ LogUniform(shortest, longest)` in time steps (units of time), `cycle_damping ~ Beta(8, 2)`,
     `sigma_cycle ~ HalfNormal(spread)`.
     """
     period = numpyro.sample("cycle_period", dist.LogUniform(shortest, longest))
     damping = numpyro.sample("cycle_damping", dist.Beta(8.0, 2.0))
     sigma = numpyro.sample("sigma_cycle", dist.HalfNormal(scale.spread))
     stationary = sigma / jnp.sqrt(1 - damping**2)
+    kept, chol_Q = damping, sigma * jnp.eye(2)
+    if scale.gaps is not None:
+        log_kept = scale.gaps * jnp.log(damping)
+        kept = jnp.exp(log_kept)[:, None, None]
+        chol_Q = stationary * safe_sqrt(-jnp.expm1(2 * log_kept))[:, None, None] * jnp.eye(2)
     return Block(
         jnp.zeros(2),
         stationary * jnp.eye(2),
-        damping * _rotation(2 * jnp.pi / period),
-        sigma * jnp.eye(2),
+        kept * scale.turn(2 * jnp.pi / period),
+        chol_Q,
         jnp.array([[1.0, 0.0]]),
         ("cycle", "cycle_phase"),
     )
+
+
+def matern_block(scale: Scale, smoothness: float, shortest: ArrayLike, longest: ArrayLike) -> Block:
+    """A stationary Gaussian process with a Matern covariance, see `pssm.sde.matern`.
+
+    `matern_length ~ LogUniform(shortest, longest)` in units of time, `sigma_matern ~ HalfNormal(spread)`.
+    """
+    length = numpyro.sample("matern_length", dist.LogUniform(shortest, longest))
+    sigma = numpyro.sample("sigma_matern", dist.HalfNormal(scale.spread))
+    unit = matern(length, jnp.ones_like(sigma), smoothness=smoothness)
+    if scale.gaps is None:
+        A, chol_Q = discretise(unit.F, unit.L, 1.0)
+    else:
+        A, chol_Q = jax.vmap(lambda gap: discretise(unit.F, unit.L, gap))(scale.gaps)
+    names = ("matern", "matern_slope", "matern_curvature")[: len(unit.m0)]
+    return Block(unit.m0, sigma * semidefinite_cholesky(unit.P0), A, sigma * chol_Q, unit.C, names)
+
+
+def safe_sqrt(x: Array) -> Array:
+    """The root of what is not negative, with a derivative of zero at zero."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def autoregressive_block(scale: Scale, order: int) -> Block:

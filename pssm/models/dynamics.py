@@ -10,18 +10,9 @@ import numpyro.distributions as dist
 
 from pssm._types import Array, ArrayLike
 from pssm.nonlinear import NonlinearSSM
+from pssm.nonlinear_sde import runge_kutta
 
-Field = Callable[[Array], Array]
 Emission = Callable[[Array], dist.Distribution]
-
-
-def runge_kutta(field: Field, z: Array, dt: ArrayLike) -> Array:
-    """One step of the classical Runge-Kutta method along `dz/dt = field(z)`."""
-    k1 = field(z)
-    k2 = field(z + 0.5 * dt * k1)
-    k3 = field(z + 0.5 * dt * k2)
-    k4 = field(z + dt * k3)
-    return z + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
 def pendulum_system(

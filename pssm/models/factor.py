@@ -12,7 +12,7 @@ from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.stable import stationary_vector_autoregression
 from pssm.models.components import stationary_autoregression
 from pssm.models.several import look_at, observe_series, sample_path, signal, triangular_loadings
-from pssm.models.structural import STATES
+from pssm.models.single import STATES
 from pssm.ssm import LinearGaussianSSM
 
 

@@ -11,7 +11,7 @@ from pssm.distributions import StableMatrixNormal
 from pssm.learning import MatrixNormalInverseWishart, Prior, fit_em
 from pssm.linalg import triangularise
 from pssm.models.several import below_diagonal, look_at, observe_series, triangular_loadings
-from pssm.models.structural import STATES
+from pssm.models.single import STATES
 from pssm.ssm import LinearGaussianSSM
 
 FIRST_SD = 3.0  # of the first state, in units of one step's noise

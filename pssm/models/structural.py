@@ -3,6 +3,11 @@
 Every model is `f(y=None, *, num_steps=None, u=None, ..., states="marginal")`: pass the data to condition on them, or
 `num_steps` to predict. `y` has shape `(time,)` or `(time, 1)`; NaN entries are missing.
 
+Observations at uneven times come with `t` `(time,)`, in order: the components are then differential equations,
+discretised exactly. Parameters, periods and priors are per unit of time, so choose a unit near the usual gap; with
+`t = 0, 1, 2, ...` the models are those without it, but for the trend, whose slope then moves within the steps too. To
+forecast, append times whose `y` is NaN.
+
 With `states="marginal"` (the default) the states are integrated out exactly: the model has one observed site `y`, a
 `LinearGaussianMarginal`, and only its parameters are sampled. With `states="sampled"` the path is the site `z`.
 """
@@ -12,20 +17,21 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
-from pssm._checks import as_float, check_choice, check_count, check_series
+from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
-from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.distributions import LinearGaussianMarginal, observe
 from pssm.models import components
 from pssm.models.components import Block, Scale
+from pssm.models.single import STATES, fit, one_series, regression, scale_of
+from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
-
-STATES = ("marginal", "sampled")
 
 
 def local_level(
     y: ArrayLike | None = None,
     *,
     num_steps: int | None = None,
+    t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
     location: float | None = None,
@@ -38,6 +44,7 @@ def local_level(
     Args:
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
+        t: times of the observations, see the module's head.
         u: regressors `(time, input)`: adds `beta' u_t`, see `structural`.
         states: "marginal" (integrated out) or "sampled" (a site `z` of shape `(time, 1)`).
         location: centre of the prior of the first level; by default the first observed value, 0 without data.
@@ -55,13 +62,14 @@ def local_level(
     Source:
         Harvey 1989, section 2.2; Durbin & Koopman 2012, chapter 2.
     """
-    _fit(y, num_steps, u, states, location, scale, lambda s: [components.level_block(s)])
+    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.level_block(s)])
 
 
 def local_linear_trend(
     y: ArrayLike | None = None,
     *,
     num_steps: int | None = None,
+    t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
     location: float | None = None,
@@ -75,7 +83,7 @@ def local_linear_trend(
     Source:
         Harvey 1989, section 2.3; Durbin & Koopman 2012, section 3.2.
     """
-    _fit(y, num_steps, u, states, location, scale, lambda s: [components.trend_block(s)])
+    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.trend_block(s)])
 
 
 def seasonal(
@@ -84,6 +92,7 @@ def seasonal(
     period: float,
     harmonics: int | None = None,
     num_steps: int | None = None,
+    t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
     location: float | None = None,
@@ -98,6 +107,7 @@ def seasonal(
             effect for every step of a whole period (`period - 1` states, singular `Q`) up to 7 steps, three waves
             beyond that.
         num_steps: number of steps, needed where `y` is None.
+        t: times of the observations, see the module's head.
         u: regressors `(time, input)`.
         states: "marginal" or "sampled".
         location: as in `local_level`.
@@ -109,6 +119,7 @@ def seasonal(
     structural(
         y,
         num_steps=num_steps,
+        t=t,
         u=u,
         level=True,
         seasonal=period,
@@ -123,6 +134,7 @@ def structural(
     y: ArrayLike | None = None,
     *,
     num_steps: int | None = None,
+    t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     level: bool = True,
     trend: bool = False,
@@ -130,6 +142,7 @@ def structural(
     harmonics: int | None = None,
     cycle: bool | tuple[float, float] = False,
     ar: int = 0,
+    matern: float | None = None,
     states: str = "marginal",
     location: float | None = None,
     scale: float | None = None,
@@ -139,13 +152,15 @@ def structural(
     Args:
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
+        t: times of the observations, see the module's head.
         u: regressors `(time, input)`; adds `beta' u_t` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
         level: a random-walk level. Without level and trend there is a constant `mean ~ Normal(location, 10 scale)`.
         trend: a level with a slope (includes the level).
         seasonal: number of time steps in a season, or None.
         harmonics: waves of the seasonal pattern, see `seasonal`.
         cycle: a damped stochastic cycle; True, or bounds `(shortest, longest)` of its period in time steps.
-        ar: order of a stationary autoregression, 0 for none.
+        ar: order of a stationary autoregression, 0 for none; not with `t` (`matern=0.5` is the one of order 1).
+        matern: smoothness of a stationary Gaussian process, 0.5, 1.5 or 2.5 (`pssm.sde.matern`); None for none.
         states: "marginal" or "sampled".
         location: as in `local_level`.
         scale: as in `local_level`.
@@ -165,11 +180,21 @@ def structural(
         Harvey 1989, chapter 2; Durbin & Koopman 2012, chapter 3.
     """
     check_count("ar", ar, least=0)
-    if not (level or trend or seasonal or cycle or ar):
-        raise ValueError("`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle` or `ar`.")
-    waves = _check_seasonal(seasonal, harmonics)
+    if not (level or trend or seasonal or cycle or ar or matern):
+        raise ValueError(
+            "`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle`, `ar` or `matern`."
+        )
+    if ar and t is not None:
+        raise ValueError("`ar` counts steps and does not go with `t`; `matern=0.5` is its like of order 1 in time.")
+    least = 2.0 if t is None else 1e-9  # steps cannot tell shorter periods from longer ones
+    if isinstance(cycle, tuple | list) and not least <= cycle[0] < cycle[1]:
+        bound = "2 <=" if t is None else "0 <"
+        raise ValueError(f"`cycle` must be bounds with {bound} shortest < longest; got {cycle}.")
+    waves = _check_seasonal(seasonal, harmonics, uneven=t is not None)
+    span = None if t is None else jnp.sum(gaps_between(t)) + 1.0
 
     def blocks(s: Scale, length: int) -> list[Block]:
+        longest = max(float(length), 6.0) if span is None else jnp.maximum(span, 6.0)
         parts = []
         if trend or level:
             parts.append(components.trend_block(s) if trend else components.level_block(s))
@@ -180,16 +205,15 @@ def structural(
                 else components.dummy_seasonal_block(s, int(seasonal))
             )
         if cycle:
-            shortest, longest = (3.0, max(float(length), 6.0)) if cycle is True else cycle
-            if not 2 <= shortest < longest:
-                raise ValueError(f"`cycle` must be bounds with 2 <= shortest < longest; got {cycle}.")
-            parts.append(components.cycle_block(s, shortest, longest))
+            parts.append(components.cycle_block(s, *((3.0, longest) if cycle is True else cycle)))
         if ar:
             parts.append(components.autoregressive_block(s, ar))
+        if matern:
+            parts.append(components.matern_block(s, matern, 1.0, longest))
         return parts
 
-    data, length = _series(y, num_steps)
-    _fit(y, num_steps, u, states, location, scale, lambda s: blocks(s, length), constant=not (level or trend))
+    _, length = one_series(y, num_steps, t)
+    fit(y, num_steps, t, u, states, location, scale, lambda s: blocks(s, length), constant=not (level or trend))
 
 
 def autoregression(
@@ -224,15 +248,15 @@ def autoregression(
     """
     check_choice("states", states, STATES)
     check_count("order", order)
-    data, length = _series(y, num_steps)
-    about = _scale(data, location, scale)
+    data, length = one_series(y, num_steps)
+    about = scale_of(data, location, scale)
     if location is None and data is not None:
         seen = ~jnp.isnan(data)
         total = jnp.where(seen, data, 0.0).sum()
         about = about._replace(location=total / jnp.maximum(seen.sum(), 1))
     mean = numpyro.sample("mean", dist.Normal(about.location, about.spread))
     block = components.autoregressive_block(about, order)
-    effect, inputs = _regression(u, length, about)
+    effect, inputs = regression(u, length, about)
     if states == "marginal":
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
         numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer={"state_names": block.names})
@@ -270,77 +294,7 @@ def _sampled_autoregression(data: Array | None, length: int, block: Block, shift
     observe("y", dist.Normal(centre[:, None], spread[:, None]).to_event(2), data)
 
 
-def _fit(y, num_steps, u, states, location, scale, make_blocks, *, constant=False) -> None:
-    """The common body: scale the priors, stack the blocks, and score or sample."""
-    check_choice("states", states, STATES)
-    data, length = _series(y, num_steps)
-    about = _scale(data, location, scale)
-    block = components.stack(make_blocks(about))
-    sigma_obs = numpyro.sample("sigma_obs", dist.HalfNormal(about.spread))
-    offset = numpyro.sample("mean", dist.Normal(about.location, 10 * about.spread))[None] if constant else None
-    effect, inputs = _regression(u, length, about)
-    ssm = LinearGaussianSSM(*block[:5], sigma_obs * jnp.ones((1, 1)), d=offset, D=effect)
-    named = {"state_names": block.names}  # for the axes of results, see `pssm.diagnostics.to_datatree`
-    if states == "marginal":
-        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer=named)
-        return
-    path = StatePath.from_ssm(ssm, length)
-    if ssm.chol_Q.shape[-1] < ssm.n_state:  # a path without a density of its own: sample the noise that drives it
-        with numpyro.handlers.infer_config(config_fn=lambda site: named):
-            z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
-    else:
-        z = numpyro.sample("z", path, infer=named)
-    mean = z @ ssm.C.T
-    mean = mean if offset is None else mean + offset
-    mean = mean if effect is None else mean + inputs @ effect.T
-    observe("y", dist.Normal(mean, sigma_obs).to_event(2), data)
-
-
-def _series(y: ArrayLike | None, num_steps: int | None) -> tuple[Array | None, int]:
-    """The data as `(time, 1)` or None, and the number of steps."""
-    if y is None:
-        if num_steps is None:
-            raise ValueError("`num_steps` is required where `y` is None.")
-        return None, check_count("num_steps", num_steps)
-    data = check_series(y, 1)
-    if data.ndim != 2:
-        raise ValueError(f"`y` must be one series of shape (time,) or (time, 1); got {data.shape}.")
-    if num_steps is not None and num_steps != data.shape[0]:
-        raise ValueError(f"`num_steps` is {num_steps}, but `y` has {data.shape[0]} time steps; leave it out.")
-    return data, data.shape[0]
-
-
-def _scale(data: Array | None, location: float | None, scale: float | None) -> Scale:
-    """Location and spread for the priors: given, or from the data, or 0 and 1."""
-    dtype = jnp.result_type(float)
-    if data is None:
-        first, spread = jnp.zeros((), dtype), jnp.ones((), dtype)
-    else:
-        seen = ~jnp.isnan(data[:, 0])
-        first = jnp.where(seen.any(), data[jnp.argmax(seen), 0], 0.0)
-        spread = jnp.nanstd(jnp.where(seen.any(), data, 0.0))
-        spread = jnp.where(spread > 0, spread, 1.0)
-    return Scale(
-        first if location is None else jnp.asarray(location, dtype),
-        spread if scale is None else jnp.asarray(scale, dtype),
-    )
-
-
-def _regression(u: ArrayLike | None, length: int, about: Scale) -> tuple[Array | None, Array | None]:
-    """Effect `(1, input)` of the regressors and the regressors themselves, or None twice."""
-    if u is None:
-        return None, None
-    inputs = as_float("u", u)
-    inputs = inputs[:, None] if inputs.ndim == 1 else inputs
-    if inputs.ndim != 2 or inputs.shape[0] != length:
-        raise ValueError(f"`u` must have shape ({length}, input); got {inputs.shape}.")
-    spread = jnp.std(inputs, axis=0)
-    width = 2.5 * about.spread / jnp.where(spread > 0, spread, 1.0)
-    beta = numpyro.sample("beta", dist.Normal(0.0, width).to_event(1))
-    return beta[None], inputs
-
-
-def _check_seasonal(period: float | None, harmonics: int | None) -> int | None:
+def _check_seasonal(period: float | None, harmonics: int | None, *, uneven: bool) -> int | None:
     """The number of waves, or None for a free pattern."""
     if period is None:
         if harmonics is not None:
@@ -349,7 +303,8 @@ def _check_seasonal(period: float | None, harmonics: int | None) -> int | None:
     if not period >= 2:
         raise ValueError(f"`seasonal` must be a period of at least 2 time steps; got {period}.")
     if harmonics is None:
-        return None if float(period).is_integer() and period <= 7 else min(3, int((period - 1e-9) // 2))
+        free = float(period).is_integer() and period <= 7 and not uneven
+        return None if free else max(1, min(3, int((period - 1e-9) // 2)))
     check_count("harmonics", harmonics)
     if 2 * harmonics >= period:
         raise ValueError(f"`harmonics` must be below half the period ({period / 2}); got {harmonics}.")
