@@ -1,16 +1,20 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.infer.causal import causal_draws
-from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.devices import shard
+from pssm.infer.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
+from pssm.infer.train import WeightedKL
 
 __all__ = [
     "EvidenceBound",
     "SVIFit",
     "TraceConditionalKL_ELBO",
+    "TrainingError",
+    "WeightedKL",
     "causal_draws",
     "elbo",
     "fit_nuts",
@@ -22,5 +26,6 @@ __all__ = [
     "particle_gibbs",
     "posterior_draws",
     "sample_states",
+    "shard",
     "smoothed_states",
 ]
