@@ -1,6 +1,7 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.infer.causal import causal_draws
+from pssm.infer.checkpoint import SavedFitError, load, resume, save
 from pssm.infer.devices import shard
 from pssm.infer.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.infer.gibbs import particle_gibbs
@@ -12,6 +13,7 @@ from pssm.infer.train import WeightedKL
 __all__ = [
     "EvidenceBound",
     "SVIFit",
+    "SavedFitError",
     "TraceConditionalKL_ELBO",
     "TrainingError",
     "WeightedKL",
@@ -24,7 +26,10 @@ __all__ = [
     "log_weights",
     "one_step_probabilities",
     "particle_gibbs",
+    "load",
     "posterior_draws",
+    "resume",
+    "save",
     "sample_states",
     "shard",
     "smoothed_states",

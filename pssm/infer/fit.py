@@ -1,18 +1,21 @@
 """Thin fits: NumPyro's own samplers and optimisers, started well, with the result objects NumPyro gives."""
 
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import MCMC, NUTS, init_to_uniform
+from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._checks import check_count
 from pssm._types import Key
+from pssm.infer.chains import CHUNK, EXTRA_FIELDS, Chains, ChainsState, fill, run_chains, warn_of_divergences
 from pssm.infer.devices import local_copy, partition
 from pssm.infer.fitted import (
     SVIFit,
@@ -25,8 +28,9 @@ from pssm.infer.fitted import (
     posterior_draws,
     trace_with,
 )
-from pssm.infer.prepare import GUIDES, build_svi, initial_state, on_host
-from pssm.infer.train import Outcome, Settings, TrainState, train
+from pssm.infer.prepare import GUIDES, build_mcmc, build_svi, initial_state, on_host
+from pssm.infer.record import NutsWriter, SVIWriter, nuts_manifest, remember, start_folder, svi_manifest
+from pssm.infer.train import Settings, TrainState, train
 
 
 def fit_nuts(
@@ -41,9 +45,14 @@ def fit_nuts(
     dense_mass: bool = False,
     max_tree_depth: int = 10,
     chain_method: str = "vectorized",
+    checkpoint: str | Path | None = None,
+    chunk: int | None = None,
     **kwargs: Any,
 ) -> MCMC:
     """Runs NUTS on a NumPyro model; the same as `MCMC(NUTS(model), ...).run(key, *args, **kwargs)`.
+
+    With `checkpoint` or `chunk` it runs in pieces of at most `chunk` steps (of some ten seconds, where steps are slow):
+    Ctrl-C then returns the draws there are, and what is in the folder survives a kill.
 
     Args:
         model: a NumPyro model.
@@ -56,7 +65,9 @@ def fit_nuts(
         target_accept_prob: as in `numpyro.infer.NUTS`, like the next two.
         dense_mass: as in `numpyro.infer.NUTS`.
         max_tree_depth: as in `numpyro.infer.NUTS`.
-        chain_method: as in `numpyro.infer.MCMC`.
+        chain_method: as in `numpyro.infer.MCMC`; in pieces, "parallel" chains run one after the other.
+        checkpoint: a new folder for state and draws, written after each piece; `pssm.infer.resume` goes on from it.
+        chunk: most steps in a piece; 100 with `checkpoint`.
         kwargs: the model's keyword arguments.
 
     Returns:
@@ -64,6 +75,7 @@ def fit_nuts(
 
     Raises:
         ValueError: a count is below 1.
+        FileExistsError: there is something at `checkpoint` already.
 
     Example:
         >>> from pssm import datasets, models
@@ -72,31 +84,44 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
-    for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
-        check_count(name, value)
-    kernel = NUTS(
+    mcmc = build_mcmc(
         model,
-        target_accept_prob=target_accept_prob,
-        dense_mass=dense_mass,
-        max_tree_depth=max_tree_depth,
-        init_strategy=init_to_uniform,
-    )
-    mcmc = MCMC(
-        kernel,
         num_warmup=num_warmup,
         num_samples=num_samples,
         num_chains=num_chains,
-        chain_method=chain_method if num_chains > 1 else "sequential",
+        chain_method=chain_method,
+        target_accept_prob=target_accept_prob,
+        dense_mass=dense_mass,
+        max_tree_depth=max_tree_depth,
         progress_bar=progress_bar,
     )
-    mcmc.run(as_key(key), *args, extra_fields=("energy", "potential_energy", "num_steps", "accept_prob"), **kwargs)
-    divergent = int(np.sum(mcmc.get_extra_fields()["diverging"]))
-    if divergent:
+    key = as_key(key)
+    if checkpoint is None and chunk is None:
+        begun = time.perf_counter()
+        mcmc.run(key, *args, extra_fields=EXTRA_FIELDS, **kwargs)
+        remember(mcmc, seed=key, seconds=time.perf_counter() - begun)
+        warn_of_divergences(mcmc)
+        return mcmc
+    each = None
+    if checkpoint is not None:
+        folder = start_folder(checkpoint, *nuts_manifest(mcmc, args, kwargs))
+        each = NutsWriter(folder, num_samples, key)
+    chains = Chains(mcmc, args, kwargs, check_count("chunk", CHUNK if chunk is None else chunk))
+    return finish_chains(chains, chains.start(key), num_samples, key, each, progress_bar)
+
+
+def finish_chains(
+    chains: Chains, run: ChainsState, num_samples: int, key: Any, each: NutsWriter | None, progress_bar: bool
+) -> MCMC:
+    """Runs chains from where they are to `num_samples` draws, and returns NumPyro's `MCMC` with them."""
+    run, interrupted = run_chains(chains, run, num_samples, progress_bar=progress_bar, each=each)
+    mcmc = fill(chains.mcmc, run, chains.args, chains.kwargs)
+    remember(mcmc, seed=key, seconds=run.seconds, interrupted=interrupted)
+    if interrupted:
         warnings.warn(
-            f"{divergent} of {num_chains * num_samples} transitions diverged: parts of the posterior may be missing. "
-            "Raise `target_accept_prob` (0.95), or integrate the states out.",
-            stacklevel=2,
+            f"NUTS was interrupted with {mcmc.num_samples} of {num_samples} draws in each chain.", stacklevel=3
         )
+    warn_of_divergences(mcmc, stacklevel=4)
     return mcmc
 
 
@@ -116,6 +141,7 @@ def fit_svi(
     validation: tuple[Any, ...] | None = None,
     validate_every: int | None = None,
     patience: int | None = None,
+    checkpoint: str | Path | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> SVIFit:
@@ -148,6 +174,7 @@ def fit_svi(
             needs the same trials: hold out entries, as NaN in one array and kept in the other.
         validate_every: steps between two validations; by default a fiftieth of `num_steps`.
         patience: stop after so many validations without a new best one.
+        checkpoint: a new folder for the state, written every few seconds; `pssm.infer.resume` goes on from it.
         progress_bar: show a progress bar.
         kwargs: the model's keyword arguments.
 
@@ -156,6 +183,7 @@ def fit_svi(
 
     Raises:
         ValueError: `guide` is unknown, a count is below 1, or `patience` is without `validation`.
+        FileExistsError: there is something at `checkpoint` already.
         TrainingError: the loss or a gradient was not finite; says at which step, and has the last good fit as `.fit`.
             It is a `FloatingPointError`.
 
@@ -179,35 +207,46 @@ def fit_svi(
         validate_every=validate_every,
         patience=patience,
     )
-    return run_svi(model, args, kwargs, settings, as_key(key), progress_bar=progress_bar)
+    own_args, own_kwargs = local_copy((args, kwargs))
+    key = as_key(key)
+    svi = build_svi(model, settings)
+    each = None
+    if checkpoint is not None and jax.process_index() == 0:
+        folder = start_folder(checkpoint, *svi_manifest(svi, settings, own_args, own_kwargs))
+        each = SVIWriter(folder, settings, key)
+    run = TrainState.start(initial_state(svi, key, own_args, own_kwargs))
+    return finish_svi(svi, run, settings, args, kwargs, key, each, progress_bar)
 
 
-def run_svi(
-    model: Callable[..., Any],
+def finish_svi(
+    svi: SVI,
+    run: TrainState,
+    settings: Settings,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    settings: Settings,
-    key: Key,
-    *,
-    progress_bar: bool = True,
+    key: Any,
+    each: SVIWriter | None,
+    progress_bar: bool,
 ) -> SVIFit:
-    """What `fit_svi` does with its arguments."""
-    own_args, own_kwargs = local_copy((args, kwargs))
-    svi = build_svi(model, settings)
-    state = initial_state(svi, key, own_args, own_kwargs)
+    """Trains from where a run is to its end, and returns the fit."""
     spread = bool(partition((args, kwargs, settings.validation))[0])
-    run = TrainState.start(on_host(state) if spread else state)
-    outcome = train(svi, run, settings, args, kwargs, progress_bar=progress_bar)
+    run = on_host(run) if spread else run
+    outcome = train(svi, run, settings, args, kwargs, progress_bar=progress_bar, each=each)
+    if each is not None:
+        each(outcome.run, outcome.reason)
     if spread:
+        args, kwargs = local_copy((args, kwargs))
         outcome = outcome._replace(run=jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), outcome.run))
-    return svi_fit(svi, outcome, settings, own_args, own_kwargs, progress_bar=progress_bar)
+    fit = as_fit(svi, outcome.run, outcome.reason, settings, args, kwargs)
+    fit.seed = key
+    _speak(fit, outcome.loss, progress_bar=progress_bar)
+    return fit
 
 
-def svi_fit(
-    svi: Any, outcome: Outcome, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any], *, progress_bar: bool
+def as_fit(
+    svi: SVI, run: TrainState, reason: str, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SVIFit:
-    """The fit of a run that has ended; speaks of an end that is not as it should be."""
-    run, reason, last = outcome
+    """The fit of a run that has ended for a reason, with its convergence in words."""
     chosen = run.chosen
     fit = SVIFit.of(svi, SVIRunResult(svi.get_params(chosen), chosen, jnp.asarray(run.losses)), *args, **kwargs)
     fit.run, fit.settings, fit.ended = run, settings, reason
@@ -224,10 +263,16 @@ def svi_fit(
         fit.message = f"the validation loss was least after {run.best_step} steps and has not fallen since."
     if reason == "interrupted":
         fit.converged, fit.message = False, f"it was interrupted after {run.step} of {settings.num_steps} steps."
+    return fit
+
+
+def _speak(fit: SVIFit, last: float, *, progress_bar: bool) -> None:
+    """Says how a run ended; raises where something was not finite."""
+    reason, settings, step = fit.ended, fit.settings, len(fit.losses)
     if reason in ("loss", "gradient"):
         what = f"The loss became {last}" if reason == "loss" else "The gradient was not finite"
         raise TrainingError(
-            f"{what} at step {run.step} of {settings.num_steps}. Lower `learning_rate` (now {settings.learning_rate}), "
+            f"{what} at step {step} of {settings.num_steps}. Lower `learning_rate` (now {settings.learning_rate}), "
             "or look at the model's priors with numpyro.infer.Predictive. The error's `.fit` is the fit before it.",
             fit,
         )
@@ -236,7 +281,6 @@ def svi_fit(
     if not fit.converged:
         advice = "" if reason == "interrupted" else f" Raise `num_steps` (now {settings.num_steps})."
         warnings.warn(f"SVI has not converged: {fit.message}{advice}", stacklevel=4)
-    return fit
 
 
 __all__ = [

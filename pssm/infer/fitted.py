@@ -40,6 +40,7 @@ class SVIFit(SVIRunResult):
         message: the same in words, with the numbers.
         run: where `fit_svi` stopped: the last state, the best one, validation losses, seconds.
         settings: how `fit_svi` trained.
+        seed: the random key it was started with.
         ended: why it stopped: "num_steps", "patience", "interrupted", "loss" or "gradient" (these two: not finite).
     """
 
@@ -51,6 +52,7 @@ class SVIFit(SVIRunResult):
     message: str
     run: "TrainState | None" = None
     settings: "Settings | None" = None
+    seed: Any = None
     ended: str = "num_steps"
 
     @classmethod

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import numpyro
 import optax
-from numpyro.infer import ELBO, SVI, Trace_ELBO, init_to_median
+from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIState
 from numpyro.util import not_jax_tracer
 
-from pssm._checks import check_choice
+from pssm._checks import check_choice, check_count
 from pssm._types import Key
 from pssm.guides import AutoStateSpace
 from pssm.guides.auto import FAMILIES
@@ -21,6 +21,38 @@ from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.train import Settings
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
+
+
+def build_mcmc(
+    model: Callable[..., Any],
+    *,
+    num_warmup: int,
+    num_samples: int,
+    num_chains: int,
+    chain_method: str,
+    target_accept_prob: float,
+    dense_mass: Any,
+    max_tree_depth: Any,
+    progress_bar: bool,
+) -> MCMC:
+    """NumPyro's `MCMC` with NUTS, from the arguments of `fit_nuts`; not run."""
+    for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
+        check_count(name, value)
+    kernel = NUTS(
+        model,
+        target_accept_prob=target_accept_prob,
+        dense_mass=dense_mass,
+        max_tree_depth=max_tree_depth,
+        init_strategy=init_to_uniform,
+    )
+    return MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method=chain_method if num_chains > 1 else "sequential",
+        progress_bar=progress_bar,
+    )
 
 
 def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
@@ -38,8 +70,8 @@ def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
 def _optimizer(settings: Settings) -> Any:
     if settings.optimizer is not None:
         return settings.optimizer
-    rate = settings.learning_rate
-    schedule = rate if callable(rate) else optax.cosine_decay_schedule(rate, settings.num_steps, alpha=0.01)
+    rate, steps = settings.learning_rate, settings.schedule_steps or settings.num_steps
+    schedule = rate if callable(rate) else optax.cosine_decay_schedule(rate, steps, alpha=0.01)
     if settings.clip_norm is None:
         return optax.adam(schedule)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optax.adam(schedule))
@@ -68,11 +100,12 @@ def state_shapes(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, An
     return shapes if _is_kept_concrete(svi) else svi.init(key, *args, **kwargs)
 
 
-def on_host(state: SVIState) -> SVIState:
-    """The state as NumPy arrays, which every process may hand to a program that runs on the devices of all."""
-    if is_key(state.rng_key):
-        state = state._replace(rng_key=jax.random.key_data(state.rng_key))
-    return jax.tree.map(np.asarray, state)
+def on_host(tree: Any) -> Any:
+    """The pytree as NumPy arrays, which every process may hand to a program that runs on the devices of all.
+
+    Random keys become keys of the older, raw kind.
+    """
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
 
 
 def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState | None:

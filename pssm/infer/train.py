@@ -40,6 +40,7 @@ class Settings:
     validation: tuple[Any, ...] | None = None
     validate_every: int | None = None
     patience: int | None = None
+    schedule_steps: int | None = None  # over which the step size decays, where a resumed run has more
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps, least=10)
@@ -169,13 +170,14 @@ def train(
                     and (new.step % settings.every == 0 or new.step == settings.num_steps)
                 ):
                     new = _validated(new, validate)
-                new = new._replace(seconds=run.seconds + time.perf_counter() - begun)
+                run = new._replace(seconds=run.seconds + time.perf_counter() - begun)
+                if each is not None and not ended:
+                    each(run)
             except KeyboardInterrupt:
                 if not run.step:
                     raise
                 reason = "interrupted"
                 break
-            run = new
             bar.update(taken)
             bar.set_postfix_str(_words(run), refresh=False)
             if timed and not together:
@@ -184,8 +186,6 @@ def train(
             if ended:
                 reason = ended
                 break
-            if each is not None:
-                each(run)
     return Outcome(run, reason, float(last))
 
 
