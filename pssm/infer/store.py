@@ -25,7 +25,8 @@ DIRECTORY_BYTES = 8 * 2**20
 FILE_BYTES = 2**30  # arrays of one part go into several files from this size on
 MAX_BYTES = 8 * 2**30
 HEADER = re.compile(
-    rb"\{'descr': '([<|][a-z][0-9]{1,2})', 'fortran_order': False, 'shape': \(((?:[0-9]{1,18}, ?){0,31}(?:[0-9]{1,18})?)\), \} *\n"
+    rb"\{'descr': '([<|][a-z][0-9]{1,2})', 'fortran_order': False, "
+    rb"'shape': \(((?:[0-9]{1,18}, ?){0,31}(?:[0-9]{1,18})?)\), \} *\n"
 )
 FILE_NAME = re.compile(r"[a-z]{1,20}-[0-9]{6,9}\.npz")
 
