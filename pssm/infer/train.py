@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -195,7 +196,6 @@ def _program(svi: SVI, settings: Settings, args: tuple[Any, ...], kwargs: dict[s
     Arrays that are spread over devices enter as arguments; all others are constants, as in NumPyro's own `run`.
     """
     spread, rebuild = partition((args, kwargs))
-    whole = everywhere(spread[0]) if spread else None
 
     def one(state: SVIState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SVIState, Array]:
         step, now = state.optim_state[0], svi
@@ -207,7 +207,7 @@ def _program(svi: SVI, settings: Settings, args: tuple[Any, ...], kwargs: dict[s
             now.loss = WeightedKL(svi.loss, settings.kl_schedule(step))
         return now.update(state, *args, **kwargs)
 
-    @jax.jit
+    @_compiled_for(spread)
     def pieces(state: SVIState, count: Array, spread: list[Array]) -> Any:
         args, kwargs = rebuild(spread)
 
@@ -217,8 +217,6 @@ def _program(svi: SVI, settings: Settings, args: tuple[Any, ...], kwargs: dict[s
             sound = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(new.optim_state) if _is_float(x)]).all()
             why = jnp.where(jnp.isfinite(loss), jnp.where(sound, 0, 2), 1)
             state = jax.tree.map(lambda new, old: jnp.where(why == 0, new, old), new, state)
-            if whole is not None:  # parameters are kept whole on every device
-                state = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), state)
             return i + 1, state, losses.at[i].set(loss), why
 
         start = (jnp.zeros((), int), state, jnp.zeros(LONGEST_PIECE), jnp.zeros((), int))
@@ -231,11 +229,16 @@ def _program(svi: SVI, settings: Settings, args: tuple[Any, ...], kwargs: dict[s
     return advance
 
 
+def _compiled_for(spread: list[Array]) -> Callable[..., Any]:
+    """`jax.jit`; where data are spread over devices, with results that are whole on each of them."""
+    return jax.jit if not spread else partial(jax.jit, out_shardings=everywhere(spread[0]))
+
+
 def _validation(svi: SVI, validation: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[SVIState], float]:
     """The unweighted loss on held-out arguments, with the same random draws each time."""
     spread, rebuild = partition((validation, kwargs))
 
-    @jax.jit
+    @_compiled_for(spread)
     def loss(state: SVIState, spread: list[Array]) -> Array:
         args, kwargs = rebuild(spread)
         key = jax.random.key_data(jax.random.key(0)) if not is_key(state.rng_key) else jax.random.key(0)

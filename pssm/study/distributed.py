@@ -44,7 +44,7 @@ def join() -> bool:
 
 
 def launch(command: Sequence[str], num_processes: int, *, timeout: float | None = None) -> list[str]:
-    """Runs a command in several processes that find each other by `join`, and waits for all of them.
+    r"""Runs a command in several processes that find each other by `join`, and waits for all of them.
 
     Args:
         command: the program and its arguments, such as `[sys.executable, "train.py"]`.
@@ -61,7 +61,7 @@ def launch(command: Sequence[str], num_processes: int, *, timeout: float | None 
     Example:
         >>> import sys
         >>> launch([sys.executable, "-c", "import os; print(os.environ['PSSM_PROCESS'])"], 2)
-        ['0\\n', '1\\n']
+        ['0\n', '1\n']
     """
     check_count("num_processes", num_processes)
     begun = time.monotonic()
