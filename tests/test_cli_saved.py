@@ -15,7 +15,9 @@ from pssm.diagnostics import load_tree
 from pssm.infer import fit_svi, save
 from pssm.study.saved import labels_after, load_plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:SVI has not converged")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:SVI has not converged", "ignore:.*transitions diverged", "ignore:NUTS was interrupted"
+)
 ROWS = 30
 COMMAND = ["compare", "river.csv", "--column", "flow", "--out", "out", "--steps", "200", "--quiet", "--budget", "0"]
 
@@ -90,6 +92,40 @@ def test_resume_runs_only_what_is_left(study, capsys):
     losses = load_plan("out").finished["svi:normal"].losses
     assert losses.shape == (200,)
     assert "nothing is left to do" in refused(capsys, ["resume", "out"])
+
+
+def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
+    """A study that is stopped within NUTS keeps its draws, and `resume` makes only the rest."""
+    from pssm.infer import chains, fit_nuts
+
+    monkeypatch.chdir(tmp_path)
+    Path("river.csv").write_text((made[0] / "river.csv").read_text())
+    monkeypatch.setattr(comparison, "_add_elpd", lambda *args: None)
+    advance, taken = chains.Chains.advance, []
+
+    def counted(self, run, count):
+        if len(taken) == 5:
+            taken.append(0)
+            raise KeyboardInterrupt
+        taken.append(count)
+        return advance(self, run, count)
+
+    monkeypatch.setattr(chains.Chains, "advance", counted)
+    monkeypatch.setattr(chains, "CHUNK", 10)
+    monkeypatch.setattr("pssm.infer.fit.CHUNK", 10)
+    options = ["--methods", "nuts", "--warmup", "30", "--samples", "40", "--chains", "1", "--horizon", "3"]
+    assert main([*COMMAND, *options]) == 2
+    assert sum(taken) == 50
+    assert Path("out/running/nuts/manifest.json").exists()
+    assert main(["resume", "out", "--quiet"]) == 0
+    assert sum(taken) == 70
+    assert not Path("out/running").exists()
+    draws = load_tree("out/nuts.nc")["posterior"]["sigma_obs"].values
+    whole = fit_nuts(
+        models.local_level, datasets.load("nile").y[:ROWS], key=0, num_warmup=30, num_samples=40, num_chains=1,
+        target_accept_prob=0.9, progress_bar=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(draws, whole.get_samples(group_by_chain=True)["sigma_obs"], rtol=1e-4)
 
 
 def test_the_plan_is_what_was_asked(study):

@@ -6,13 +6,13 @@ import pytest
 from pssm.learning import initial_readout
 
 RNG = np.random.default_rng(0)
-C = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]])
-R = np.array([0.1, 0.2, 0.3, 0.4])
+C = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5], [1.0, 0.0], [0.5, -1.0]])
+R = np.array([0.1, 0.2, 0.3, 0.4, 0.3, 0.2])
 
 
-def data(trials=4, steps=150, gaps=0.0):
-    z = RNG.normal(size=(trials, steps, 2))
-    y = 3.0 + z @ C.T + np.sqrt(R) * RNG.normal(size=(trials, steps, 4))
+def data(gaps=0.0):
+    z = RNG.normal(size=(4, 150, 2))
+    y = 3.0 + z @ C.T + np.sqrt(R) * RNG.normal(size=(4, 150, 6))
     return np.where(RNG.random(y.shape) < gaps, np.nan, y)
 
 
@@ -30,18 +30,18 @@ def test_factor_analysis_finds_loadings_and_noise(gaps):
 
 
 def test_pca_is_the_closed_form():
-    y = data().reshape(-1, 4)
-    found = initial_readout(y, 2, method="pca", num_iters=300)
+    y = data().reshape(-1, 6)
+    found = initial_readout(y.reshape(4, 150, 6), 2, method="pca", num_iters=300)
     values, vectors = np.linalg.eigh(np.cov(y.T, bias=True))
-    noise = values[:2].mean()
+    noise = values[:4].mean()
     np.testing.assert_allclose(found.R, noise, rtol=0.03)
-    expected = vectors[:, 2:] * (values[2:] - noise) @ vectors[:, 2:].T
+    expected = vectors[:, 4:] * (values[4:] - noise) @ vectors[:, 4:].T
     np.testing.assert_allclose(found.C @ found.C.T, expected, atol=0.05)
 
 
 def test_units_do_not_matter():
-    y = data(trials=1)[0]
-    plain, small = initial_readout(y, 1), initial_readout(y * 1e-6, 1)
+    y = data()
+    plain, small = initial_readout(y, 2), initial_readout(y * 1e-6, 2)
     np.testing.assert_allclose(small.C, np.asarray(plain.C) * 1e-6, rtol=0.02, atol=2e-8)
 
 

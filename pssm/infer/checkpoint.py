@@ -11,6 +11,7 @@ from numpyro.infer import MCMC
 
 from pssm._checks import check_count
 from pssm.infer.chains import CHUNK, Chains, ChainsState, fill, of_mcmc
+from pssm.infer.devices import local_copy
 from pssm.infer.fit import as_fit, finish_chains, finish_svi
 from pssm.infer.fitted import SVIFit, as_key, model_of
 from pssm.infer.packing import call_digest, model_for, unpack, unpack_leaves
@@ -169,9 +170,11 @@ class _Saved:
         groups = self.folder.read("arguments")
         self.arrays = groups[0] if groups else {}
         self.model = model_for(self.manifest, self.arrays, model)
-        self.args, self.kwargs = self._arguments(args, kwargs)
+        self.spread = (args, kwargs)
+        self.args, self.kwargs = self._arguments(*local_copy((args, kwargs)))
 
     def fit(self) -> Fit:
+        """The fit as it was saved."""
         if self.kind == "svi":
             svi, settings, run, key = self._svi()
             reason = str(self.manifest.get("ended") or "interrupted")
@@ -194,7 +197,10 @@ class _Saved:
         svi, settings, run, key = self._svi()
         settings = _extended(settings, run, num_steps or self._number("progress", "num_steps"))
         writer = SVIWriter(self.folder, settings, key)
-        return finish_svi(svi, run, settings, self.args, self.kwargs, key, writer, progress_bar)
+        args = self.args if self.spread[0] is None else tuple(self.spread[0])
+        kwargs = self.kwargs if self.spread[1] is None else dict(self.spread[1])
+        each = writer if jax.process_index() == 0 else None
+        return finish_svi(svi, run, settings, args, kwargs, key, each, progress_bar)
 
     def _chains(self) -> tuple[MCMC, ChainsState, Any]:
         try:

@@ -100,6 +100,18 @@ class FitFolder:
         folder._count = max((_number(r["file"]) for r in records), default=0)
         return folder
 
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Removes a saved fit, and its folder and the one above where they are then empty; nothing else."""
+        if not path.is_dir() or path.is_symlink():
+            return
+        for file in path.iterdir():
+            if file.name == MANIFEST or FILE_NAME.fullmatch(file.name.removesuffix(".partial")):
+                file.unlink()
+        for folder in (path, path.parent):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
     def put(self, part: str, arrays: dict[str, np.ndarray]) -> None:
         """Writes the arrays of a part in place of what it had."""
         self.manifest["files"][part] = [self._write(part, arrays)]

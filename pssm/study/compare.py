@@ -183,6 +183,7 @@ def compare(
     values = jnp.asarray(data)
     trace_with(function, {}, values)  # options that do not fit fail here, before anything is run or written
     say = _speaker(progress)
+    fresh = finished is None
     finished = {m: r for m, r in (finished or {}).items() if m in methods}
     own_name = name or model_name
     plan = Plan(
@@ -200,8 +201,9 @@ def compare(
             results[method] = MethodResult(method, "skipped", "the study was interrupted before", OBJECTIVES[method])
             continue
         say(f"[{position}/{len(methods)}] {method}")
+        reached = None if folder is None else folder.checkpoint(method, fresh=fresh)
         try:
-            result = run_method(method, function, values, settings, labels)
+            result = run_method(method, function, values, settings, labels, reached)
             if leave_future_out and result.status == "done":
                 _add_elpd(result, function, data, settings)
         except KeyboardInterrupt:

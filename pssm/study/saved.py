@@ -81,6 +81,14 @@ class StudyFolder:
         """Notes that a method is finished; its tree is in the folder of the results already."""
         self.finished[result.name] = result
         self._write()
+        FitFolder.remove(self.checkpoint(result.name))
+
+    def checkpoint(self, method: str, *, fresh: bool = False) -> Path:
+        """Where a running method may keep what it has reached; with `fresh`, an older one's is removed."""
+        path = self.out / "running" / method.replace(":", "-")
+        if fresh:
+            FitFolder.remove(path)
+        return path
 
     def _write(self) -> None:
         losses = {n: np.asarray(r.losses) for n, r in self.finished.items() if r.losses is not None}
