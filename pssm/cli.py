@@ -1,4 +1,4 @@
-"""The command line: `pssm compare`, `pssm texture`, and lists. Wrong input ends with a message and exit code 2."""
+"""The command line: `pssm compare`, `forecast`, `resume`, `texture`, lists. Wrong input: a message and exit code 2."""
 
 import argparse
 import inspect
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (UsageError, FileNotFoundError, ValueError, TypeError) as error:
+    except (UsageError, OSError, ValueError, TypeError) as error:
         print(f"pssm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,9 +66,34 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--quiet", action="store_true", help="no progress bars")
     compare.set_defaults(run=_compare)
     _add_texture(commands)
+    _add_saved(commands)
     commands.add_parser("datasets", help="list the embedded data sets").set_defaults(run=_datasets)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     return parser
+
+
+def _add_saved(commands: Any) -> None:
+    forecast = commands.add_parser(
+        "forecast",
+        help="forecast from saved results",
+        description="Forecasts from the results of `pssm compare`, or from a saved fit, without running it again.",
+    )
+    forecast.add_argument("folder", help="results of `pssm compare`, or of pssm.infer.save")
+    forecast.add_argument("--horizon", type=int, help="steps; default as in the study, or a tenth of the series")
+    forecast.add_argument("--method", help="which of the study's methods; default the one it recommends")
+    forecast.add_argument("--out", help="folder for forecast.csv and forecast.png; default <folder>/forecast")
+    forecast.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
+    forecast.add_argument("--seed", type=int, default=0, help="fixes the random draws; default 0")
+    forecast.set_defaults(run=_forecast)
+    resume = commands.add_parser(
+        "resume",
+        help="go on with an interrupted study or fit",
+        description="Runs the methods of an interrupted `pssm compare` that are not finished, or goes on with a fit "
+        "that has a checkpoint, in the same folder.",
+    )
+    resume.add_argument("folder", help="results of `pssm compare`, or a checkpoint of fit_nuts or fit_svi")
+    resume.add_argument("--quiet", action="store_true", help="no progress bars")
+    resume.set_defaults(run=_resume)
 
 
 def _add_texture(commands: Any) -> None:
@@ -130,6 +155,7 @@ def _compare(a: argparse.Namespace) -> int:
     from pssm import models
     from pssm._checks import check_choice
     from pssm.study.methods import METHODS
+    from pssm.study.saved import labels_after
 
     check_choice("--model", a.model, models.NAMES)
     for method in methods:
@@ -148,15 +174,21 @@ def _compare(a: argparse.Namespace) -> int:
         horizon=horizon,
         budget=a.budget or None,
         time=series.time,
-        future_time=_after(series.time, horizon),
+        future_time=labels_after(series.time, horizon),
         name=series.name,
         column=", ".join(series.columns),
         out=out,
         progress=not a.quiet,
         **options,
     )
+    return _report(study, out)
+
+
+def _report(study: Any, out: Path) -> int:
+    from pssm.study.console import show_study
+
     page = study.report(out)
-    _show(study)
+    show_study(study)
     print(f"\nReport: {page}")
     if study.interrupted:
         print("pssm: interrupted; what was finished is in the report", file=sys.stderr)
@@ -164,6 +196,52 @@ def _compare(a: argparse.Namespace) -> int:
     if all(r.status != "done" for r in study.results.values()):
         print("pssm: no method finished; the report says why", file=sys.stderr)
         return 2
+    return 0
+
+
+def _saved_folder(path: str) -> Path:
+    """The folder, with 64-bit arithmetic on if it was on."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"`folder` {path!r} is not there: no such folder.")
+    import jax
+
+    from pssm.study.saved import is_study, uses_x64
+
+    if not is_study(folder) and not (folder / "manifest.json").exists():
+        raise UsageError(f"`folder` {path!r} has no saved study and no saved fit.")
+    jax.config.update("jax_enable_x64", uses_x64(folder))
+    return folder
+
+
+def _forecast(a: argparse.Namespace) -> int:
+    _check_counts(a, "horizon")
+    folder = _saved_folder(a.folder)
+    out = Path(a.out) if a.out else folder / "forecast"
+    _check_out(out, a.force)
+    from pssm.study.console import show_rows
+    from pssm.study.forecasts import best_method, forecast_saved, write_forecast
+
+    method = a.method or best_method(folder)
+    table, tree, method = forecast_saved(folder, a.horizon, method=method, seed=a.seed)
+    write_forecast(table, tree, f"forecast, {method}", out)
+    show_rows(table, f"Forecast by {method}: {len(table)} rows")
+    print(f"\nWritten: {out / 'forecast.csv'}, {out / 'forecast.png'}")
+    return 0
+
+
+def _resume(a: argparse.Namespace) -> int:
+    folder = _saved_folder(a.folder)
+    from pssm.study.saved import is_study
+
+    if is_study(folder):
+        from pssm.study.forecasts import resume_study
+
+        return _report(resume_study(folder, progress=not a.quiet), folder)
+    from pssm.infer import SVIFit, resume
+
+    fit = resume(folder, progress_bar=not a.quiet)
+    print(f"Done: {len(fit.losses)} steps" if isinstance(fit, SVIFit) else f"Done: {fit.num_samples} draws a chain")
     return 0
 
 
@@ -201,40 +279,6 @@ def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
     return {}
 
 
-def _after(time: Any, horizon: int) -> Any:
-    """Labels of the steps after the series: the typical step, repeated."""
-    import numpy as np
-
-    if len(time) < 2:
-        return np.arange(1, horizon + 1)
-    step = np.median(np.diff(time).astype("timedelta64[s]" if time.dtype.kind == "M" else float).astype(float))
-    if time.dtype.kind == "M":
-        return time[-1].astype("datetime64[s]") + (np.arange(1, horizon + 1) * step).astype("timedelta64[s]")
-    return time[-1] + np.arange(1, horizon + 1) * (int(step) if float(step).is_integer() else step)
-
-
-def _show(study: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    table = Table(title=f"{study.name}, {study.model_name}", title_justify="left")
-    shown = ("method", "status", "seconds_compile", "seconds_run", "ess_min", "rhat_max", "elbo", "khat", "coverage90")
-    for column in shown:
-        table.add_column(
-            column.replace("seconds_", "s "), justify="left" if column in ("method", "status") else "right"
-        )
-    for _, row in study.table.iterrows():
-        table.add_row(*[x if isinstance(x, str) else "" if x != x else f"{x:.4g}" for x in (row[c] for c in shown)])
-    console.print(table)
-    for result in study.results.values():
-        console.print(Text(f"{result.name}: {result.verdict}"))
-    if study.best:
-        console.print(Text(f"\nUse: {study.best}"))
-
-
 def _texture(a: argparse.Namespace) -> int:
     _check_counts(a, "states", "noise", "frames", "every", "length")
     if a.size < 0:
@@ -254,6 +298,7 @@ def _texture(a: argparse.Namespace) -> int:
     from pssm._checks import check_choice
     from pssm.learning import LikelihoodFellError, MissingExtraError
     from pssm.learning.video import has_video
+    from pssm.study.console import show_texture
     from pssm.study.texture import Settings, study_texture, write_study
 
     check_choice("--method", a.method, ("svd", "em"))
@@ -280,25 +325,8 @@ def _texture(a: argparse.Namespace) -> int:
             summary = write_study(study, a.clip, settings, out)
     except (LikelihoodFellError, MissingExtraError, OSError) as error:
         raise UsageError(str(error)) from None
-    _show_texture(summary, out)
+    show_texture(summary, out)
     return 0
-
-
-def _show_texture(summary: dict[str, Any], out: Path) -> None:
-    size, error = summary["compression"], summary["error_of_a_pixel"]
-    print(
-        f"{summary['model']['states']} states hold {100 * size['explained']:.1f} % of the variance; the clip has "
-        f"{size['ratio']:.2f} times as many numbers as the texture. Spectral radius "
-        f"{summary['model']['spectral_radius']:.4f}."
-    )
-    print(f"Error of a pixel: {error['reconstruction']:.4g}; of the mean frame, {error['mean_frame']:.4g}.")
-    if error["forecast"]:
-        ahead = len(summary["curves"]["forecast_by_horizon"]["texture"])
-        by_name = ", ".join(f"{name} {value:.4g}" for name, value in error["forecast"].items())
-        print(f"Error of a forecast over {ahead} frames: {by_name}.")
-    for note in summary["notes"]:
-        print(f"Note: {note}")
-    print(f"Written: {out}")
 
 
 def _datasets(_: argparse.Namespace) -> int:

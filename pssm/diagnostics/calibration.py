@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import xarray as xr
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI
@@ -14,7 +13,9 @@ from numpyro.infer import MCMC, NUTS, SVI
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
 from pssm.guides.paths import FAMILIES
-from pssm.infer.fit import GUIDES, as_key, default_loss, guide_of, prepare_guide
+from pssm.infer.fit import as_key
+from pssm.infer.prepare import GUIDES, build_svi, prepared
+from pssm.infer.train import Settings
 
 Draws = dict[str, Any]
 Sampler = Callable[[Key, Array], Draws]
@@ -150,8 +151,11 @@ def simulation_based_calibration(
     else:
         options = tuple(f"svi:{guide}" for guide in (*GUIDES, *FAMILIES))
         check_choice("method", method, ("nuts", *options))
-        guide = guide_of(model, method.removeprefix("svi:"), rank)
-        sampler = _svi(model, guide, series[0], num_draws, num_steps, learning_rate, args, kwargs)
+        settings = Settings(
+            guide=method.removeprefix("svi:"), rank=rank, num_steps=num_steps, learning_rate=learning_rate
+        )
+        svi = build_svi(model, settings)
+        sampler = _svi(svi, series[0], num_draws, num_steps, args, kwargs)
     ranks = {name: [] for name in chosen}
     for i in range(num_simulations):
         draws = sampler(jax.random.fold_in(fit_key, i), series[i])
@@ -215,13 +219,10 @@ def _nuts(model: Any, num_warmup: int, num_draws: int, thin: int, args: tuple, k
     return sampler
 
 
-def _svi(
-    model: Any, guide: Any, first: Array, num_draws: int, num_steps: int, rate: float, args: tuple, kwargs: dict
-) -> Sampler:
-    """One compiled program: start, optimise, draw. The guide's record of the model is made before, outside of it."""
-    prepare_guide(guide, jax.random.key(0), (first, *args), kwargs)
-    schedule = optax.cosine_decay_schedule(rate, num_steps, alpha=0.01)
-    svi = SVI(model, guide, optax.chain(optax.clip_by_global_norm(100.0), optax.adam(schedule)), default_loss(guide))
+def _svi(svi: SVI, first: Array, num_draws: int, num_steps: int, args: tuple, kwargs: dict[str, Any]) -> Sampler:
+    """One compiled program: start, optimise, draw. What the guide keeps of its first call is made outside of it."""
+    guide: Any = svi.guide
+    prepared(guide, jax.random.key(0), (first, *args), kwargs)
 
     @jax.jit
     def sampler(key: Key, y: Array) -> Draws:

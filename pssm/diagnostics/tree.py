@@ -1,6 +1,5 @@
 """Fits as ArviZ DataTrees with every dimension and coordinate named, and their files."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
 from pssm.infer.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
+from pssm.infer.store import data_digest
 from pssm.observed import log_prob_observed
 
 # Names of the axes of the vector sites in pssm's own models.
@@ -282,16 +282,6 @@ def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, 
     names = [f"q{round(100 * q):02d}" for q in QUANTILES]
     data = {"mean": f.mean, "sd": f.sd, **dict(zip(names, f.quantiles, strict=True))}
     return _dataset(data, dict.fromkeys(data, ("horizon", "series")), {**labels, "horizon": steps}, lead=())
-
-
-def data_digest(arrays: dict[str, Any]) -> str:
-    """sha256 over names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        x = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}:{x.shape}:{x.dtype}".encode())
-        digest.update(x.tobytes())
-    return digest.hexdigest()
 
 
 def _provenance(fit: MCMC | SVIFit, observed: dict[str, Any]) -> dict[str, str | int]:

@@ -1,19 +1,25 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.infer.causal import causal_draws
-from pssm.infer.fit import SVIFit, elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer.checkpoint import SavedFitError, load, resume, save
+from pssm.infer.devices import shard
+from pssm.infer.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
 from pssm.infer.pseudo_marginal import PseudoMarginal
+from pssm.infer.train import WeightedKL
 from pssm.infer.transport import transport_reparam
 
 __all__ = [
     "EvidenceBound",
     "PseudoMarginal",
     "SVIFit",
+    "SavedFitError",
     "TraceConditionalKL_ELBO",
+    "TrainingError",
+    "WeightedKL",
     "causal_draws",
     "elbo",
     "fit_nuts",
@@ -23,8 +29,12 @@ __all__ = [
     "log_weights",
     "one_step_probabilities",
     "particle_gibbs",
+    "load",
     "posterior_draws",
+    "resume",
+    "save",
     "sample_states",
+    "shard",
     "smoothed_states",
     "transport_reparam",
 ]

@@ -22,9 +22,10 @@ from pssm._types import ArrayLike
 from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.tree import data_digest
-from pssm.infer import posterior_draws
 from pssm.infer.fit import trace_with
+from pssm.infer.packing import describe
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
+from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
 
 
@@ -120,6 +121,7 @@ def compare(
     name: str = "",
     column: str = "y",
     out: str | Path | None = None,
+    finished: dict[str, MethodResult] | None = None,
     progress: bool = True,
     **model_options: Any,
 ) -> Study:
@@ -145,7 +147,8 @@ def compare(
         future_time: labels of the forecast steps.
         name: what is studied, for the report.
         column: the series' name.
-        out: a folder in which each method's result is saved as soon as it is there.
+        out: a folder in which each method's result is saved as soon as it is there; `pssm resume` goes on from it.
+        finished: results of an earlier run by method, taken as they are.
         progress: show progress.
         model_options: keyword arguments of the model.
 
@@ -181,16 +184,27 @@ def compare(
     values = jnp.asarray(data)
     trace_with(function, {}, values)  # options that do not fit fail here, before anything is run or written
     say = _speaker(progress)
+    fresh = finished is None
+    finished = {m: r for m, r in (finished or {}).items() if m in methods}
+    own_name = name or model_name
+    plan = Plan(
+        function, data, methods, settings, leave_future_out, labels["time"], future_time, own_name, column, finished
+    )
+    folder = None if out is None else StudyFolder(out, plan)
 
     results: dict[str, MethodResult] = {}
     interrupted = False
     for position, method in enumerate(methods, 1):
+        if method in finished:
+            results[method] = finished[method]
+            continue
         if interrupted:
             results[method] = MethodResult(method, "skipped", "the study was interrupted before", OBJECTIVES[method])
             continue
         say(f"[{position}/{len(methods)}] {method}")
+        reached = None if folder is None else folder.checkpoint(method, fresh=fresh)
         try:
-            result = run_method(method, function, values, settings, labels)
+            result = run_method(method, function, values, settings, labels, reached)
             if leave_future_out and result.status == "done":
                 _add_elpd(result, function, data, settings)
         except KeyboardInterrupt:
@@ -199,15 +213,17 @@ def compare(
         except (FloatingPointError, RuntimeError, ValueError, np.linalg.LinAlgError) as error:
             result = MethodResult(method, "failed", f"{type(error).__name__}: {error}", OBJECTIVES[method])
         results[method] = result
-        if out is not None:
-            save_result(result, Path(out))
+        if folder is not None:
+            save_result(result, folder.out)
+            if result.status != "interrupted":
+                folder.add(result)
     done = [m for m in methods if results[m].status == "done"]
     reference = next((m for m in done if m.startswith("nuts")), "")
     evidence = _evidence(function, values, results, reference, seed)
     parameters = parameter_rows({m: results[m] for m in done}, reference)
     table = judge(results, reference, parameters, evidence)
     return Study(
-        name or model_name,
+        name,
         model_name,
         data,
         np.asarray(labels["time"]),
@@ -226,13 +242,16 @@ def save_result(result: MethodResult, folder: Path) -> None:
     """Writes a method's tree as netCDF, named after the method with colons as dashes."""
     if result.tree is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tree(result.tree, folder / f"{result.name.replace(':', '-')}.nc")
+        save_tree(result.tree, tree_path(folder, result.name))
 
 
 def _model(model: str | Callable[..., Any], options: dict[str, Any]) -> tuple[Callable[..., Any], str]:
     if isinstance(model, str):
         check_choice("model", model, models.NAMES)
         return partial(getattr(models, model), **options), model
+    registered, bound, _ = describe(model) if callable(model) else (None, {}, "")
+    if registered is not None and bound:  # as when it is given by name
+        return partial(getattr(models, registered), **{**bound, **options}), registered
     if not callable(model):
         raise TypeError(f"`model` must be a NumPyro model or a name in pssm.models; got {type(model).__name__}.")
     name = getattr(model, "__name__", None) or getattr(getattr(model, "func", None), "__name__", "model")
@@ -261,10 +280,10 @@ def _add_elpd(result: MethodResult, model: Callable[..., Any], data: np.ndarray,
 
 def _evidence(model, values, results: dict[str, MethodResult], reference: str, seed: int) -> tuple[float, str]:
     """The log evidence by importance sampling around the reference's draws, where its weights can be trusted."""
-    fit = results[reference].fit if reference else None
-    if fit is None or reference in PATH_METHODS:
+    tree = results[reference].tree if reference else None
+    if tree is None or reference in PATH_METHODS:
         return float("nan"), ""
-    draws = posterior_draws(fit)
+    draws = {str(n): x.values for n, x in tree["posterior"].data_vars.items()}
     if sum(int(np.prod(x.shape[2:])) for x in draws.values()) > 30:
         return float("nan"), "not estimated: too many parameters"
     estimate = log_evidence(model, draws, values, key=seed + 3, num_particles=4000)

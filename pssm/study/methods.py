@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,12 +26,16 @@ from pssm.infer import (
     elbo,
     fit_nuts,
     fit_svi,
+    load,
     one_step_probabilities,
     posterior_draws,
+    resume,
     transport_reparam,
 )
 from pssm.infer.fit import trace_with
 from pssm.infer.predict import marginal_site
+from pssm.infer.record import run_info
+from pssm.infer.store import MANIFEST, FitFolder
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
 GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES
@@ -105,7 +110,13 @@ class MethodResult:
 
 
 def run_method(
-    name: str, model: Callable[..., Any], y: Any, settings: Settings, labels: dict[str, Any], **kwargs: Any
+    name: str,
+    model: Callable[..., Any],
+    y: Any,
+    settings: Settings,
+    labels: dict[str, Any],
+    checkpoint: Path | None = None,
+    **kwargs: Any,
 ) -> MethodResult:
     """Runs one method; a method that cannot run on this model is "skipped", with the reason.
 
@@ -115,6 +126,7 @@ def run_method(
         y: data `(time, obs)`.
         settings: how much work to do.
         labels: `time`, `future_time` and `coords` for the result's axes.
+        checkpoint: a folder for what a run of NUTS has reached; it goes on from there if there is something.
         kwargs: the model's keyword arguments.
 
     Returns:
@@ -137,7 +149,7 @@ def run_method(
         return result
     start, clock = time.perf_counter(), CompileClock()
     with clock:
-        fit = _fit(name, fitted_model, y, settings, **kwargs)
+        fit = _fit(name, fitted_model, y, settings, checkpoint, **kwargs)
     result.fit = fit
     result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
     result.seconds_run = time.perf_counter() - start - result.seconds_compile
@@ -172,7 +184,19 @@ def run_method(
     return result
 
 
-def _fit(name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwargs: Any) -> MCMC | SVIFit:
+def _fit(
+    name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
+) -> MCMC | SVIFit:
+    """The fit; Ctrl-C, which the fits survive with what they have, ends the method."""
+    fit = _run_fit(name, model, y, settings, checkpoint, **kwargs)
+    if fit.ended == "interrupted" if isinstance(fit, SVIFit) else run_info(fit)["interrupted"]:
+        raise KeyboardInterrupt
+    return fit
+
+
+def _run_fit(
+    name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
+) -> MCMC | SVIFit:
     if name in GUIDE_NAMES:
         guide: Any = name.removeprefix("svi:")
         if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
@@ -190,11 +214,18 @@ def _fit(name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwa
         steps = min(1000, settings.svi_steps)  # a map need not have converged
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="SVI has not converged")
-            fit = fit_svi(model, y, guide="chain", key=settings.seed, num_steps=steps, progress_bar=False, **kwargs)
-        model = transport_reparam(numpyro.handlers.substitute(model, data=fit.params), fit.svi.guide)
+            fitted = fit_svi(model, y, guide="chain", key=settings.seed, num_steps=steps, progress_bar=False, **kwargs)
+        model = transport_reparam(numpyro.handlers.substitute(model, data=fitted.params), fitted.svi.guide)
+    if checkpoint is not None and (checkpoint / MANIFEST).is_file():
+        complete = FitFolder.open(checkpoint).manifest.get("complete") is True
+        options = {"args": (y,), "kwargs": kwargs}
+        if complete:
+            return load(checkpoint, model, **options)
+        return resume(checkpoint, model, progress_bar=settings.progress, **options)
     return fit_nuts(
         model,
         y,
+        checkpoint=checkpoint,
         key=settings.seed,
         num_warmup=settings.num_warmup,
         num_samples=settings.num_samples,

@@ -1,0 +1,143 @@
+"""What comes before the first step of SVI: the guide, the optimiser, the objective and a compiled start."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+import optax
+from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.infer.svi import SVIState
+from numpyro.util import not_jax_tracer
+
+from pssm._checks import check_choice, check_count
+from pssm._types import Key
+from pssm.guides import AmortizedStateSpace, AutoStateSpace
+from pssm.guides.paths import FAMILIES, PathGuide
+from pssm.infer.fitted import is_key
+from pssm.infer.objective import TraceConditionalKL_ELBO
+from pssm.infer.train import Settings
+
+GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
+
+
+def build_mcmc(
+    model: Callable[..., Any],
+    *,
+    num_warmup: int,
+    num_samples: int,
+    num_chains: int,
+    chain_method: str,
+    target_accept_prob: float,
+    dense_mass: Any,
+    max_tree_depth: Any,
+    progress_bar: bool,
+) -> MCMC:
+    """NumPyro's `MCMC` with NUTS, from the arguments of `fit_nuts`; not run."""
+    for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
+        check_count(name, value)
+    kernel = NUTS(
+        model,
+        target_accept_prob=target_accept_prob,
+        dense_mass=dense_mass,
+        max_tree_depth=max_tree_depth,
+        init_strategy=init_to_uniform,
+    )
+    return MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method=chain_method if num_chains > 1 else "sequential",
+        progress_bar=progress_bar,
+    )
+
+
+def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
+    """NumPyro's `SVI` for a model, from the arguments of `fit_svi`."""
+    guide = settings.guide
+    if isinstance(guide, str):
+        check_choice("guide", guide, (*GUIDES, *FAMILIES))
+        if guide in FAMILIES:
+            guide = AutoStateSpace(model, rank=settings.rank, family=guide)
+        else:
+            guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
+    return SVI(model, guide, _optimizer(settings), _loss(guide) if settings.loss is None else settings.loss)
+
+
+def _optimizer(settings: Settings) -> Any:
+    if settings.optimizer is not None:
+        return settings.optimizer
+    rate, steps = settings.learning_rate, settings.schedule_steps or settings.num_steps
+    schedule = rate if callable(rate) else optax.cosine_decay_schedule(rate, steps, alpha=0.01)
+    if settings.clip_norm is None:
+        return optax.adam(schedule)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optax.adam(schedule))
+
+
+def _loss(guide: Any) -> ELBO:
+    if not isinstance(guide, PathGuide):
+        return Trace_ELBO(num_particles=8)
+    return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)
+
+
+def initial_state(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState:
+    """The state of `svi.init`, from one compiled program where that is possible."""
+    state = _compiled(svi, key, args, kwargs)
+    return svi.init(key, *args, **kwargs) if state is None else state
+
+
+def state_shapes(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The state's structure, with shapes in place of values where that needs no compilation; `svi` is then ready."""
+    if not prepared(svi.guide, key, args, kwargs):
+        return svi.init(key, *args, **kwargs)
+    try:
+        shapes = jax.eval_shape(lambda key: svi.init(key, *args, **kwargs), key)
+    except jax.errors.JAXTypeError:
+        return svi.init(key, *args, **kwargs)
+    return shapes if _is_kept_concrete(svi) else svi.init(key, *args, **kwargs)
+
+
+def on_host(tree: Any) -> Any:
+    """The pytree as NumPy arrays, which every process may hand to a program that runs on the devices of all.
+
+    Random keys become keys of the older, raw kind.
+    """
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState | None:
+    """The state of `svi.init`, compiled as one program: NumPyro compiles its operations one by one, hundreds of them.
+
+    What a guide keeps of its first call must not come from inside a compilation. Of the known guides that is the
+    prototype, made here before; for others, and where something cannot be compiled: None, and `svi.run` does it all.
+    """
+    if not prepared(svi.guide, key, args, kwargs):
+        return None
+    try:
+        state = jax.jit(lambda key: svi.init(key, *args, **kwargs))(key)
+    except jax.errors.JAXTypeError:
+        return None
+    return state if _is_kept_concrete(svi) else None
+
+
+def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Makes what a known guide keeps of its first call, so that the start can be compiled; False for other guides."""
+    if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
+        return False
+    with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
+        if guide.prototype_trace is None:
+            guide._setup_prototype(*args, **kwargs)
+        inner = guide._globals if isinstance(guide, PathGuide) else None
+        if inner is not None and type(inner) not in GUIDES.values():
+            return False
+        if inner is not None and inner.prototype_trace is None:
+            inner._setup_prototype(*args, **kwargs)
+    return True
+
+
+def _is_kept_concrete(svi: SVI) -> bool:
+    """Whether bounds of parameters that the model computes are numbers."""
+    return all(not_jax_tracer(x) for x in jax.tree.leaves(svi.constrain_fn.args))

@@ -1,0 +1,212 @@
+"""A study on disk, so that an interrupted one goes on with what is done, and forecasts can be made from it later."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pssm.diagnostics import load_tree
+from pssm.infer.packing import UnpackableError, describe, model_for, pack, provenance, unpack
+from pssm.infer.store import FitFolder, SavedFitError
+from pssm.study.methods import METHODS, MethodResult, Settings
+
+FOLDER = "study"
+NUMBERS = ("seconds_compile", "seconds_run")
+TEXTS = ("status", "note", "objective")
+
+
+class Plan(NamedTuple):
+    """What was asked of `pssm.compare`.
+
+    Attributes:
+        model: the model, with its options.
+        y: data `(time, obs)`.
+        methods: the methods, in their order.
+        settings: how much work each may do.
+        leave_future_out: whether one-step forecasts were to be scored.
+        time: labels of the time steps.
+        future_time: labels of the forecast steps, or None.
+        name: what is studied.
+        column: the series' name.
+        finished: the methods that are done, failed or could not run, with what they gave.
+    """
+
+    model: Callable[..., Any]
+    y: np.ndarray
+    methods: tuple[str, ...]
+    settings: Settings
+    leave_future_out: bool
+    time: np.ndarray
+    future_time: np.ndarray | None
+    name: str
+    column: str
+    finished: dict[str, MethodResult]
+
+
+class StudyFolder:
+    """The folder `study` in the folder of the results: what was asked, and what is done.
+
+    Args:
+        out: the folder of the results.
+        plan: what is asked; its `finished` is what an earlier run has done.
+    """
+
+    def __init__(self, out: str | Path, plan: Plan):
+        self.out, self.finished = Path(out), dict(plan.finished)
+        arrays: dict[str, np.ndarray] = {}
+        name, options, function = describe(plan.model)
+        try:
+            pack(options, {})
+        except UnpackableError:
+            name = None
+        labels = {"time": _pack_labels(plan.time, arrays), "future_time": _pack_labels(plan.future_time, arrays)}
+        manifest = {
+            "kind": "study",
+            "model": {"name": name, "options": pack(options, arrays) if name else None, "function": function},
+            "arguments": {"y": pack(plan.y, arrays), **labels},
+            "methods": list(plan.methods),
+            "settings": dataclasses.asdict(plan.settings),
+            "leave_future_out": plan.leave_future_out,
+            "name": plan.name,
+            "column": plan.column,
+        }
+        self.folder = FitFolder.create(self.out / FOLDER, manifest, force=True)
+        self.folder.put("arguments", arrays)
+        self._write()
+
+    def add(self, result: MethodResult) -> None:
+        """Notes that a method is finished; its tree is in the folder of the results already."""
+        self.finished[result.name] = result
+        self._write()
+        FitFolder.remove(self.checkpoint(result.name))
+
+    def checkpoint(self, method: str, *, fresh: bool = False) -> Path:
+        """Where a running method may keep what it has reached; with `fresh`, an older one's is removed."""
+        path = self.out / "running" / method.replace(":", "-")
+        if fresh:
+            FitFolder.remove(path)
+        return path
+
+    def _write(self) -> None:
+        losses = {n: np.asarray(r.losses) for n, r in self.finished.items() if r.losses is not None}
+        if losses:
+            self.folder.put("losses", losses)
+        done = {
+            name: {
+                **{n: getattr(r, n) for n in TEXTS},
+                **{n: _number(getattr(r, n)) for n in NUMBERS},
+                "diagnostics": {n: _number(x) for n, x in r.diagnostics.items()},
+                "tree": r.tree is not None,
+            }
+            for name, r in self.finished.items()
+        }
+        self.folder.commit(finished=done, provenance=provenance(0.0, None))
+
+
+def tree_path(out: str | Path, method: str) -> Path:
+    """The netCDF file of a method's results."""
+    return Path(out) / f"{method.replace(':', '-')}.nc"
+
+
+def is_study(out: str | Path) -> bool:
+    """Whether a folder has a saved study."""
+    return (Path(out) / FOLDER / "manifest.json").is_file()
+
+
+def uses_x64(path: str | Path) -> bool:
+    """Whether a study, or a fit, was made with 64-bit arithmetic."""
+    manifest = FitFolder.open(Path(path) / FOLDER if is_study(path) else path).manifest
+    return bool((manifest.get("provenance") or {}).get("x64"))
+
+
+def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
+    """What was asked of a study, and what is done.
+
+    Args:
+        out: the folder of the results.
+        model: the model, if it is none of `pssm.models`.
+
+    Raises:
+        FileNotFoundError: there is no saved study, or a finished method's file is gone.
+        SavedFitError: the study cannot be read.
+    """
+    out = Path(out)
+    folder = FitFolder.open(out / FOLDER)
+    m = folder.manifest
+    groups = folder.read("arguments")
+    losses = {n: x for group in folder.read("losses") for n, x in group.items()}
+    if m.get("kind") != "study" or not groups:
+        raise SavedFitError(f"`path` {out / FOLDER}: no saved study.")
+    try:
+        labels = [_unpack_labels(m["arguments"][n], groups[0]) for n in ("time", "future_time")]
+        finished = {str(n): _result(out, n, entry, losses.get(n)) for n, entry in m["finished"].items()}
+        return Plan(
+            model_for(m, groups[0], model),
+            unpack(m["arguments"]["y"], groups[0]),
+            tuple(str(x) for x in m["methods"]),
+            Settings(**m["settings"]),
+            bool(m["leave_future_out"]),
+            *labels,
+            str(m["name"]),
+            str(m["column"]),
+            finished,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SavedFitError(f"`path` {out / FOLDER}: the study cannot be read: {error!r}") from None
+
+
+def _result(out: Path, name: str, entry: dict[str, Any], losses: np.ndarray | None) -> MethodResult:
+    if name not in METHODS:
+        raise SavedFitError(f"`path` {out / FOLDER}: {str(name)[:40]!r} is no method.")
+    result = MethodResult(name, **{n: str(entry[n]) for n in TEXTS}, losses=losses)
+    for n in NUMBERS:
+        setattr(result, n, _float(entry[n]))
+    result.diagnostics = {str(n): _float(x) for n, x in entry["diagnostics"].items()}
+    if entry["tree"]:
+        result.tree = load_tree(tree_path(out, name))
+    return result
+
+
+def labels_after(time: np.ndarray, horizon: int) -> np.ndarray:
+    """Labels of the steps after the series: the typical step, repeated."""
+    if len(time) < 2:
+        return np.arange(1, horizon + 1)
+    step = np.median(np.diff(time).astype("timedelta64[s]" if time.dtype.kind == "M" else float).astype(float))
+    if time.dtype.kind == "M":
+        return time[-1].astype("datetime64[s]") + (np.arange(1, horizon + 1) * step).astype("timedelta64[s]")
+    return time[-1] + np.arange(1, horizon + 1) * (int(step) if float(step).is_integer() else step)
+
+
+def _pack_labels(labels: np.ndarray | None, arrays: dict[str, np.ndarray]) -> Any:
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if labels.dtype.kind == "M":
+        return {"unit": np.datetime_data(labels.dtype)[0], "of": pack(labels.astype(np.int64), arrays)}
+    if labels.dtype.kind in "biuf":
+        return {"of": pack(labels, arrays)}
+    return {"texts": [str(x) for x in labels]}
+
+
+def _unpack_labels(entry: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if entry is None:
+        return None
+    if "texts" in entry:
+        return np.array([str(x) for x in entry["texts"]])
+    values = unpack(entry["of"], arrays)
+    if "unit" not in entry:
+        return values
+    if entry["unit"] not in ("Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns"):
+        raise SavedFitError("`path`: the time labels of the study have no unit of time.")
+    return values.astype(f"datetime64[{entry['unit']}]")
+
+
+def _number(x: Any) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def _float(x: Any) -> float:
+    return float("nan") if x is None else float(x)
