@@ -273,7 +273,8 @@ def _speak(fit: SVIFit, last: float, *, progress_bar: bool) -> None:
         what = f"The loss became {last}" if reason == "loss" else "The gradient was not finite"
         raise TrainingError(
             f"{what} at step {step} of {settings.num_steps}. Lower `learning_rate` (now {settings.learning_rate}), "
-            "or look at the model's priors with numpyro.infer.Predictive. The error's `.fit` is the fit before it.",
+            "or look at the model's priors with numpyro.infer.Predictive. A transition that explodes can be held by "
+            "AmortizedStateSpace's `limit` or by `nets.Saturated`. The error's `.fit` is the fit before it.",
             fit,
         )
     if progress_bar and jax.process_index() == 0:

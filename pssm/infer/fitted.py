@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._types import Key
-from pssm.guides.auto import BOUND
+from pssm.guides.paths import BOUND
 
 if TYPE_CHECKING:
     from pssm.infer.train import Settings, TrainState
