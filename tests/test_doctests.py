@@ -11,9 +11,11 @@ SLOW = {  # whole fits
     "pssm.study.compare",
     "pssm.infer.fit",
     "pssm.infer.causal",
+    "pssm.infer.checkpoint",
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
     "pssm.guides.scan_adapter",
+    "pssm.learning.readout",
 }
 
 
