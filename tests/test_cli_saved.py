@@ -94,6 +94,7 @@ def test_resume_runs_only_what_is_left(study, capsys):
     assert "nothing is left to do" in refused(capsys, ["resume", "out"])
 
 
+@pytest.mark.slow
 def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
     """A study that is stopped within NUTS keeps its draws, and `resume` makes only the rest."""
     from pssm.infer import chains, fit_nuts

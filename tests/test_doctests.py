@@ -11,10 +11,12 @@ SLOW = {  # whole fits
     "pssm.study.compare",
     "pssm.infer.fit",
     "pssm.infer.causal",
+    "pssm.infer.checkpoint",
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
     "pssm.guides.amortized",
     "pssm.guides.scan_adapter",
+    "pssm.learning.readout",
 }
 
 
