@@ -13,6 +13,7 @@ from pssm import distributions as distributions
 from pssm import guides as guides
 from pssm import infer as infer
 from pssm import models as models
+from pssm import nets as nets
 from pssm import sde as sde
 from pssm._version import __version__ as __version__
 from pssm.distributions import observe as observe

@@ -133,6 +133,20 @@ def test_gradients_are_finite_with_missing_data():
     np.testing.assert_allclose(nothing, 0.0, atol=1e-4)  # trials without data: the prior
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["lstm", "s5", "attention"])
+def test_other_mixers_are_trained(mixer):
+    guide = AmortizedStateSpace(trials, encoder=tiny(mixer=mixer), rank=1)
+    svi = SVI(trials, guide, optax.adam(1e-2), TraceConditionalKL_ELBO(2))
+    result = svi.run(jax.random.key(0), 150, data(False), progress_bar=False)
+    assert np.isfinite(result.losses).all()
+    found = losses(guide, result.params, data(False), num=100).mean()
+    assert evidences().sum() - 5 < found < evidences().sum()
+    start = eqx.filter(tiny(mixer=mixer).mixer, nets.is_trainable)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max() > 0, result.params["z_auto_encoder$params"].mixer, start)
+    assert all(jax.tree.leaves(moved))
+
+
 def test_fit_svi_takes_it_and_coordinated_dropout_goes_through_data():
     def model(scored, seen=None):
         trials(scored)

@@ -55,7 +55,7 @@ def cases():
     for name, model in everything.items():
         slow = name in VARIANTS or (name in NONLINEAR and name not in QUICK)
         for states in ("ekf" if name in NONLINEAR or "neural" in name else "marginal", "sampled"):
-            marks = pytest.mark.slow if slow or (name, states) == ("poisson_lds", "ekf") else ()
+            marks = pytest.mark.slow if slow or (name in ("poisson_lds", "neural_ssm") and states == "ekf") else ()
             yield pytest.param(model, states, data(name), id=f"{name}-{states}", marks=marks)
 
 
