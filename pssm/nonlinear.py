@@ -372,8 +372,9 @@ def _moments(d: dist.Distribution) -> EmissionMoments:
         )
     shape = d.batch_shape + d.event_shape
     mean = jnp.broadcast_to(base.mean, shape).reshape(-1)
-    sd = jnp.sqrt(jnp.broadcast_to(base.variance, shape)).reshape(-1)
-    return EmissionMoments(mean, sd)
+    variance = jnp.broadcast_to(base.variance, shape).reshape(-1)
+    some = variance > 0  # a probability that rounds to one has none, and its root no derivative
+    return EmissionMoments(mean, jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0))
 
 
 def _category_moments(probs: Array) -> EmissionMoments:
