@@ -30,12 +30,12 @@ class PseudoObservation(eqx.Module):
             times its variance. `b` has no unit, `c` that of the state.
     """
 
-    K: Float[Array, "*time state rank"]
-    diag: Float[Array, "*time state"] | None = None
-    b: Float[Array, "*time rank"] | None = None
-    c: Float[Array, "*time state"] | None = None
-    k: Float[Array, "*time state"] | None = None
-    mask: Bool[Array, "*time"] | None = None
+    K: Float[Array, "... state rank"]
+    diag: Float[Array, "... state"] | None = None
+    b: Float[Array, "... rank"] | None = None
+    c: Float[Array, "... state"] | None = None
+    k: Float[Array, "... state"] | None = None
+    mask: Bool[Array, "..."] | None = None
     relative: bool = eqx.field(static=True, default=False)
 
     def __add__(self, other: "PseudoObservation") -> "PseudoObservation":
