@@ -11,7 +11,7 @@ import optax
 import pytest
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from numpyro.infer.util import log_density
+from numpyro.infer.util import log_density, potential_energy
 
 import pssm
 from pssm.distributions import StatePath, observe
@@ -70,11 +70,14 @@ def test_an_exact_guide_makes_the_path_standard_normal():
     values = draws(easy, jax.random.key(1))
     e = jax.random.normal(jax.random.key(2), (3, *values["z_base"].shape))
     at = jax.jit(lambda e, scale: log_density(easy, (data(),), {}, {"scale": scale, "z_base": e})[0])
+    unconstrained = jax.jit(lambda values: potential_energy(easy, (data(),), {}, values))
     for scale in (0.7, 1.3):
         ssm = pssm.LinearGaussianSSM(jnp.zeros(2), jnp.eye(2), A, 0.4 * jnp.eye(2), C, scale * jnp.eye(1))
         exact = float(pssm.log_likelihood(ssm, data()) + dist.LogNormal(0.0, 0.5).log_prob(scale))
         rest = [float(at(x, scale) - dist.Normal(0, 1).log_prob(x).sum()) for x in e]
         np.testing.assert_allclose(rest, exact, atol=1e-9)
+        free = float(unconstrained({"scale": jnp.log(scale), "z_base": e[0]}))  # as NUTS has it: with the Jacobian
+        assert free == pytest.approx(-float(at(e[0], scale)) - np.log(scale), abs=1e-9)
 
 
 @pytest.mark.parametrize("potentials", [pytest.param("free", marks=pytest.mark.slow), "mode"])

@@ -84,7 +84,9 @@ def transport_reparam(
         # The search for the mode needs the other sites, some of which may come after the path: first they alone.
         others = [name for name in guide._latent if name not in guide._paths]
         centers = {name: params[f"{name}_{guide.prefix}_center"] for name in guide._paths}
-        first = handlers.block(handlers.substitute(model, data=centers), expose=others)
+        # Hidden by name: what a sampler adds for its unconstrained values (their Jacobians) must get through.
+        hidden = [name for name in guide.prototype_trace if name not in others]
+        first = handlers.block(handlers.substitute(model, data=centers), hide=hidden)
         declared = handlers.trace(first).get_trace(*args, **kwargs)
         values = {name: declared[name]["value"] for name in others}
         run = ModelRun(model, args, kwargs, {})
