@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro
-import optax
 from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIState
@@ -70,6 +69,8 @@ def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
 def _optimizer(settings: Settings) -> Any:
     if settings.optimizer is not None:
         return settings.optimizer
+    import optax  # takes a fifth of a second
+
     rate, steps = settings.learning_rate, settings.schedule_steps or settings.num_steps
     schedule = rate if callable(rate) else optax.cosine_decay_schedule(rate, steps, alpha=0.01)
     if settings.clip_norm is None:
