@@ -112,7 +112,8 @@ class DynamicTexture:
         Example:
             >>> import numpy as np, jax
             >>> t = np.arange(40)[:, None, None]
-            >>> clip = np.sin(0.3 * t + np.linspace(0, 3, 48).reshape(6, 8)) + 0.01 * np.random.randn(40, 6, 8)
+            >>> clip = 0.98**t * np.sin(0.3 * t + np.linspace(0, 3, 48).reshape(6, 8))
+            >>> clip = clip + 0.01 * np.random.default_rng(0).normal(size=clip.shape)
             >>> texture = DynamicTexture.fit(clip, 2)
             >>> texture.synthesize(jax.random.key(0), 100).shape
             (100, 6, 8)
