@@ -112,8 +112,7 @@ class DynamicTexture:
         Example:
             >>> import numpy as np, jax
             >>> t = np.arange(40)[:, None, None]
-            >>> clip = 0.98**t * np.sin(0.3 * t + np.linspace(0, 3, 48).reshape(6, 8))
-            >>> clip = clip + 0.01 * np.random.default_rng(0).normal(size=clip.shape)
+            >>> clip = 0.98**t * np.sin(0.3 * t + np.linspace(0, 3, 48).reshape(6, 8) ** 2)
             >>> texture = DynamicTexture.fit(clip, 2)
             >>> texture.synthesize(jax.random.key(0), 100).shape
             (100, 6, 8)
