@@ -142,6 +142,27 @@ def test_score_is_that_of_the_differentiated_recursion(name):
     assert_trees_close(value_and_score(ssm, y, u)[1], score, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["missing", "time-varying", "R = 0"])
+def test_the_gradient_that_keeps_little_is_the_same(name):
+    """Five steps in pieces of three: the last piece is not full."""
+    ssm, y, u = case(name)
+    low = jax.jit(jax.value_and_grad(lambda *args: log_likelihood(*args, method="low_memory")))
+    value, score = low(ssm, y, u)
+    expected, expected_score = value_and_score(ssm, y, u)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert_trees_close(score, expected_score, rtol=1e-8, atol=1e-8)
+
+
+def test_the_gradient_that_keeps_little_does_so():
+    ssm = case("complete")[0]
+
+    def kept(method):
+        gradient = jax.jit(jax.grad(lambda s, y: log_likelihood(s, y, method=method)))
+        return gradient.lower(ssm, jnp.zeros((40_000, 2))).compile().memory_analysis().temp_size_in_bytes
+
+    assert kept("low_memory") < kept("sequential") / 20
+
+
 @pytest.mark.parametrize("name", ["inputs", "singular Q", "R = 0"])
 def test_score_against_finite_differences(name):
     """In one random direction through all parameters, differences of the dense value itself."""

@@ -175,10 +175,10 @@ def continuation(
 
 
 def prepare(
-    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None, method: str
+    ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None, method: str, methods: tuple[str, ...] = METHODS
 ) -> tuple[LinearGaussianSSM, Array, Array | None]:
     """Checks what came in and brings it to one floating-point type."""
-    check_choice("method", method, METHODS)
+    check_choice("method", method, methods)
     check_model(ssm)
     series = check_series(y, ssm.n_obs)
     check_num_steps(ssm, series.shape[-2], "`y`")

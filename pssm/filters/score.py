@@ -42,7 +42,8 @@ from pssm.filters.covariance import (
     until_standstill,
     with_gains,
 )
-from pssm.filters.kalman import Means, kalman_filter, prepare, scan_means, shift
+from pssm.filters.kalman import METHODS, Means, kalman_filter, prepare, scan_means, shift
+from pssm.filters.low_memory import low_memory_log_likelihood
 from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
@@ -52,7 +53,8 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
     """`log p(y_{1:T})`, exact, the states integrated out. Arguments and errors as in `kalman_filter`.
 
     Its gradient (also of second and higher order, forward and reverse) costs about as much again as its value:
-    `"auto"` and `"sequential"` use the closed form of this module, the others differentiate their recursion.
+    `"auto"` and `"sequential"` use the closed form of this module, the others differentiate their recursion. There is
+    one method more, `"low_memory"`, whose gradient keeps what `2 sqrt(T)` steps need, not `T`, and takes longer.
 
     Example:
         >>> model = LinearGaussianSSM.from_covariances([0.0], [[1.0]], [[0.5]], [[1.0]], [[1.0]], [[1.0]])
@@ -62,7 +64,9 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
     Source:
         Koopman & Shephard 1992 for the score; the recursion here is written for means and covariances.
     """
-    ssm, series, inputs = prepare(ssm, y, u, method)
+    ssm, series, inputs = prepare(ssm, y, u, method, (*METHODS, "low_memory"))
+    if method == "low_memory":
+        return low_memory_log_likelihood(ssm, series, inputs)
     if method == "parallel":
         return kalman_filter(ssm, series, inputs, method=method).log_likelihood
     return _log_likelihoods(ssm, series, inputs, method)

@@ -65,7 +65,6 @@ class AmortizedStateSpace(PathGuide):
         num_samples: particles inside "moment_matched", and of `online`.
         prefix: as in NumPyro's guides.
         init_loc_fn: start of the other sites.
-        create_plates: not used: plates are those that the model has for the arguments at hand.
 
     Raises:
         ValueError, TypeError: an unknown family, an encoder that is not causal where it has to be, or potentials of
@@ -112,7 +111,6 @@ class AmortizedStateSpace(PathGuide):
         num_samples: int = 25,
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
-        create_plates: Callable[..., Any] | None = None,
     ):
         super().__init__(
             model,
@@ -123,7 +121,6 @@ class AmortizedStateSpace(PathGuide):
             num_samples=num_samples,
             prefix=prefix,
             init_loc_fn=init_loc_fn,
-            create_plates=create_plates,
         )
         self.causal, self.data, self.masking, self.trainable = causal, data, masking, trainable
         self.refine, self.refine_rank = check_count("refine", refine, least=0), refine_rank

@@ -68,7 +68,8 @@ def neural_ssm(
         transition: `f(z, u) -> (state,)`. An Equinox module is registered as the parameters `transition$params` (see
             `pssm.nets` for some, and `nets.register` for what is trained); a plain function is used as it is. By
             default a residual perceptron.
-        emission: "gaussian", "poisson" (log link) or "bernoulli" (logit link).
+        emission: "gaussian", "poisson" (log link; log rates above 15 count as 15, so that none overflows) or
+            "bernoulli" (logit link).
         readout: None to learn `C` and `d`; a matrix `C` `(obs, state)`, known, with `d` learned; or a function of one
             state, registered as `readout$params` if it is an Equinox module.
         weights: "learned", a network's weights are parameters (SVI finds one value, NUTS leaves them as they start); or

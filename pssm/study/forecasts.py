@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,12 @@ def resume_study(path: str | Path, *, model: Any = None, progress: bool = True) 
     plan = load_plan(path, model)
     if all(n in plan.finished for n in plan.methods):
         raise ValueError(f"`path` {path}: all {len(plan.methods)} methods are finished; nothing is left to do.")
-    s = plan.settings
+    settings = {**asdict(plan.settings), "progress": progress}
     return compare(
         plan.model,
         plan.y,
         plan.methods,
-        seed=s.seed,
-        num_warmup=s.num_warmup,
-        num_samples=s.num_samples,
-        num_chains=s.num_chains,
-        svi_steps=s.svi_steps,
-        horizon=s.horizon,
-        budget=s.budget,
+        **settings,
         leave_future_out=plan.leave_future_out,
         time=plan.time,
         future_time=plan.future_time,
@@ -136,5 +131,4 @@ def resume_study(path: str | Path, *, model: Any = None, progress: bool = True) 
         column=plan.column,
         out=path,
         finished=plan.finished,
-        progress=progress,
     )
