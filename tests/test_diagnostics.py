@@ -13,10 +13,10 @@ from scipy import stats
 
 from pssm import LinearGaussianSSM
 from pssm.diagnostics import khat, leave_future_out, log_evidence, to_datatree
-from pssm.diagnostics.bound import _pareto_shape
+from pssm.diagnostics.bound import _pareto_shape, elbo_and_khat
 from pssm.diagnostics.crossval import _Refit
 from pssm.distributions import LinearGaussianMarginal
-from pssm.infer import SVIFit, fit_nuts, fit_svi
+from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi
 
 QUIET = {"progress_bar": False}
 STEPS = 16
@@ -94,6 +94,14 @@ def test_weights_equal_up_to_rounding_have_no_tail(noise, expected):
 def test_khat_is_low_where_the_guide_is_right(svi):
     assert khat(svi, num_particles=1000) < 0.5
     assert khat(svi, num_particles=1000, key=3) == khat(svi, num_particles=1000, key=3)
+
+
+def test_elbo_and_khat_of_the_same_draws(svi):
+    value, error, shape = elbo_and_khat(svi, key=3, num_particles=1000)
+    expected, expected_error = elbo(svi, num_particles=4000)
+    assert shape == khat(svi, key=3, num_particles=1000)
+    assert abs(value - expected) < 4 * np.hypot(error, expected_error) + 1e-3
+    assert 0.5 < error / (2 * expected_error) < 2.0
 
 
 @pytest.fixture(scope="module")

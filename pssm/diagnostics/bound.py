@@ -36,6 +36,12 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
     return _pareto_shape(log_weights(fit, key=key, num_particles=num_particles))
 
 
+def elbo_and_khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple[float, float, float]:
+    """The ELBO, its standard error, and `khat`, from the same draws: the ELBO is the mean of the log weights."""
+    found = log_weights(fit, key=key, num_particles=num_particles).astype(np.float64)
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(num_particles)), _pareto_shape(found)
+
+
 def _pareto_shape(log_weights: np.ndarray) -> float:
     """The shape of the tail of weights, by ArviZ; 0 where that tail is flat."""
     from arviz_stats.base.array import array_stats

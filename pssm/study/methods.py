@@ -17,13 +17,13 @@ from numpyro.infer import MCMC
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from numpyro.infer.util import initialize_model
 
-from pssm.diagnostics import khat, to_datatree
+from pssm.diagnostics import to_datatree
+from pssm.diagnostics.bound import elbo_and_khat
 from pssm.distributions import NonCenteredPath, StatePath
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
     SVIFit,
-    elbo,
     fit_nuts,
     fit_svi,
     load,
@@ -153,7 +153,7 @@ def run_method(
     result.fit = fit
     result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
     result.seconds_run = time.perf_counter() - start - result.seconds_compile
-    exact = _has_marginal(model, fit, y, **kwargs)
+    exact = marginal_site(trace_with(model, {}, y, **kwargs)) is not None
     result.tree = to_datatree(
         fit,
         model=model if exact else None,
@@ -167,8 +167,8 @@ def run_method(
     if isinstance(fit, SVIFit):
         result.losses = np.asarray(fit.losses)
         if not fit.surrogate:
-            value, error = elbo(fit, key=settings.seed + 1, num_particles=1000)
-            result.diagnostics = {"elbo": value, "elbo_se": error, "khat": khat(fit, num_particles=1000)}
+            value, error, shape = elbo_and_khat(fit, key=settings.seed + 1)
+            result.diagnostics = {"elbo": value, "elbo_se": error, "khat": shape}
         else:
             ended = -result.losses[-len(result.losses) // 10 :].mean()
             result.note = f"{result.note} Its objective ended at {ended:.2f}: no bound.".strip()
@@ -262,12 +262,6 @@ def _is_path(fn: Any) -> bool:
     while hasattr(fn, "base_dist") and not isinstance(fn, StatePath):
         fn = fn.base_dist
     return isinstance(fn, StatePath)
-
-
-def _has_marginal(model: Callable[..., Any], fit: MCMC | SVIFit, y: Any, **kwargs: Any) -> bool:
-    draws = posterior_draws(fit, num_samples=2)
-    first = {n: x[0, 0] for n, x in draws.items()}
-    return marginal_site(trace_with(model, first, y, **kwargs)) is not None
 
 
 def within_budget(
