@@ -325,6 +325,27 @@ def test_restarts_are_not_worse(x64):
     assert many.log_likelihoods[-1] >= one.log_likelihoods[-1] - 1e-6
 
 
+def test_a_restart_that_falls_leaves_the_others(x64, monkeypatch):
+    ssm, ys, _ = problem(lengths=(20, 20))
+    wild = ssm.replace(A=1e200 * ssm.A)
+    with pytest.raises(LikelihoodFellError):
+        fit_em(ys, wild)
+    monkeypatch.setattr("pssm.learning.em.perturbed", lambda *_: wild)
+    found = fit_em(ys, ssm, num_iters=40, tol=0.0, restarts=2)
+    alone = fit_em(ys, fit_em(ys, ssm, num_iters=8, tol=0.0).ssm, num_iters=40, tol=0.0)
+    np.testing.assert_allclose(found.log_likelihoods, alone.log_likelihoods, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sensor_without_any_value_is_no_harm(x64):
+    _, ys = lds(0, 60, 2)
+    with_empty = [np.column_stack([y, np.full(len(y), np.nan)]) for y in ys]
+    result = fit_em(with_empty, 2, num_iters=5, tol=0.0)
+    assert np.isfinite(result.log_likelihoods).all()
+    assert np.isfinite(result.ssm.R).all()
+    assert np.isfinite(result.ssm.C).all()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"diagonal": ("R",), "isotropic": ("Q",)}, {"fixed": ("m0", "P0", "C")}], ids=str
 )

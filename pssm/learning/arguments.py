@@ -161,7 +161,9 @@ def make_limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
     """The floor, or the least eigenvalue of the start where that is below it: EM must not have to leave its start."""
     if not floor >= 0:
         raise ValueError(f"`floor` must not be negative; got {floor}.")
-    scales = {"R": float(np.nanmean(np.nanvar(np.asarray(y, float), axis=(0, 1))))}
+    seen = np.asarray(y, float).reshape(-1, y.shape[-1])
+    seen = seen[:, ~np.isnan(seen).all(0)]
+    scales = {"R": float(np.mean(np.nanvar(seen, axis=0))) if seen.size else 0.0}
     limits = {}
     for name in COVARIANCES:
         cov = np.asarray(getattr(ssm, name), float)

@@ -1,6 +1,7 @@
 """Expectation maximisation for linear dynamical systems, from any number of sequences."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ def fit_em(
     if restarts:
         seeds = jax.random.split(jax.random.key(key) if isinstance(key, int) else key, restarts)
         starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
-        tries = [run(start, num_iters=max(num_iters // 5, 1)) for start in starts]
+        tries = [_attempt(run, start, max(num_iters // 5, 1)) for start in starts]
         best = max(tries, key=lambda r: r.log_joint[-1] if len(r.log_joint) else -np.inf)
         if any(r.reason == "interrupted" for r in tries):
             return best._replace(reason="interrupted")
@@ -173,6 +174,14 @@ def fit_em(
             values = np.append(result.log_likelihoods, value), np.append(result.log_priors, density)
             result = EMResult(polished, *values, "polished")
     return result
+
+
+def _attempt(run: Callable[..., EMResult], start: LinearGaussianSSM, num_iters: int) -> EMResult:
+    """A restart's result, or what it had reached before its log-likelihood fell: the other starts go on."""
+    try:
+        return run(start, num_iters=num_iters)
+    except LikelihoodFellError as error:
+        return error.result
 
 
 class _Data(NamedTuple):

@@ -24,7 +24,8 @@ def subspace_start(
     where given, enter both equations; `offsets` adds a mean `d` to the observations.
     """
     n, p = num_states, y[0].shape[1]
-    mean = np.nan_to_num(np.nanmean(np.concatenate(y), axis=0))
+    together = np.concatenate(y)
+    mean = np.nansum(together, axis=0) / np.maximum((~np.isnan(together)).sum(0), 1)
     filled = [np.where(np.isnan(x), mean, x) - (mean if offsets else 0.0) for x in y]
     inputs = [np.zeros((len(x), 0)) for x in y] if u is None else [np.asarray(x, float) for x in u]
     longest = max(len(x) for x in y)
