@@ -31,8 +31,8 @@ class HistoryMarginal(dist.Distribution):
     exactly the product of the Kalman filter's predictions.
 
     Args:
-        bases: the systems that are mixed, as one model of batch shape `(base,)`; `m0` and the noises are shared, without
-            a batch axis.
+        bases: the systems that are mixed, as one model of batch shape `(base,)`; `m0` and the noises are shared,
+            without a batch axis.
         weights: a function from a series `(time, size)` to weights `(time, base)`, with `before`, `start()` and
             `step(state, a_{t-1}) -> (state, w_t)` for the same one at a time; see `nets.HistoryWeights`.
         num_steps: length of the series.
@@ -114,19 +114,14 @@ class HistoryMarginal(dist.Distribution):
         batch = value.shape[:-2]
         of_one = self._weights_with_gaps if gaps else lambda a: self.weights(a["a"])
         w = map_batch(of_one, batch, {"a": value, "u": self.u}, {"a": 2, "u": 2})
-        mixed = {name: jnp.tensordot(w, x, 1) for name, x in self._mixed().items()}
+        mixed = self._mix(w)
         return self.bases.replace(**mixed, time_varying=tuple(mixed))
 
-    def _mixed(self) -> dict[str, Array]:
-        """What differs between the bases."""
-        return {n: getattr(self.bases, n) for n in MIXED if getattr(self.bases, n) is not None and self._differs(n)}
-
-    def _differs(self, name: str) -> bool:
-        return bool(self.bases.batch_dims(name))
-
-    def _at(self, w: Array) -> LinearGaussianSSM:
-        """The model of one step."""
-        return self.bases.at({name: jnp.tensordot(w, x, 1) for name, x in self._mixed().items()})
+    def _mix(self, w: Array) -> dict[str, Array]:
+        """The fields that differ between the bases, mixed by weights `(..., base)`."""
+        found = {name: getattr(self.bases, name) for name in MIXED}
+        differ = {name: x for name, x in found.items() if x is not None and self.bases.batch_dims(name)}
+        return {name: jnp.tensordot(w, x, 1) for name, x in differ.items()}
 
     def _moved(self, ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
         mean = matvec(ssm.A, z)
@@ -146,7 +141,7 @@ class HistoryMarginal(dist.Distribution):
             state, before, z = carry
             first, e, u = xs
             state, w = weights.step(state, before)
-            now = self._at(w)
+            now = bases.at(self._mix(w))
             moved = self._moved(now, z, u) + matvec(bases.chol_Q, e[n:-p])
             z = jnp.where(first, bases.m0 + matvec(bases.chol_P0, e[:n]), moved)
             a = self._seen(now, z, u) + matvec(bases.chol_R, e[-p:])
@@ -163,7 +158,7 @@ class HistoryMarginal(dist.Distribution):
             state, before, (mean, chol) = carry
             first, a, u = xs
             state, w = weights.step(state, before)
-            now = self._at(w)
+            now = bases.at(self._mix(w))
             mean = jnp.where(first, bases.m0, self._moved(now, mean, u))
             chol = jnp.where(first, start, triangularise(jnp.concatenate([matmul(now.A, chol), bases.chol_Q], axis=1)))
             observed = ~jnp.isnan(a)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +19,7 @@ from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
 from pssm.guides.model_run import ModelRun, unwrap
-from pssm.linalg import Diagonal, solve_lower, triangularise
+from pssm.linalg import Diagonal, outer
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul, matvec
 from pssm.register import is_trainable, register
@@ -32,12 +33,12 @@ class AmortizedFrames:
 
         q(a, z) = prod_t q(a_t | y_t)  q(z_{1:T} | a_{1:T})
 
-    An encoder gives the code of each frame. The states of `extended_kalman_vae` then follow by an extended Kalman filter
-    of the codes and its smoother, as one joint distribution (`LinearGaussianPosterior`): with linear dynamics it is
-    exact. Those of `kalman_vae` are integrated out in the model. A frame that is missing altogether (all of it NaN) has
-    no code of its own: it is drawn from what the codes of the others say through the (linearised) dynamics
-    (`ImputedSeries`), exactly with linear dynamics. The ELBO is a lower bound in every case. Use `Trace_ELBO`: the codes
-    and the states depend on each other, so there is no divergence in closed form.
+    An encoder gives the code of each frame. The states of `extended_kalman_vae` then follow by an extended Kalman
+    filter of the codes and its smoother, as one joint distribution (`LinearGaussianPosterior`): with linear dynamics it
+    is exact. Those of `kalman_vae` are integrated out in the model. A frame that is missing altogether (all of it NaN)
+    has no code of its own: it is drawn from what the codes of the others say through the (linearised) dynamics
+    (`ImputedSeries`), exactly with linear dynamics. The ELBO is a lower bound in every case. Use `Trace_ELBO`: codes
+    and states depend on each other, so there is no divergence in closed form.
 
     Args:
         model: the NumPyro model: a site `a` of codes, and either its states integrated out in a `HistoryMarginal`, or a
@@ -51,7 +52,7 @@ class AmortizedFrames:
         prefix: of the parameters' names.
 
     Raises:
-        ValueError, TypeError: the model has other latent sites, or a transition without `affine` is to be taken "local".
+        ValueError, TypeError: the model has other latent sites, or a transition to be taken "local" has no `affine`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -124,7 +125,7 @@ class AmortizedFrames:
         seen = ~jnp.isnan(y).all(-1)
         codes = unwrap(trace["a"]["fn"])[0]
         if isinstance(codes, HistoryMarginal):
-            return {"a": self._codes(location, scale, seen, Partial(_given_codes, codes), codes.u)}
+            return {"a": self._codes(location, scale, seen, Partial(HistoryMarginal.system, codes), codes.u)}
         path, sigma = unwrap(trace["z"]["fn"])[0], codes.scale
         if "zeta" in trace:
             path = self._with_own_start(path)
@@ -134,7 +135,7 @@ class AmortizedFrames:
                 "`nets.LocallyLinearTransition` has."
             )
         sigma = sigma.reshape(-1, size)[0]
-        system = Partial(_along_codes, path, sigma) if self.linearization == "local" else Partial(_tangent, path, sigma)
+        system = Partial(partial(along_filter, linearization=self.linearization), path, sigma)
         found = {"a": self._codes(location, scale, seen, system)}
         series = jnp.where(seen[..., None], found["a"], jnp.nan) if self.gaps else found["a"]
         found["z"] = numpyro.sample("z", LinearGaussianPosterior(system(series), found["a"]))
@@ -163,25 +164,13 @@ class AmortizedFrames:
         return numpyro.sample("zeta", dist.Normal(mean, jax.nn.softplus(scale)).to_event(1))
 
 
-def _given_codes(prior: HistoryMarginal, series: Array) -> LinearGaussianSSM:
-    return prior.system(series)
-
-
-def _along_codes(path: StatePath, sigma: Array, series: Array) -> LinearGaussianSSM:
-    return along_filter(path, sigma, series)
-
-
-def _tangent(path: StatePath, sigma: Array, series: Array) -> LinearGaussianSSM:
-    return along_filter(path, sigma, series, linearization="jacobian")
-
-
 def along_filter(
     path: StatePath, sigma: ArrayLike, series: Array, *, linearization: str = "local"
 ) -> LinearGaussianSSM:
     """The linear-Gaussian model that an extended Kalman filter meets on its way along a series.
 
-    Observed are the first states, `a_t ~ N((z_t)_{1..size}, diag(sigma^2))`; step t is affine about the filtered mean of
-    t - 1.
+    Observed are the first states, `a_t ~ N((z_t)_{1..size}, diag(sigma^2))`; step t is affine about the filtered mean
+    of t - 1.
 
     Args:
         path: the prior of the states, its noise constant.
@@ -201,24 +190,23 @@ def along_filter(
         return slope, f(z, u) - matvec(slope, z)
 
     def one(x: dict[str, Any]) -> tuple[Array, Array]:
-        noise = as_matrix(x["chol_Q"])
+        Q = outer(as_matrix(x["chol_Q"]))
 
         def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-            mean, chol = carry
+            mean, P = carry
             a, u = xs
             seen = ~jnp.isnan(a)
-            top = jnp.where(seen[:, None], jnp.concatenate([jnp.diag(sigma), chol[:size]], axis=1), 0.0)
-            below = jnp.concatenate([jnp.zeros((n, size), chol.dtype), chol], axis=1)
-            factor = triangularise(jnp.concatenate([top, below]))
-            white = solve_lower(factor[:size, :size], jnp.where(seen, a - mean[:size], 0.0))
-            mean, chol = mean + matvec(factor[size:, :size], white), factor[size:, size:]
+            for i in range(size):  # one number after the other, in Joseph's form: no solves, and P stays definite
+                gain = jnp.where(seen[i], P[:, i] / (P[i, i] + sigma[i] ** 2), 0.0)
+                mean = mean + gain * (jnp.where(seen[i], a[i], mean[i]) - mean[i])
+                half = P - gain[:, None] * P[i]
+                P = half - half[:, i, None] * gain + gain[:, None] * gain * sigma[i] ** 2
             F, b = affine(mean, u)
-            chol = triangularise(jnp.concatenate([matmul(F, chol), noise], axis=1))
-            return (matvec(F, mean) + b, chol), (F, b)
+            return (matvec(F, mean) + b, matmul(matmul(F, P), F.T) + Q), (F, b)
 
         # The step after t carries the input of t + 1; the transition into the first step is not used.
         inputs = None if x["u"] is None else jnp.concatenate([x["u"][1:], x["u"][-1:]])
-        start = x["m0"], triangularise(as_matrix(x["chol_P0"]))
+        start = x["m0"], outer(as_matrix(x["chol_P0"]))
         _, found = jax.lax.scan(step, start, (x["a"], inputs))
         return jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:-1]]), found)
 

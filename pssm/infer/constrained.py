@@ -35,7 +35,7 @@ class Constrained:
         zero = jnp.zeros(())
         # In a state that nothing was learned in, as in the first run or outside of SVI, the weight is 1: the ELBO's.
         fresh = {"weight": zero + self.options["start"], "distortion": zero, "met": zero, "step": zero}
-        state = mutable(self.state_site, fresh)
+        state: Any = mutable(self.state_site, fresh)  # pyright: ignore[reportArgumentType]
         begun = state["step"] > 0
         watched = _Weighted(self.site, jnp.where(begun, state["weight"], 1.0))
         with watched:
@@ -97,8 +97,8 @@ def constrain(
 
     SVI then minimises `R + w D`, with the rate `R` (the KL divergence), the distortion `D` (minus the expected
     log-likelihood of `site`) and a weight `w` that adapts at each step to a running average of the distortion. A weight
-    of 1 is the ELBO. The weight is kept in NumPyro's `mutable` state, so `svi.update`, `svi.run`, `jit` and `fit_svi` work
-    as ever, for any model and guide. Three things to know:
+    of 1 is the ELBO. The weight is kept in NumPyro's `mutable` state, so `svi.update`, `svi.run`, `jit` and `fit_svi`
+    work as ever, for any model and guide. Three things to know:
 
     - The noise of the site must not be learned: it would be a weight of its own, and the constraint without force.
     - The objective takes one particle, `Trace_ELBO()`: NumPyro drops the state of several. `fit_svi` does so by itself.
@@ -112,10 +112,10 @@ def constrain(
             never left ("rewo"): take 1.2 to 1.5 times what a plain autoencoder, or a fit with a large weight, reaches.
         rule: "rewo": the weight stays at `start` until the bound is first met; from then on it grows where the bound is
             violated, and goes to 1 where it is not. "geco": it grows or shrinks with the violation from the start, and
-            may stay below 1. "linear-anneal": no constraint, the KL divergence's weight `1/w` goes from `1/start` to 1 in
-            `anneal_steps`.
-        distortion: "mse", the squared error of the site's mean for each observed entry; "nll", minus the log density for
-            each observed entry; or a function of the site's distribution and value.
+            may stay below 1. "linear-anneal": no constraint, the KL divergence's weight `1/w` goes from `1/start` to 1
+            in `anneal_steps`.
+        distortion: "mse", the squared error of the site's mean for each observed entry; "nll", minus the log density
+            for each observed entry; or a function of the site's distribution and value.
         start: the first weight; 100 by default, for "geco" 1.
         rate: how fast the weight moves, on the logarithmic scale, where the distortion is off by the bound itself.
         decay: of the running average, for each step.

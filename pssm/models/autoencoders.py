@@ -18,9 +18,9 @@ from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import HistoryMarginal, StatePath, observe
 from pssm.linalg import Diagonal
-from pssm.models.deep import EMISSIONS, emitted, link_scale
+from pssm.models.deep import EMISSIONS, emitted, registered_decoder
 from pssm.models.several import About, look_at
-from pssm.nets import HistoryWeights, LocallyLinearTransition, MLPDecoder
+from pssm.nets import HistoryWeights, LocallyLinearTransition
 from pssm.register import register
 from pssm.ssm import LinearGaussianSSM
 
@@ -67,8 +67,8 @@ def kalman_vae(
 
     `A_t`, `B_t`, `C_t` are mixtures of `num_bases` matrices with weights from the codes before t (an LSTM). Given the
     codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and a
-    missing frame leaves its code to the dynamics. For the states see `HistoryMarginal.states`. The noises are held, which
-    fixes the units of the codes.
+    missing frame leaves its code to the dynamics. For the states see `HistoryMarginal.states`. The noises are held,
+    which fixes the units of the codes.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.
@@ -108,7 +108,8 @@ def kalman_vae(
     if weights is None:
         weights = HistoryWeights(size, num_bases, key=jax.random.key(2))
     weights = register("weights", weights)
-    read, noise = _decoder(decoder, about, size, hidden, emission), _noise(sigma_obs, emission, about)
+    read = registered_decoder(decoder, about, size, hidden, emission, jax.random.key(0))
+    noise = _noise(sigma_obs, emission, about)
     ssm = LinearGaussianSSM(
         jnp.zeros(n),
         sigma_start * jnp.eye(n),
@@ -146,12 +147,12 @@ def extended_kalman_vae(
 ) -> None:
     """The extended Kalman autoencoder: codes are the first states, and the dynamics are locally linear in the state.
 
-        z_t ~ N(F(z_{t-1}, u_t) z_{t-1} + B(z_{t-1}, u_t) u_t, Q),   a_t ~ N((z_t)_{1..code}, R),   y_t ~ p(y | decoder(a_t))
+        z_t ~ N(F(z_{t-1}, u_t) z_{t-1} + B(z_{t-1}, u_t) u_t, Q),   a_t ~ N((z_t)_{1..code}, R)
 
-    `F` and `B` are mixtures of `num_bases` matrices with weights that depend on the state. Sites: `z` `(time, state)`, a
-    `StatePath`, and `a` `(time, code)`. `Q` and `R` are diagonal and learned (`sigma_state`, `sigma_code`); as published
-    `Q` is a mixture too. Nothing but the code reaches the frame: what a frame does not show, such as a velocity, has its
-    place in the rest of the state.
+    and `y_t ~ p(y | decoder(a_t))`. `F` and `B` are mixtures of `num_bases` matrices with weights that depend on the
+    state. Sites: `z` `(time, state)`, a `StatePath`, and `a` `(time, code)`. `Q` and `R` are diagonal and learned
+    (`sigma_state`, `sigma_code`); as published `Q` is a mixture too. Nothing but the code reaches the frame: what a
+    frame does not show, such as a velocity, has its place in the rest of the state.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.
@@ -175,7 +176,8 @@ def extended_kalman_vae(
         ValueError: an unknown emission or start, or a shape that does not fit.
 
     Example:
-        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(extended_kalman_vae, 0)).get_trace(num_steps=9, num_obs=5)
+        >>> model = numpyro.handlers.seed(extended_kalman_vae, 0)
+        >>> trace = numpyro.handlers.trace(model).get_trace(num_steps=9, num_obs=5)
         >>> trace["z"]["value"].shape, trace["a"]["value"].shape, trace["y"]["value"].shape
         ((9, 4), (9, 2), (9, 5))
 
@@ -193,7 +195,8 @@ def extended_kalman_vae(
         n_input = 0 if about.u is None else about.u.shape[-1]
         transition = LocallyLinearTransition(n, num_bases, hidden, n_input=n_input, key=one_key)
     move = register("transition", transition)
-    read, noise = _decoder(decoder, about, size, hidden, emission), _noise(sigma_obs, emission, about)
+    read = registered_decoder(decoder, about, size, hidden, emission, jax.random.key(0))
+    noise = _noise(sigma_obs, emission, about)
     sigma_state = numpyro.param("sigma_state", 0.1 * jnp.ones(n), constraint=constraints.positive)
     sigma_code = numpyro.param("sigma_code", 0.1 * jnp.ones(size), constraint=constraints.positive)
     first = None
@@ -229,16 +232,6 @@ def _in_trials(one: Callable[[Array | None, Array | None], None], about: About, 
     with numpyro.plate("trials", about.num_sequences, subsample_size=batch_size) as index:
         inputs = about.u if about.u is None or about.u.ndim == 2 else about.u[index]
         one(inputs, None if about.y is None else about.y[index])
-
-
-def _decoder(given: Any, about: About, size: int, hidden: int, emission: str) -> Callable[[Array], Array]:
-    if given is None:
-        net = register("decoder", MLPDecoder(size, about.num_obs, hidden=hidden, depth=2, key=jax.random.key(0)))
-        location, spread = link_scale(about, emission)
-        return lambda a: location + spread * net(a)
-    if not callable(given):
-        raise TypeError(f"`decoder` must be a function of one code; got {type(given).__name__}.")
-    return register("decoder", given)
 
 
 def _decoded(read: Callable[[Array], Array], a: Array) -> Array:

@@ -10,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_choice, check_count
-from pssm._types import Array, ArrayLike
+from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
 from pssm.filters.linearize import NAMES
 from pssm.linalg import Diagonal
@@ -141,8 +141,8 @@ def deep_markov(
 
     It is `neural_ssm` with these two networks, and takes the same guides. `AmortizedStateSpace(family="diagonal")` with
     an encoder that runs backward is its published smoother, in the form where the network's message is multiplied with
-    the transition. The transition's noise is one number for each state, `sigma_state ~ HalfNormal(0.5)`; as published it
-    depends on the state, which a `StatePath` does not have. Other priors are those of `neural_ssm`.
+    the transition. The transition's noise is one number for each state, `sigma_state ~ HalfNormal(0.5)`; as published
+    it depends on the state, which a `StatePath` does not have. Other priors are those of `neural_ssm`.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`; NaN where missing; None to predict.
@@ -153,8 +153,8 @@ def deep_markov(
         num_trials: number of trials where `y` is None; None for one series.
         batch_size: number of trials that a step of SVI takes, at random; all by default.
         transition: `f(z, u) -> (state,)` in place of the `nets.GatedTransition`.
-        decoder: a function of one state in place of the perceptron: mean, log-rates or logits. The perceptron's values
-            are in units of the data's spread, about their mean.
+        decoder: a function of one state in place of the perceptron: mean, log-rates or logits. The perceptron starts
+            about the data's mean, with values of their spread.
         emission: "gaussian", "poisson" (log link) or "bernoulli" (logit link).
         hidden: width of the perceptrons.
         states: as in `neural_ssm`.
@@ -176,16 +176,6 @@ def deep_markov(
     one, two = jax.random.split(jax.random.key(0))
     if transition is None:
         transition = GatedTransition(n, hidden, n_input=0 if about.u is None else about.u.shape[-1], key=one)
-    if decoder is None:
-        net = register("decoder", MLPDecoder(n, about.num_obs, hidden=hidden, depth=2, key=two))
-        location, spread = link_scale(about, emission)
-
-        def decoder(z: Array) -> Array:
-            return location + spread * net(z)
-    elif callable(decoder):
-        decoder = register("decoder", decoder)
-    else:
-        raise TypeError(f"`decoder` must be a function of one state; got {type(decoder).__name__}.")
     neural_ssm(
         about.y,
         num_steps=num_steps,
@@ -196,9 +186,24 @@ def deep_markov(
         batch_size=batch_size,
         transition=transition,
         emission=emission,
-        readout=decoder,
+        readout=registered_decoder(decoder, about, n, hidden, emission, two),
         states=states,
     )
+
+
+def registered_decoder(
+    given: Callable[[Array], Array] | None, about: About, size: int, hidden: int, emission: str, key: Key
+) -> Callable[[Array], Array]:
+    """The decoder as given, or a perceptron that starts about the data's mean; a module's arrays are parameters."""
+    if given is not None:
+        if not callable(given):
+            raise TypeError(f"`decoder` must be a function; got {type(given).__name__}.")
+        return register("decoder", given)
+    net = MLPDecoder(size, about.num_obs, hidden=hidden, depth=2, key=key)
+    location, spread = link_scale(about, emission)
+    last = net.mlp.layers[-1]
+    start = (spread[:, None] * last.weight, location + 0.0 * last.bias)
+    return register("decoder", eqx.tree_at(lambda m: (m.mlp.layers[-1].weight, m.mlp.layers[-1].bias), net, start))
 
 
 def emitted(emission: str, drive: Array, sigma_obs: Any) -> dist.Distribution:
