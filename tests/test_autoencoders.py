@@ -275,22 +275,40 @@ def test_local_matrices_are_those_at_the_filtered_means():
     np.testing.assert_allclose(jnp.einsum("btij,btj->bti", F, means[:, :-1]) + b, moved, atol=1e-5)
 
 
-def test_a_learned_first_state_and_minibatches():
-    frames = jnp.asarray(np.tile(FRAMES, (3, 1, 1)), jnp.float32)
-    model = partial(
-        extended_kalman_vae, num_states=STATES, num_bases=2, hidden=4, start="hierarchical", u=jnp.ones((STEPS, 1))
-    )
-    net = nets.FrameEncoder(nets.StepMLP(SIZE, 8, hidden=8, key=KEY), SIZE, key=KEY)
-    guide = AmortizedFrames(model, encoder=net, linearization="jacobian")
+def steps_of(model, guide, frames, count=2, **options):
+    """The SVI and its state after some steps, from two compiled programs."""
     svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
-    result = svi.run(KEY, 30, frames, batch_size=2, progress_bar=False)
-    assert np.isfinite(result.losses).all()
-    assert {"auto_start_mean", "auto_start_scale", "auto_zeta$params", "start$params"} <= set(result.params)
-    for x in jax.tree.leaves(result.params):
+    state = jax.jit(lambda key: svi.init(key, frames, **options))(KEY)
+    step = jax.jit(lambda state: svi.update(state, frames, **options))
+    for _ in range(count):
+        state, loss = step(state)
+    for x in jax.tree.leaves((svi.get_params(state), loss)):
         assert np.isfinite(x).all()
-    draws = Predictive(guide, params=result.params, num_samples=3)(KEY, frames)
+    return svi.get_params(state)
+
+
+def network():
+    return nets.FrameEncoder(nets.StepMLP(SIZE, 8, hidden=8, key=KEY), SIZE, key=KEY)
+
+
+@pytest.mark.parametrize("model", [extended_kalman_vae, kalman_vae])
+def test_no_nan_reaches_a_gradient(model):
+    model = partial(model, num_states=STATES, num_bases=2, hidden=4)
+    before = network()
+    params = steps_of(model, AmortizedFrames(model, encoder=before), jnp.asarray(FRAMES, jnp.float32))
+    assert np.abs(params["auto_encoder$params"].head.weight - before.head.weight).min() > 1e-3
+
+
+def test_a_learned_first_state_and_minibatches():
+    frames = jnp.asarray(np.tile(np.nan_to_num(FRAMES), (3, 1, 1)), jnp.float32).at[1, 2, 0].set(jnp.nan)
+    u = jnp.ones((STEPS, 1))
+    model = partial(extended_kalman_vae, num_states=STATES, num_bases=2, hidden=4, start="hierarchical", u=u)
+    guide = AmortizedFrames(model, encoder=network(), linearization="jacobian", gaps=False)
+    params = steps_of(model, guide, frames, batch_size=2)
+    assert {"auto_start_mean", "auto_start_scale", "auto_zeta$params", "start$params"} <= set(params)
+    draws = Predictive(guide, params=params, num_samples=3)(KEY, frames)
     assert draws["zeta"].shape == (3, 6, STATES)
-    made = Predictive(model, params=result.params, num_samples=2)(KEY, num_steps=STEPS, num_obs=SIZE, num_trials=4)
+    made = Predictive(model, params=params, num_samples=2)(KEY, num_steps=STEPS, num_obs=SIZE, num_trials=4)
     assert made["y"].shape == (2, 4, STEPS, SIZE)
 
 

@@ -202,7 +202,7 @@ def registered_decoder(
     net = MLPDecoder(size, about.num_obs, hidden=hidden, depth=2, key=key)
     location, spread = link_scale(about, emission)
     last = net.mlp.layers[-1]
-    start = (spread[:, None] * last.weight, location + 0.0 * last.bias)
+    start = (spread[:, None] * last.weight, location)
     return register("decoder", eqx.tree_at(lambda m: (m.mlp.layers[-1].weight, m.mlp.layers[-1].bias), net, start))
 
 
