@@ -8,9 +8,12 @@ cosine and velocity on the state, and of the velocity on the code and on the res
 reconstruction; and that of predictions when all frames after the fifth are missing.
 """
 
+import os
 import sys
 import time
 from functools import partial
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
@@ -53,16 +56,10 @@ def rendered(angle):
 
 def r2(x, y):
     """Of a linear regression, fitted to the first half of the sequences and scored on the second, from step 3 on."""
-    half = len(x) // 2
-    flat = [
-        np.concatenate([np.ones((*x.shape[:2], 1)), x], axis=-1)[part, 3:] for part in (slice(half), slice(half, None))
-    ]
-    (a, b), (s, t) = (
-        [v.reshape(-1, v.shape[-1]) for v in flat],
-        [y[part, 3:].ravel() for part in (slice(half), slice(half, None))],
-    )
-    weights = np.linalg.lstsq(a, s, rcond=None)[0]
-    return 1 - np.mean((t - b @ weights) ** 2) / np.var(t)
+    x = np.concatenate([np.ones((*x.shape[:2], 1)), x], axis=-1)[:, 3:]
+    fit, score = np.split(x, 2), np.split(y[:, 3:], 2)
+    weights = np.linalg.lstsq(fit[0].reshape(-1, x.shape[-1]), score[0].ravel(), rcond=None)[0]
+    return 1 - np.mean((score[1] - fit[1] @ weights) ** 2) / np.var(score[1])
 
 
 def frames_of(model, params, codes, frames, u):

@@ -13,7 +13,7 @@ from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
-from pssm.guides import AmortizedStateSpace, AutoStateSpace
+from pssm.guides import AmortizedFrames, AmortizedStateSpace, AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
 from pssm.infer.constrained import Constrained
 from pssm.infer.fitted import is_key
@@ -128,6 +128,8 @@ def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Makes what a known guide keeps of its first call, so that the start can be compiled; False for other guides."""
+    if type(guide) is AmortizedFrames:  # keeps nothing
+        return True
     if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
         return False
     with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
