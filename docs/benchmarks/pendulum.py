@@ -72,7 +72,7 @@ def frames_of(model, params, codes, frames, u):
     return np.asarray(jax.jit(lambda codes: jax.lax.map(one, codes))(codes))
 
 
-def main(seed=0, steps=10000):
+def main(seed=0, steps=3000):
     rng = np.random.default_rng(seed)
     angle, velocity, torque = swings(rng, 700)
     frames = rendered(angle)
