@@ -1,4 +1,4 @@
-"""`neural_ssm`: shapes, trials and minibatches, emissions, parts that are given."""
+"""`neural_ssm` and `deep_markov`: shapes, trials and minibatches, emissions, parts that are given."""
 
 from functools import partial
 
@@ -12,9 +12,9 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 from pssm import nets
-from pssm.guides import AmortizedStateSpace
+from pssm.guides import AmortizedStateSpace, AutoStateSpace
 from pssm.infer import TraceConditionalKL_ELBO
-from pssm.models import neural_ssm
+from pssm.models import deep_markov, neural_ssm
 
 KEY = jax.random.key(0)
 COUNTS = np.random.default_rng(0).poisson(2.0, (6, 8, 3)).astype(np.float32)
@@ -78,3 +78,35 @@ def test_an_amortised_guide_trains_it_and_leaves_fixed_parts():
     draws = guide.sample_posterior(KEY, result.params, COUNTS[:2], sample_shape=(3,))
     assert draws["z"].shape == (3, 2, 8, 2)
     assert draws["C"].shape == (3, 3, 2)
+
+
+def test_deep_markov_is_neural_ssm_with_its_networks():
+    model = partial(deep_markov, num_states=2, hidden=4, emission="poisson")
+    trace = handlers.trace(handlers.seed(model, 0)).get_trace(COUNTS, batch_size=2, u=np.ones((8, 1)))
+    assert trace["z"]["value"].shape == (2, 8, 2)
+    assert isinstance(trace["transition$params"]["value"], nets.GatedTransition)
+    assert isinstance(trace["decoder$params"]["value"], nets.MLPDecoder)
+    rate = trace["y"]["fn"].mean
+    assert 1.0 < float(rate.mean()) < 4.0  # about the data's
+    own = handlers.trace(handlers.seed(partial(model, decoder=lambda z: z, transition=lambda z, u: z), 0)).get_trace(
+        num_steps=4, num_obs=2, num_trials=3
+    )
+    assert own["y"]["value"].shape == (3, 4, 2)
+    assert "decoder$params" not in own
+    with pytest.raises(TypeError, match="`decoder` must be a function"):
+        deep_markov(COUNTS, decoder=np.eye(3))
+
+
+@pytest.mark.parametrize("amortised", [False, True])
+def test_deep_markov_trains_with_the_path_guides(amortised):
+    model = partial(deep_markov, num_states=2, hidden=4, emission="poisson")
+    encoder = nets.sequence_encoder(3, 2, 0, size=4, key=KEY)
+    if amortised:
+        guide = AmortizedStateSpace(model, encoder=encoder, rank=0, family="diagonal")
+    else:
+        guide = AutoStateSpace(model, rank=1)
+    svi = SVI(model, guide, optax.adam(1e-2), TraceConditionalKL_ELBO())
+    result = svi.run(KEY, 200, COUNTS, progress_bar=False)
+    assert np.isfinite(result.losses).all()
+    assert result.losses[-50:].mean() < result.losses[:50].mean() - 1
+    assert np.isfinite(guide.sample_posterior(KEY, result.params, COUNTS)["z"]).all()

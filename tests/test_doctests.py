@@ -15,6 +15,7 @@ SLOW = {  # whole fits
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
     "pssm.guides.amortized",
+    "pssm.guides.frames",
     "pssm.guides.scan_adapter",
     "pssm.learning.readout",
 }

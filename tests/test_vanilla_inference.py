@@ -33,6 +33,12 @@ NONLINEAR = {
     "van_der_pol": models.van_der_pol,
     "ring_attractor": partial(models.ring_attractor, u=U),
     "neural_ssm": partial(models.neural_ssm, num_states=1, hidden=4),
+    "deep_markov": partial(models.deep_markov, num_states=1, hidden=4),
+}
+# Codes of frames, which have no other way than to be sampled; the networks stay as they start.
+AUTOENCODERS = {
+    "kalman_vae": partial(models.kalman_vae, num_states=1, num_codes=1, num_bases=2, hidden=4),
+    "extended_kalman_vae": partial(models.extended_kalman_vae, num_states=2, num_codes=1, num_bases=2, hidden=4),
 }
 VARIANTS = {
     "seasonal harmonics": partial(models.seasonal, period=12.5, harmonics=2),
@@ -44,7 +50,7 @@ VARIANTS = {
     "neural_ssm random": partial(models.neural_ssm, num_states=1, hidden=4, weights="random", emission="poisson"),
 }
 OBSERVED = {"lds": 2, "lds inputs": 3, "dynamic_factor": 2, "poisson_lds": 3, "lorenz63": 3, "van_der_pol": 2}
-OBSERVED |= {"ring_attractor": 5, "neural_ssm": 2}
+OBSERVED |= {"ring_attractor": 5, "neural_ssm": 2, "deep_markov": 2, "kalman_vae": 3, "extended_kalman_vae": 3}
 COUNTS = ("poisson_lds", "ring_attractor", "neural_ssm random")
 QUICK = ("stochastic_volatility", "poisson_lds", "neural_ssm")
 
@@ -56,7 +62,9 @@ def cases():
         slow = name in VARIANTS or (name in NONLINEAR and name not in QUICK)
         for states in ("ekf" if name in NONLINEAR or "neural" in name else "marginal", "sampled"):
             marks = pytest.mark.slow if slow or (name in ("poisson_lds", "neural_ssm") and states == "ekf") else ()
-            yield pytest.param(model, states, data(name), id=f"{name}-{states}", marks=marks)
+            yield pytest.param(partial(model, states=states), data(name), id=f"{name}-{states}", marks=marks)
+    for name, model in AUTOENCODERS.items():
+        yield pytest.param(model, data(name), id=name, marks=pytest.mark.slow)
 
 
 def data(name):
@@ -77,21 +85,21 @@ def assert_finite(tree):
 
 
 def test_every_exported_model_is_in_the_table():
-    assert set(MODELS) | set(NONLINEAR) == set(models.NAMES)
+    assert set(MODELS) | set(NONLINEAR) | set(AUTOENCODERS) == set(models.NAMES)
 
 
-@pytest.mark.parametrize(("model", "states", "y"), list(cases()))
-def test_nuts(model, states, y):
+@pytest.mark.parametrize(("model", "y"), list(cases()))
+def test_nuts(model, y):
     kernel = NUTS(model, max_tree_depth=4)
     mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False)
-    mcmc.run(jax.random.key(0), y, states=states, extra_fields=("potential_energy",))
+    mcmc.run(jax.random.key(0), y, extra_fields=("potential_energy",))
     assert_finite(mcmc.get_samples())
     assert_finite(mcmc.get_extra_fields())
 
 
-@pytest.mark.parametrize(("model", "states", "y"), list(cases()))
-def test_svi(model, states, y):
+@pytest.mark.parametrize(("model", "y"), list(cases()))
+def test_svi(model, y):
     svi = SVI(model, AutoNormal(model), optim.Adam(0.01), Trace_ELBO())
-    result = svi.run(jax.random.key(0), 20, y, states=states, progress_bar=False)
+    result = svi.run(jax.random.key(0), 20, y, progress_bar=False)
     assert_finite(result.params)
     assert_finite(result.losses)

@@ -3,15 +3,20 @@
 from pssm.distributions import kl as _registered  # noqa: F401
 from pssm.distributions.chain import LowRankChain
 from pssm.distributions.filter_marginal import GaussianFilterMarginal
+from pssm.distributions.history import HistoryMarginal
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
 from pssm.distributions.moment_matched import LowRankMomentMatched
+from pssm.distributions.posterior import ImputedSeries, LinearGaussianPosterior
 from pssm.distributions.stable import StableMatrixNormal, StableMatrixTransform, stable_matrix
 from pssm.distributions.state_path import NonCenteredPath, StatePath
 from pssm.observed import WithMissing, observe
 
 __all__ = [
     "GaussianFilterMarginal",
+    "HistoryMarginal",
+    "ImputedSeries",
     "LinearGaussianMarginal",
+    "LinearGaussianPosterior",
     "LowRankChain",
     "LowRankMomentMatched",
     "NonCenteredPath",

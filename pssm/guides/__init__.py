@@ -2,11 +2,13 @@
 
 from pssm.guides.amortized import AmortizedStateSpace
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.frames import AmortizedFrames
 from pssm.guides.guided import guided_proposal
 from pssm.guides.laplace import laplace_path
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 
 __all__ = [
+    "AmortizedFrames",
     "AmortizedStateSpace",
     "AutoScanStateSpace",
     "AutoStateSpace",

@@ -2,6 +2,7 @@
 
 from pssm.infer.causal import causal_draws
 from pssm.infer.checkpoint import SavedFitError, load, resume, save
+from pssm.infer.constrained import Constrained, constrain
 from pssm.infer.devices import shard
 from pssm.infer.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.infer.gibbs import particle_gibbs
@@ -13,6 +14,7 @@ from pssm.infer.train import WeightedKL
 from pssm.infer.transport import transport_reparam
 
 __all__ = [
+    "Constrained",
     "EvidenceBound",
     "PseudoMarginal",
     "SVIFit",
@@ -21,6 +23,7 @@ __all__ = [
     "TrainingError",
     "WeightedKL",
     "causal_draws",
+    "constrain",
     "elbo",
     "fit_nuts",
     "fit_svi",

@@ -16,6 +16,7 @@ from numpyro.infer.svi import SVIRunResult
 from pssm._checks import check_count
 from pssm._types import Key
 from pssm.infer.chains import CHUNK, EXTRA_FIELDS, Chains, ChainsState, fill, run_chains, warn_of_divergences
+from pssm.infer.constrained import constraint_weights
 from pssm.infer.devices import local_copy, partition
 from pssm.infer.fitted import (
     SVIFit,
@@ -258,6 +259,8 @@ def as_fit(
         fit.converged, fit.message = _convergence(run.losses[changing[-1] + 1 if changing.size else 0 :])
         if end != 1.0:
             fit.objective = f"surrogate: the KL divergence has the weight {end:g}"
+    for site, weight in constraint_weights(chosen.mutable_state).items():
+        fit.objective = f"surrogate: the likelihood of `{site}` has the weight {float(weight):.3g}"
     if reason == "patience":
         fit.converged = True
         fit.message = f"the validation loss was least after {run.best_step} steps and has not fallen since."

@@ -13,8 +13,9 @@ from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Key
-from pssm.guides import AmortizedStateSpace, AutoStateSpace
+from pssm.guides import AmortizedFrames, AmortizedStateSpace, AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
+from pssm.infer.constrained import Constrained
 from pssm.infer.fitted import is_key
 from pssm.infer.objective import TraceConditionalKL_ELBO
 from pssm.infer.train import Settings
@@ -63,7 +64,7 @@ def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
             guide = AutoStateSpace(model, rank=settings.rank, family=guide)
         else:
             guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
-    return SVI(model, guide, _optimizer(settings), _loss(guide) if settings.loss is None else settings.loss)
+    return SVI(model, guide, _optimizer(settings), _loss(model, guide) if settings.loss is None else settings.loss)
 
 
 def _optimizer(settings: Settings) -> Any:
@@ -78,10 +79,11 @@ def _optimizer(settings: Settings) -> Any:
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optax.adam(schedule))
 
 
-def _loss(guide: Any) -> ELBO:
+def _loss(model: Any, guide: Any) -> ELBO:
+    one = isinstance(model, Constrained)  # its state is lost with several particles
     if not isinstance(guide, PathGuide):
-        return Trace_ELBO(num_particles=8)
-    return TraceConditionalKL_ELBO(1 if guide.family == "moment_matched" else 8)
+        return Trace_ELBO(num_particles=1 if one else 8)
+    return TraceConditionalKL_ELBO(1 if one or guide.family == "moment_matched" else 8)
 
 
 def initial_state(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState:
@@ -126,6 +128,8 @@ def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Makes what a known guide keeps of its first call, so that the start can be compiled; False for other guides."""
+    if type(guide) is AmortizedFrames:  # keeps nothing
+        return True
     if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
         return False
     with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pssm._checks import check_count
 from pssm._types import Array
+from pssm.infer.constrained import without_constraints
 from pssm.infer.devices import everywhere, partition
 from pssm.infer.fitted import is_key
 
@@ -242,7 +243,8 @@ def _validation(svi: SVI, validation: tuple[Any, ...], kwargs: dict[str, Any]) -
     def loss(state: SVIState, spread: list[Array]) -> Array:
         args, kwargs = rebuild(spread)
         key = jax.random.key_data(jax.random.key(0)) if not is_key(state.rng_key) else jax.random.key(0)
-        return svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
+        state = state._replace(rng_key=key, mutable_state=without_constraints(state.mutable_state))
+        return svi.evaluate(state, *args, **kwargs)
 
     return lambda state: float(loss(state, spread))
 

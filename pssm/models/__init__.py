@@ -1,6 +1,7 @@
 """Ready NumPyro models. Each is a plain function for plain `MCMC(NUTS(model))` and `SVI(model, guide, ...)`."""
 
-from pssm.models.deep import neural_ssm
+from pssm.models.autoencoders import extended_kalman_vae, kalman_vae
+from pssm.models.deep import deep_markov, neural_ssm
 from pssm.models.dynamics import lorenz63_system, pendulum_system, ring_attractor_system, van_der_pol_system
 from pssm.models.factor import dynamic_factor
 from pssm.models.linear import lds, lds_prior, lds_start, lds_values
@@ -17,7 +18,10 @@ from pssm.models.structural import autoregression, local_level, local_linear_tre
 # The models themselves; `__all__` has their helpers too.
 NAMES = (
     "autoregression",
+    "deep_markov",
     "dynamic_factor",
+    "extended_kalman_vae",
+    "kalman_vae",
     "lds",
     "local_level",
     "local_linear_trend",
@@ -34,7 +38,10 @@ NAMES = (
 
 __all__ = [
     "autoregression",
+    "deep_markov",
     "dynamic_factor",
+    "extended_kalman_vae",
+    "kalman_vae",
     "lds",
     "lds_prior",
     "lds_start",

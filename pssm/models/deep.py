@@ -10,11 +10,12 @@ import numpyro
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_choice, check_count
-from pssm._types import Array, ArrayLike
+from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
 from pssm.filters.linearize import NAMES
 from pssm.linalg import Diagonal
 from pssm.models.several import About, look_at
+from pssm.nets import GatedTransition, MLPDecoder
 from pssm.nonlinear import NonlinearSSM
 from pssm.register import register
 
@@ -103,12 +104,7 @@ def neural_ssm(
     def observed(z: Array) -> dist.Distribution:
         """The distribution of the observations at states `(..., state)`."""
         flat = z.reshape(-1, n)
-        drive = jax.vmap(read)(flat).reshape(*z.shape[:-1], -1)
-        if emission == "gaussian":
-            return dist.Normal(drive, sigma_obs)
-        if emission == "bernoulli":
-            return dist.Bernoulli(logits=drive)
-        return dist.Poisson(jnp.exp(jnp.minimum(drive, HIGHEST_LOG_RATE)))
+        return emitted(emission, jax.vmap(read)(flat).reshape(*z.shape[:-1], -1), sigma_obs)
 
     m0, start, noise = jnp.zeros(n), Diagonal(jnp.ones(n)), Diagonal(sigma_state)
     if states != "sampled":
@@ -125,6 +121,99 @@ def neural_ssm(
         inputs = about.u if about.u is None or about.u.ndim == 2 else about.u[index]
         z = numpyro.sample("z", StatePath(m0, start, f, noise, about.num_steps, inputs))
         observe("y", observed(z).to_event(2), None if about.y is None else about.y[index])
+
+
+def deep_markov(
+    y: ArrayLike | None = None,
+    *,
+    num_steps: int | None = None,
+    u: ArrayLike | None = None,
+    num_states: int = 4,
+    num_obs: int | None = None,
+    num_trials: int | None = None,
+    batch_size: int | None = None,
+    transition: Callable[..., Array] | None = None,
+    decoder: Callable[[Array], Array] | None = None,
+    emission: str = "gaussian",
+    hidden: int = 64,
+    states: str = "sampled",
+) -> None:
+    """The deep Markov model: a gated transition and a perceptron as emission, `y_t ~ p(y | decoder(z_t))`.
+
+    It is `neural_ssm` with these two networks, and takes the same guides. `AmortizedStateSpace(family="diagonal")` with
+    an encoder that runs backward is its published smoother, in the form where the network's message is multiplied with
+    the transition. The transition's noise is one number for each state, `sigma_state ~ HalfNormal(0.5)`; as published
+    it depends on the state, which a `StatePath` does not have. Other priors are those of `neural_ssm`.
+
+    Args:
+        y: data `(time, obs)` or `(trial, time, obs)`; NaN where missing; None to predict.
+        num_steps: number of steps, needed where `y` is None.
+        u: inputs of the transition, `(time, input)` or `(trial, time, input)`.
+        num_states: size of the state.
+        num_obs: number of observed variables, needed where `y` is None.
+        num_trials: number of trials where `y` is None; None for one series.
+        batch_size: number of trials that a step of SVI takes, at random; all by default.
+        transition: `f(z, u) -> (state,)` in place of the `nets.GatedTransition`.
+        decoder: a function of one state in place of the perceptron: mean, log-rates or logits. The perceptron starts
+            about the data's mean, with values of their spread.
+        emission: "gaussian", "poisson" (log link) or "bernoulli" (logit link).
+        hidden: width of the perceptrons.
+        states: as in `neural_ssm`.
+
+    Raises:
+        ValueError: an unknown emission, or a shape that does not fit.
+
+    Example:
+        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(deep_markov, 0)).get_trace(num_steps=20, num_obs=3)
+        >>> trace["z"]["value"].shape, trace["y"]["value"].shape
+        ((20, 4), (20, 3))
+
+    Source:
+        Krishnan, Shalit & Sontag 2017.
+    """
+    check_choice("emission", emission, EMISSIONS)
+    n = check_count("num_states", num_states)
+    about = look_at(y, num_steps, num_obs, u, None, None)
+    one, two = jax.random.split(jax.random.key(0))
+    if transition is None:
+        transition = GatedTransition(n, hidden, n_input=0 if about.u is None else about.u.shape[-1], key=one)
+    neural_ssm(
+        about.y,
+        num_steps=num_steps,
+        u=about.u,
+        num_states=n,
+        num_obs=num_obs,
+        num_trials=num_trials,
+        batch_size=batch_size,
+        transition=transition,
+        emission=emission,
+        readout=registered_decoder(decoder, about, n, hidden, emission, two),
+        states=states,
+    )
+
+
+def registered_decoder(
+    given: Callable[[Array], Array] | None, about: About, size: int, hidden: int, emission: str, key: Key
+) -> Callable[[Array], Array]:
+    """The decoder as given, or a perceptron that starts about the data's mean; a module's arrays are parameters."""
+    if given is not None:
+        if not callable(given):
+            raise TypeError(f"`decoder` must be a function; got {type(given).__name__}.")
+        return register("decoder", given)
+    net = MLPDecoder(size, about.num_obs, hidden=hidden, depth=2, key=key)
+    location, spread = link_scale(about, emission)
+    last = net.mlp.layers[-1]
+    start = (spread[:, None] * last.weight, location)
+    return register("decoder", eqx.tree_at(lambda m: (m.mlp.layers[-1].weight, m.mlp.layers[-1].bias), net, start))
+
+
+def emitted(emission: str, drive: Array, sigma_obs: Any) -> dist.Distribution:
+    """The distribution of single entries whose mean, logit or log-rate is `drive`."""
+    if emission == "gaussian":
+        return dist.Normal(drive, sigma_obs)
+    if emission == "bernoulli":
+        return dist.Bernoulli(logits=drive)
+    return dist.Poisson(jnp.exp(jnp.minimum(drive, HIGHEST_LOG_RATE)))
 
 
 def _transition(given: Callable[..., Array] | None, n: int, n_input: int, hidden: int, weights: str) -> Any:
@@ -157,7 +246,7 @@ def _readout(given: Any, about: About, n: int, emission: str) -> Callable[[Array
     """`z -> (obs,)`, the mean, the log-rate or the logit."""
     if callable(given):
         return register("readout", given)
-    location, spread = _link_scale(about, emission)
+    location, spread = link_scale(about, emission)
     if given is None:
         size = spread[:, None] * n**-0.5
         C = numpyro.sample("C", dist.Normal(jnp.zeros((about.num_obs, n)), size).to_event(2))
@@ -169,7 +258,7 @@ def _readout(given: Any, about: About, n: int, emission: str) -> Callable[[Array
     return lambda z: C @ z + d
 
 
-def _link_scale(about: About, emission: str) -> tuple[Array, Array]:
+def link_scale(about: About, emission: str) -> tuple[Array, Array]:
     """Where the readout's values lie."""
     one = jnp.ones(about.num_obs)
     if emission == "gaussian":

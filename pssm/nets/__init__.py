@@ -9,6 +9,7 @@ from pssm.nets.encoders import (
     sequence_encoder,
 )
 from pssm.nets.features import AdditiveFeatures, StepMLP, StridedCNN
+from pssm.nets.frames import FrameEncoder, HistoryWeights
 from pssm.nets.masking import coordinated_dropout, hide_end, hide_entries, hide_steps
 from pssm.nets.mixers import GRU, LSTM, SelfAttention
 from pssm.nets.potentials import PotentialHead, PseudoObservation
@@ -30,9 +31,11 @@ __all__ = [
     "AdditiveFeatures",
     "BackwardEncoder",
     "FrameDecoder",
+    "FrameEncoder",
     "GRUTransition",
     "GatedTransition",
     "GraphTransition",
+    "HistoryWeights",
     "LinearDecoder",
     "LocalEncoder",
     "LocallyLinearTransition",

@@ -106,7 +106,7 @@ class ResidualTransition(eqx.Module):
 
 
 class LocallyLinearTransition(eqx.Module):
-    """A mixture of linear maps whose weights depend on the state, `sum_k w_k(z) (A_k z) + B u`.
+    """A mixture of linear maps, `sum_k w_k (A_k z + B_k u)`, whose weights `w(z, u)` depend on state and input.
 
     Args:
         n_state: size of the state.
@@ -125,16 +125,21 @@ class LocallyLinearTransition(eqx.Module):
 
     def __init__(self, n_state: int, num_bases: int = 8, hidden: int = 32, *, n_input: int = 0, key: Key):
         one, two = jax.random.split(key)
-        n = check_count("n_state", n_state)
-        self.A = jnp.eye(n) + 0.05 * jax.random.normal(one, (check_count("num_bases", num_bases), n, n))
-        self.B = jnp.zeros((n, n_input))
-        self.weights = eqx.nn.MLP(n, num_bases, hidden, 1, activation=jnp.tanh, key=two)
+        n, many = check_count("n_state", n_state), check_count("num_bases", num_bases)
+        self.A = jnp.eye(n) + 0.05 * jax.random.normal(one, (many, n, n))
+        self.B = jnp.zeros((many, n, n_input))
+        self.weights = eqx.nn.MLP(n + n_input, many, hidden, 1, activation=jnp.tanh, key=two)
+
+    def affine(self, z: State, u: Input | None = None) -> tuple[Float[Array, "state state"], State]:
+        """`(F, b)` with `F z + b` the next state's mean, the weights being those at `(z, u)`."""
+        w = jax.nn.softmax(self.weights(_join(z, u)))
+        F = jnp.tensordot(w, self.A, 1)
+        return F, jnp.zeros_like(z) if u is None else jnp.tensordot(w, self.B, 1) @ u
 
     def __call__(self, z: State, u: Input | None = None) -> State:
         """The next state's mean."""
-        w = jax.nn.softmax(self.weights(z))
-        out = jnp.tensordot(w, self.A, 1) @ z
-        return out if u is None else out + self.B @ u
+        F, b = self.affine(z, u)
+        return F @ z + b
 
 
 class GraphTransition(eqx.Module):

@@ -1,0 +1,217 @@
+"""`AmortizedFrames`: the guide of the Kalman autoencoders, a code from each frame and states by the Kalman filter."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax.tree_util import Partial
+from numpyro import handlers
+from numpyro.distributions import constraints
+
+from pssm._checks import as_float, check_choice
+from pssm._types import Array, ArrayLike
+from pssm.batch import map_batch
+from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
+from pssm.guides.model_run import ModelRun, unwrap
+from pssm.linalg import Diagonal, outer
+from pssm.linalg.low_rank import as_matrix
+from pssm.linalg.small import matmul, matvec
+from pssm.register import is_trainable, register
+from pssm.ssm import LinearGaussianSSM
+
+LINEARIZATIONS = ("local", "jacobian")
+
+
+class AmortizedFrames:
+    """Guide of `models.kalman_vae` and `models.extended_kalman_vae`, or of models with the same latent sites.
+
+        q(a, z) = prod_t q(a_t | y_t)  q(z_{1:T} | a_{1:T})
+
+    An encoder gives the code of each frame. The states of `extended_kalman_vae` then follow by an extended Kalman
+    filter of the codes and its smoother, as one joint distribution (`LinearGaussianPosterior`): with linear dynamics it
+    is exact. Those of `kalman_vae` are integrated out in the model. A frame that is missing altogether (all of it NaN)
+    has no code of its own: it is drawn from what the codes of the others say through the (linearised) dynamics
+    (`ImputedSeries`), exactly with linear dynamics. The ELBO is a lower bound in every case. Use `Trace_ELBO`: codes
+    and states depend on each other, so there is no divergence in closed form.
+
+    Args:
+        model: the NumPyro model: a site `a` of codes, and either its states integrated out in a `HistoryMarginal`, or a
+            `StatePath` site `z` whose first entries are the means of the codes; perhaps `zeta`, of which `z_1` depends.
+        encoder: a function of one frame `(obs,)`, NaN where missing, to location and scale of its code, such as
+            `nets.FrameEncoder`. Arrays of an Equinox module are the parameters `{prefix}_encoder$params`.
+        gaps: False if no frame is ever missing altogether, which saves time; not checked.
+        linearization: of a locally linear transition: "local", its matrices at the filtered mean; or "jacobian", its
+            derivative, for any transition. The joint distribution is the same kind, and the bound a bound.
+        trainable: what of the encoder is trained, see `nets.register`.
+        prefix: of the parameters' names.
+
+    Raises:
+        ValueError, TypeError: the model has other latent sites, or a transition to be taken "local" has no `affine`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from pssm import models, nets
+        >>> one, two = jax.random.split(jax.random.key(0))
+        >>> encoder = nets.FrameEncoder(nets.StepMLP(9, 16, hidden=16, key=one), 2, key=two)
+        >>> guide = AmortizedFrames(models.extended_kalman_vae, encoder=encoder)
+        >>> frames = jnp.zeros((20, 7, 9)).at[:, 3].set(jnp.nan)  # (trial, time, pixel), one frame missing
+        >>> svi = SVI(models.extended_kalman_vae, guide, optax.adam(1e-3), Trace_ELBO())
+        >>> result = svi.run(jax.random.key(1), 2, frames, batch_size=5, progress_bar=False)
+        >>> draws = numpyro.infer.Predictive(guide, params=result.params, num_samples=3)(jax.random.key(2), frames)
+        >>> draws["z"].shape, draws["a"].shape
+        ((3, 20, 7, 4), (3, 20, 7, 2))
+
+    Source:
+        Fraccaro, Kamronn, Paquet & Winther 2017; Klushyn, Kurle, Soelch, Cseke & van der Smagt 2021.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        encoder: Callable[[Array], tuple[Array, Array]],
+        gaps: bool = True,
+        linearization: str = "local",
+        trainable: Any = is_trainable,
+        prefix: str = "auto",
+    ):
+        check_choice("linearization", linearization, LINEARIZATIONS)
+        if not callable(encoder):
+            raise TypeError(f"`encoder` must be a function of a frame; got {type(encoder).__name__}.")
+        self.model, self.encoder, self.gaps, self.linearization = model, encoder, gaps, linearization
+        self.trainable, self.prefix = trainable, prefix
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Runs the guide; returns a value for every latent site."""
+        with handlers.block():
+            seeded = handlers.seed(self.model, jax.random.key(0))
+            trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+        self._check(trace)
+        with ExitStack() as stack:
+            plates = {}
+            for frame in trace["a"]["cond_indep_stack"]:
+                full = trace[frame.name]["args"][0]
+                plates[frame.name] = numpyro.plate(frame.name, full, dim=frame.dim, subsample_size=frame.size)
+            run = ModelRun(self.model, args, kwargs, {name: p._indices for name, p in plates.items()})
+            values = run.expose_params({})
+            for p in plates.values():
+                stack.enter_context(p)
+            return self._sample(run, values)
+
+    def _check(self, trace: dict[str, Any]) -> None:
+        latent = [n for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]]
+        if "a" not in latent or set(latent) - {"a", "z", "zeta"}:
+            raise ValueError(
+                "`model` must have the latent sites `a` (codes) and perhaps `z` (states) and `zeta`, and no others; it "
+                f"has {', '.join(latent) or 'none'}. Make other unknowns parameters (`numpyro.param`)."
+            )
+
+    def _sample(self, run: ModelRun, values: dict[str, Array]) -> dict[str, Array]:
+        trace = run.trace(values)
+        y, _ = run.data("a", values)
+        encode = register(f"{self.prefix}_encoder", self.encoder, trainable=self.trainable)
+        location, scale = jax.vmap(encode)(y.reshape(-1, y.shape[-1]))
+        size = trace["a"]["fn"].event_shape[-1]
+        if location.shape[-1:] != (size,):
+            raise ValueError(f"`encoder` must give a location of shape ({size},); got {location.shape[1:]}.")
+        location, scale = (x.reshape(*y.shape[:-1], size) for x in (location, scale))
+        seen = ~jnp.isnan(y).all(-1)
+        codes = unwrap(trace["a"]["fn"])[0]
+        if isinstance(codes, HistoryMarginal):
+            return {"a": self._codes(location, scale, seen, Partial(HistoryMarginal.system, codes), codes.u)}
+        path, sigma = unwrap(trace["z"]["fn"])[0], codes.scale
+        if "zeta" in trace:
+            path = self._with_own_start(path)
+        if self.linearization == "local" and not hasattr(path.transition, "affine"):
+            raise TypeError(
+                '`linearization` must be "jacobian": the transition has no method `affine`, as '
+                "`nets.LocallyLinearTransition` has."
+            )
+        sigma = sigma.reshape(-1, size)[0]
+        system = Partial(partial(along_filter, linearization=self.linearization), path, sigma)
+        found = {"a": self._codes(location, scale, seen, system)}
+        series = jnp.where(seen[..., None], found["a"], jnp.nan) if self.gaps else found["a"]
+        found["z"] = numpyro.sample("z", LinearGaussianPosterior(system(series), found["a"]))
+        if "zeta" in trace:
+            found["zeta"] = self._zeta(found["z"][..., 0, :])
+        return found
+
+    def _codes(self, location: Array, scale: Array, seen: Array, system: Any, u: Array | None = None) -> Array:
+        if self.gaps:
+            return numpyro.sample("a", ImputedSeries(location, scale, seen, system, u))
+        return numpyro.sample("a", dist.Normal(location, scale).to_event(2))
+
+    def _with_own_start(self, path: StatePath) -> StatePath:
+        """The path with a first state of the guide's, for the filter: the model's depends on `zeta`."""
+        zero = jnp.zeros(path.n_state)
+        mean = numpyro.param(f"{self.prefix}_start_mean", zero)
+        scale = numpyro.param(f"{self.prefix}_start_scale", zero + 1.0, constraint=constraints.positive)
+        return StatePath(mean, Diagonal(scale), path.transition, path.chol_Q, path.num_steps, path.u)
+
+    def _zeta(self, z: Array) -> Array:
+        """`q(zeta | z_1)`, a perceptron."""
+        n = z.shape[-1]
+        net = eqx.nn.MLP(n, 2 * n, 64, 1, activation=jnp.tanh, key=jax.random.key(3))
+        net = register(f"{self.prefix}_zeta", net)
+        mean, scale = jnp.split(jax.vmap(net)(z.reshape(-1, n)).reshape(*z.shape[:-1], -1), 2, axis=-1)
+        return numpyro.sample("zeta", dist.Normal(mean, jax.nn.softplus(scale)).to_event(1))
+
+
+def along_filter(
+    path: StatePath, sigma: ArrayLike, series: Array, *, linearization: str = "local"
+) -> LinearGaussianSSM:
+    """The linear-Gaussian model that an extended Kalman filter meets on its way along a series.
+
+    Observed are the first states, `a_t ~ N((z_t)_{1..size}, diag(sigma^2))`; step t is affine about the filtered mean
+    of t - 1.
+
+    Args:
+        path: the prior of the states, its noise constant.
+        sigma: standard deviations `(size,)`.
+        series: `(..., time, size)`, NaN where missing.
+        linearization: as in `AmortizedFrames`.
+    """
+    batch = jnp.broadcast_shapes(path.batch_shape, series.shape[:-2])
+    sigma = as_float("sigma", sigma)
+    size, n, f = series.shape[-1], path.n_state, path.transition
+    C = jnp.eye(size, n, dtype=series.dtype)
+
+    def affine(z: Array, u: Array | None) -> tuple[Array, Array]:
+        if linearization == "local":
+            return f.affine(z, u)
+        slope = jax.jacfwd(f)(z, u)
+        return slope, f(z, u) - matvec(slope, z)
+
+    def one(x: dict[str, Any]) -> tuple[Array, Array]:
+        Q = outer(as_matrix(x["chol_Q"]))
+
+        def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            mean, P = carry
+            a, u = xs
+            seen = ~jnp.isnan(a)
+            for i in range(size):  # one number after the other, in Joseph's form: no solves, and P stays definite
+                gain = jnp.where(seen[i], P[:, i] / (P[i, i] + sigma[i] ** 2), 0.0)
+                mean = mean + gain * (jnp.where(seen[i], a[i], mean[i]) - mean[i])
+                half = P - gain[:, None] * P[i]
+                P = half - half[:, i, None] * gain + gain[:, None] * gain * sigma[i] ** 2
+            F, b = affine(mean, u)
+            return (matvec(F, mean) + b, matmul(matmul(F, P), F.T) + Q), (F, b)
+
+        # The step after t carries the input of t + 1; the transition into the first step is not used.
+        inputs = None if x["u"] is None else jnp.concatenate([x["u"][1:], x["u"][-1:]])
+        start = x["m0"], outer(as_matrix(x["chol_P0"]))
+        _, found = jax.lax.scan(step, start, (x["a"], inputs))
+        return jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:-1]]), found)
+
+    arrays, cores = path.arrays()
+    xs = {"u": None, **arrays, "a": series}
+    A, b = map_batch(one, batch, xs, {"u": 2, **cores, "a": 2})
+    m0, chol_P0, chol_Q = path.m0, as_matrix(path.chol_P0), as_matrix(path.chol_Q)
+    return LinearGaussianSSM(m0, chol_P0, A, chol_Q, C, jnp.diag(sigma), b=b, time_varying=("A", "b"))
