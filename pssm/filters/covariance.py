@@ -27,7 +27,7 @@ from jax.custom_batching import custom_vmap
 from pssm._types import Array
 from pssm.batch import over_batches
 from pssm.linalg import orthogonalise, solve_lower, triangularise
-from pssm.linalg.small import matmul, row_of, set_row
+from pssm.linalg.small import batch_first, matmul, row_of, set_row
 from pssm.ssm import TRANSITION, LinearGaussianSSM
 
 LOG_2PI = math.log(2 * math.pi)
@@ -121,10 +121,10 @@ def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | N
     def frozen(observed: Array, *args: Any) -> Any:
         rows, last, served = until_standstill(args[0], observed)
         if served is True:
-            return fn(rows, last, *args)
-        return jax.lax.cond(served, lambda: fn(rows, last, *args), lambda: full(observed, *args))
+            return batch_first(fn(rows, last, *args))
+        return batch_first(jax.lax.cond(served, lambda: fn(rows, last, *args), lambda: full(observed, *args)))
 
-    frozen.defjvp(lambda primals, tangents: jax.jvp(full, primals, tangents))
+    frozen.defjvp(lambda primals, tangents: batch_first(jax.jvp(full, primals, tangents)))
     observed = ~(jnp.isnan(args[1]) if gaps is None else gaps)
     return (frozen if freeze and can_freeze(args[0], observed.shape[0]) else full)(observed, *args)
 

@@ -45,7 +45,7 @@ from pssm.filters.covariance import (
 from pssm.filters.kalman import METHODS, Means, kalman_filter, prepare, scan_means, shift
 from pssm.filters.low_memory import low_memory_log_likelihood
 from pssm.linalg import orthogonalise, solve_lower
-from pssm.linalg.small import matmul, matvec, row_of
+from pssm.linalg.small import batch_first, matmul, matvec, row_of
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
 
 
@@ -137,13 +137,13 @@ def _frozen_score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Ar
     """The same where gains may come to a standstill; higher derivatives are those of `_score`."""
     rows, last, served = until_standstill(ssm, ~jnp.isnan(y))
     if served is True:
-        return _still_score(ssm, y, u, rows, last)
-    return jax.lax.cond(served, lambda: _still_score(ssm, y, u, rows, last), lambda: _score(ssm, y, u))
+        return batch_first(_still_score(ssm, y, u, rows, last))
+    return batch_first(jax.lax.cond(served, lambda: _still_score(ssm, y, u, rows, last), lambda: _score(ssm, y, u)))
 
 
 @_frozen_score.defjvp
 def _frozen_score_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return jax.jvp(_score, primals, tangents)
+    return batch_first(jax.jvp(_score, primals, tangents))
 
 
 def _still_score(ssm: LinearGaussianSSM, y: Array, u: Array | None, rows: Gains, last: Array) -> tuple[Array, tuple]:
@@ -314,7 +314,7 @@ def _together(gaps: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None, *,
 def _what_means_need(freeze: bool, ssm: LinearGaussianSSM, observed: Array) -> tuple[Array, Array, Array]:
     """`Kbar`, `S^-1/2` and `log_norm` of all steps."""
     rows = _rows(ssm, observed, freeze)
-    return rows.gain, rows.root, rows.log_norm
+    return batch_first((rows.gain, rows.root, rows.log_norm))
 
 
 def _rows(ssm: LinearGaussianSSM, observed: Array, freeze: bool) -> Gains:
@@ -355,7 +355,7 @@ def _what_means_need_jvp(freeze: bool, primals: tuple, tangents: tuple) -> tuple
     timed, d_timed = (timed_fields(x, ahead=True, names=OF_COVARIANCES) for x in (ssm, tangents[0]))
     xs = rows, observed, timed, d_timed
     changes = jax.lax.scan(step, matmul(tangents[0].chol_P0, turn.T), xs)[1]
-    return (rows.gain, rows.root, rows.log_norm), changes
+    return batch_first(((rows.gain, rows.root, rows.log_norm), changes))
 
 
 # ------------------------------------------------------------------------------------------------------- standing still

@@ -6,6 +6,8 @@ its own, which costs more than all the arithmetic of a small Kalman step. The sm
 multiply-and-sum, the larger ones are ordinary matrix products.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
@@ -39,6 +41,14 @@ def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner cols"]) -> Floa
     if a.size * b.shape[1] > 2 * SMALL**3:
         return a @ b
     return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
+
+
+def batch_first(tree: Any) -> Any:
+    """The same arrays, any axis of an outer `vmap` in front.
+
+    For what a `custom_jvp` function and its rule return: JAX takes for granted that both have that axis in one place.
+    """
+    return jax.tree.map(lambda x: x.reshape(1, *x.shape).reshape(x.shape), tree)
 
 
 def row_of(a: Array, i: Array) -> Array:

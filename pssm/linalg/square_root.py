@@ -16,7 +16,7 @@ import numpy as np
 
 from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
-from pssm.linalg.small import SMALL, TINY, matmul, matvec, row_of, set_row, substitute
+from pssm.linalg.small import SMALL, TINY, batch_first, matmul, matvec, row_of, set_row, substitute
 
 FEW = 8  # columns up to which a product column by column beats batched products with a call for each matrix
 
@@ -60,12 +60,12 @@ def triangularise_once(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"
         columns.append(jnp.concatenate([jnp.zeros(i, m.dtype), length[None], along]))
         m = m[1:] - along[:, None] * direction
         noise = noise[1:] + unit * jnp.abs(along)[:, None] * jnp.abs(direction)
-    return jnp.stack(columns, axis=1) if rows else m[:, :0]
+    return batch_first(jnp.stack(columns, axis=1)) if rows else m[:, :0]
 
 
 @triangularise_once.defjvp
 def _triangularise_once_jvp(primals, tangents):
-    return jax.jvp(triangularise, primals, tangents)
+    return batch_first(jax.jvp(triangularise, primals, tangents))
 
 
 def solve_lower(
