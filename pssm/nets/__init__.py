@@ -1,5 +1,6 @@
 """Neural networks (Equinox) for amortised inference and learned dynamics; `register` makes them NumPyro parameters."""
 
+from pssm.nets.combiner import Combiner, RecurrentFeatures
 from pssm.nets.decoders import FrameDecoder, LinearDecoder, MLPDecoder
 from pssm.nets.encoders import (
     BackwardEncoder,
@@ -29,6 +30,7 @@ __all__ = [
     "S5",
     "AdditiveFeatures",
     "BackwardEncoder",
+    "Combiner",
     "FrameDecoder",
     "GRUTransition",
     "GatedTransition",
@@ -39,6 +41,7 @@ __all__ = [
     "MLPDecoder",
     "PotentialHead",
     "PseudoObservation",
+    "RecurrentFeatures",
     "ResidualTransition",
     "Saturated",
     "SelfAttention",

@@ -43,7 +43,7 @@ class PseudoObservation(eqx.Module):
         if self.relative or other.relative:
             raise ValueError("`relative`: bring both into the units of the state first, with `in_state_units`.")
         x, y = self.masked(), other.masked()
-        zero = jnp.zeros_like(x.K[..., 0])
+        zero = jnp.zeros(x.K.shape[:-1], x.K.dtype)
         centres = [zero if p.c is None else p.c for p in (x, y)]
         diags = [zero if p.diag is None else p.diag for p in (x, y)]
         total = diags[0] + diags[1]
@@ -81,7 +81,7 @@ class PseudoObservation(eqx.Module):
         if self.relative:
             raise ValueError("`relative`: bring it into the units of the state first, with `in_state_units`.")
         p = self.masked()
-        k = jnp.zeros_like(p.K[..., 0]) if p.k is None else p.k
+        k = jnp.zeros(p.K.shape[:-1], p.K.dtype) if p.k is None else p.k
         found = {"K": p.K, "k": k, "diag": p.diag, "center": p.c, "b": p.b}
         return {name: x for name, x in found.items() if x is not None}
 
