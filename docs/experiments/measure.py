@@ -49,8 +49,7 @@ class Measures:
             return LowRankChain(prior, p.k, p.K, diag=p.diag, center=p.center).sample(key, (DRAWS,))
 
         def exact(parts: Parts, y: jax.Array) -> jax.Array:
-            ssm = linear_system(e, parts)
-            return jax.vmap(lambda y: pssm.log_likelihood(ssm, y))(y)
+            return pssm.log_likelihood(linear_system(e, parts), y)
 
         def rollout(key: jax.Array, parts: Parts, z: jax.Array) -> jax.Array:
             def step(z: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ import optax
 from measure import DRAWS, Measures
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
-from systems import EXPERIMENTS, QUICK, Absent, Experiment, Size, exact_model_of, learned_parts, model_of
+from systems import EXPERIMENTS, OWN, QUICK, Absent, Experiment, Size, exact_model_of, learned_parts, model_of
 
 from pssm import nets
 from pssm.guides import AmortizedStateSpace, DeepKalmanGuide
@@ -174,8 +174,8 @@ def main() -> None:
         if wrong := set(given) - set(known):
             parser.error(f"--{option}: {', '.join(sorted(wrong))} is none of {', '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    size = QUICK if args.quick else Size()
     for name in chosen:
+        size = QUICK if args.quick else Size()._replace(**OWN.get(name, {}))
         try:
             e = EXPERIMENTS[name](size, args.data)
         except Absent as absent:
