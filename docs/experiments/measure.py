@@ -75,8 +75,8 @@ class Measures:
         e, size, held = self.e, self.size, len(new)
         keys = jax.random.split(jax.random.key(4), 5)
         smoothed = np.asarray(draw(keys[0], new).mean(0))
-        belief = draw(keys[1], new[:, : size.cut])[:, :, -1]
-        future = self.rollout(keys[2], parts, belief)  # (horizon, draws, trials, state)
+        known = new[:, : size.cut]
+        future = self.rollout(keys[2], parts, draw(keys[1], known)[:, :, -1])  # (horizon, draws, trials, state)
         found: dict[str, Any] = {
             "radius": self._radius(parts, smoothed),
             "q": (np.asarray(parts.sd) ** 2).tolist(),
@@ -88,7 +88,7 @@ class Measures:
         else:
             values, ess = (np.asarray(x) for x in self.evidence(parts, new, self.potentials(parts, new)))
             found |= {"evidence": float(values.mean()), "evidence_kind": "guided particle filter"}
-            found["ess"] = float(np.median(ess) / size.particles)
+            found["ess_low"] = float((ess < 0.05 * size.particles).mean())
         if e.states is None:
             ahead = jnp.moveaxis(new[:, size.cut :], 1, 0)
             mean, log_prob = (np.asarray(x) for x in self.counts(parts, future, ahead))
@@ -100,13 +100,16 @@ class Measures:
         fitted = np.concatenate([draw(key, half).mean(0) for key, half in halves])
         states, truth = e.states[: 2 * held], e.states[-held:]
         read = probe(fitted, states)
-        mean = np.moveaxis(np.asarray(future).mean(1), 0, 1)  # (trials, horizon, state)
         flat = (-1, truth.shape[-1])
         found["state_r2"] = r2(read(smoothed).reshape(flat), truth.reshape(flat)).tolist()
-        by_step = r2(np.moveaxis(read(mean), 1, 0), np.moveaxis(truth[:, size.cut :], 1, 0))
+        ahead = np.moveaxis(truth[:, size.cut :], 1, 0)
+        by_step = r2(read(np.asarray(future).mean(1)), ahead)
+        # The same from the mode's belief under the learned model, whatever the method's own posterior is.
+        best = self.rollout(keys[2], parts, self.draw_mode(parts)(keys[1], known)[:, :, -1])
+        found["forecast_r2_model"] = r2(read(np.asarray(best).mean(1)), ahead).mean(-1).tolist()
         return found | {"forecast_r2": by_step.mean(-1).tolist(), "forecast_r2_each": by_step.mean(0).tolist()}
 
-    def draw_truth(self, parts: Parts) -> Draw:
+    def draw_mode(self, parts: Parts) -> Draw:
         """The posterior under given parts, up to the Gaussian conditionals of the chain at the mode."""
 
         def draw(key: jax.Array, y: jax.Array) -> jax.Array:

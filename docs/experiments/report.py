@@ -59,7 +59,7 @@ def table(own: dict[str, dict[str, Any]]) -> list[str]:
     last = len(next(iter(own.values()))["forecast_r2"])
     steps = sorted({1, (last + 1) // 2, last})
     score = "state R2 | " if states else "forecast gain | "
-    head = f"| method | objective | evidence | {score}" + " | ".join(f"R2, {k} ahead" for k in steps)
+    head = f"| method | objective | evidence | {score}R2, {', '.join(map(str, steps))} ahead"
     head += " | radius | mean Q | compile s | train s |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for method, label in METHODS.items():
@@ -71,9 +71,10 @@ def table(own: dict[str, dict[str, Any]]) -> list[str]:
         )
         skipped = d.get("steps_not_finite", 0)
         cells = [label + (f", {skipped} steps not finite" if skipped else ""), number(d.get("bound"), 2) + kind]
-        cells += [number(d["evidence"], 2)]
+        low = d.get("ess_low", 0.0)
+        cells += [number(d["evidence"], 2) + (f" ({100 * low:.0f} % low)" if low else "")]
         cells += [number(np.mean(d["state_r2"]), 3) if states else number(d["forecast_gain"], 4)]
-        cells += [number(d["forecast_r2"][k - 1], 3) for k in steps]
+        cells += [", ".join(number(d["forecast_r2"][k - 1], 3) for k in steps)]
         q = number(np.mean(d["q"]), 2 if np.mean(d["q"]) >= 0.1 else 5)
         cells += [number(d["radius"], 3), q, number(d.get("compile_seconds"), 0), number(d.get("train_seconds"), 0)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -99,19 +100,18 @@ def mixers(own: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def verdicts(results: Results) -> list[str]:
+def verdicts(results: Results, key: str) -> list[str]:
     """The chain's forecasts beside the others', averaged over the horizon."""
     others = [m for m in METHODS if m not in ("truth", "exact", "chain")]
-    head = (
-        "| experiment | "
-        + " | ".join(METHODS[m] for m in ("truth", "chain", *others))
-        + " | chain minus best surrogate |"
-    )
+    shown = ("truth", "chain", *others)
+    head = "| experiment | " + " | ".join(METHODS[m] for m in shown) + " | chain minus best surrogate |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for name, own in results.items():
-        mean = {m: float(np.mean(own[m]["forecast_r2"])) for m in METHODS if m in own}
+        mean = {m: float(np.mean(own[m][key])) for m in METHODS if key in own.get(m, {})}
         published = [mean[m] for m in others if m.startswith("moment") and m in mean]
         apart = mean["chain"] - max(published) if published and "chain" in mean else None
+        if not mean:
+            continue
         cells = [SHORT[name], *(number(mean.get(m), 3) for m in shown)]
         lines.append("| " + " | ".join([*cells, "–" if apart is None else f"{apart:+.3f}"]) + " |")
     return lines
@@ -131,12 +131,18 @@ def page(results: Results) -> str:
         "",
         "### Forecasts, mean R2 over the horizon",
         "",
-        *verdicts(results),
+        "From each method's own belief at the cut:",
+        "",
+        *verdicts(results, "forecast_r2"),
+        "",
+        "From the mode's belief at the cut, under the model that the method has learned:",
+        "",
+        *verdicts(results, "forecast_r2_model"),
     ]
     for name, own in results.items():
         one = next(iter(own.values()))
         lines += ["", f"### {one['title'][0].upper()}{one['title'][1:]}", ""]
-        updates = f"{one['size']['updates']} updates with {one['size']['batch']} trials"
+        updates = f"{one['size']['updates']} updates with {one['size']['batch']} trials, step size {one['size'].get('rate', 0.01):g}"
         lines += [f"Known to the model: {one['known']}. {updates}. {seconds[name] / 60:.0f} minutes in all.", ""]
         lines += table(own)
         if "chain_s5" in own or "chain_lstm" in own:
@@ -163,19 +169,27 @@ def parameters_figure(results: Results, path: Path) -> None:
     for column, name in enumerate(known):
         own = results[name]
         shown = [m for m in METHODS if m in own and m != "truth"]
-        for row, (key, label) in enumerate((("radius", "spectral radius"), ("q", "mean Q"))):
+        for row, (key, label) in enumerate((("radius", "spectral radius"), ("q", "mean Q / true Q"))):
             ax = axes[row, column]
-            ax.axhline(np.mean(own["truth"][key]), color="#222222", lw=1.2)
-            for k, m in enumerate(shown):
-                value = np.mean(own[m][key])
+            truth = np.mean(own["truth"][key])
+            unit = truth if row else 1.0
+            ax.axhline(truth / unit, color="#222222", lw=1.2)
+            values = [np.mean(own[m][key]) / unit for m in shown]
+            for k, (m, value) in enumerate(zip(shown, values, strict=True)):
                 if np.isfinite(value):
                     ax.plot(k, value, MARKS[m], color=COLORS[m], ms=8, label=METHODS[m])
             ax.set_xlim(-0.7, len(shown) - 0.3)
             ax.set_xticks([])
             clean(ax)
+            finite = [v for v in values if np.isfinite(v)]
             if row:
                 ax.set_yscale("log")
+                ax.set_ylim(min(0.4, *finite) / 1.2, max(2.5, *finite) * 1.2)
+                ticks = [t for t in (0.01, 0.1, 0.5, 1, 2, 5, 10, 100) if ax.get_ylim()[0] < t < ax.get_ylim()[1]]
+                ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+                ax.minorticks_off()
             else:
+                ax.set_ylim(min(truth - 0.03, *finite) - 0.01, max(truth + 0.03, *finite) + 0.01)
                 ax.set_title(SHORT[name], fontsize=11)
             if not column:
                 ax.set_ylabel(label)
