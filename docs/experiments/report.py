@@ -55,7 +55,6 @@ def number(x: Any, digits: int) -> str:
 def table(own: dict[str, dict[str, Any]]) -> list[str]:
     """The rows of one experiment."""
     states = any("state_r2" in d for d in own.values())
-    truth = next((np.asarray(d["q"]) for m, d in own.items() if m == "truth"), None)
     last = len(next(iter(own.values()))["forecast_r2"])
     steps = sorted({1, (last + 1) // 2, last})
     score = "state R2 | " if states else "forecast gain | "
@@ -78,7 +77,7 @@ def table(own: dict[str, dict[str, Any]]) -> list[str]:
         q = number(np.mean(d["q"]), 2 if np.mean(d["q"]) >= 0.1 else 5)
         cells += [number(d["radius"], 3), q, number(d.get("compile_seconds"), 0), number(d.get("train_seconds"), 0)]
         lines.append("| " + " | ".join(cells) + " |")
-    if truth is not None and states:
+    if states:
         names = len(next(iter(own.values()))["state_r2"])
         lines += ["", f"R2 is the mean over {names} true states."]
     return lines
@@ -100,18 +99,16 @@ def mixers(own: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def verdicts(results: Results, key: str) -> list[str]:
+def verdicts(results: Results) -> list[str]:
     """The chain's forecasts beside the others', averaged over the horizon."""
     others = [m for m in METHODS if m not in ("truth", "exact", "chain")]
     shown = ("truth", "chain", *others)
     head = "| experiment | " + " | ".join(METHODS[m] for m in shown) + " | chain minus best surrogate |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for name, own in results.items():
-        mean = {m: float(np.mean(own[m][key])) for m in METHODS if key in own.get(m, {})}
+        mean = {m: float(np.mean(own[m]["forecast_r2"])) for m in METHODS if m in own}
         published = [mean[m] for m in others if m.startswith("moment") and m in mean]
         apart = mean["chain"] - max(published) if published and "chain" in mean else None
-        if not mean:
-            continue
         cells = [SHORT[name], *(number(mean.get(m), 3) for m in shown)]
         lines.append("| " + " | ".join([*cells, "–" if apart is None else f"{apart:+.3f}"]) + " |")
     return lines
@@ -131,18 +128,13 @@ def page(results: Results) -> str:
         "",
         "### Forecasts, mean R2 over the horizon",
         "",
-        "From each method's own belief at the cut:",
-        "",
-        *verdicts(results, "forecast_r2"),
-        "",
-        "From the mode's belief at the cut, under the model that the method has learned:",
-        "",
-        *verdicts(results, "forecast_r2_model"),
+        *verdicts(results),
     ]
     for name, own in results.items():
         one = next(iter(own.values()))
         lines += ["", f"### {one['title'][0].upper()}{one['title'][1:]}", ""]
-        updates = f"{one['size']['updates']} updates with {one['size']['batch']} trials, step size {one['size'].get('rate', 0.01):g}"
+        own_size = one["size"]
+        updates = f"{own_size['updates']} updates with {own_size['batch']} trials, step size {own_size['rate']:g}"
         lines += [f"Known to the model: {one['known']}. {updates}. {seconds[name] / 60:.0f} minutes in all.", ""]
         lines += table(own)
         if "chain_s5" in own or "chain_lstm" in own:
@@ -195,7 +187,13 @@ def parameters_figure(results: Results, path: Path) -> None:
                 ax.set_ylabel(label)
     handles = {t: h for ax in axes.ravel() for h, t in zip(*ax.get_legend_handles_labels(), strict=True)}
     line = axes[0, 0].plot([], [], color="#222222", lw=1.2)
-    figure.legend([*line, *handles.values()], ["truth", *handles], loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        [*line, *handles.values()],
+        ["truth", *handles],
+        loc="outside lower center",
+        ncols=min(2 * len(known), 4),
+        frameon=False,
+    )
     figure.savefig(path)
 
 
@@ -226,7 +224,9 @@ def forecasts_figure(results: Results, path: Path) -> None:
             ax.set_ylabel("R2 of forecasts")
         if k >= len(results) - columns:
             ax.set_xlabel("steps ahead")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 * columns, 4), frameon=False
+    )
     figure.savefig(path)
 
 

@@ -126,7 +126,7 @@ def run(name: str, method: str, e: Experiment, measures: Measures, size: Size) -
     y, new = y[:-held], y[-held:]
     result: dict[str, Any] = {"experiment": name, "method": method, "title": e.title, "known": e.known}
     if method == "truth":
-        parts, draw = e.truth, measures.draw_mode(e.truth)
+        parts, draw = e.truth, measures.draw_truth()
     elif method == "exact":
         svi = SVI(exact_model_of(e), lambda *args: None, optimizer(size), Trace_ELBO())
         params, about = train(svi, y, new, size)
