@@ -114,6 +114,19 @@ def verdicts(results: Results) -> list[str]:
     return lines
 
 
+def missing(results: Results) -> list[str]:
+    """What has not been run, in words."""
+    found = []
+    for name, title in SHORT.items():
+        own = results.get(name, {})
+        wanted = [m for m in METHODS if m not in ("truth", "exact")]
+        gone = [METHODS[m] for m in wanted if m not in own]
+        gone += [MIXERS[m] for m in MIXERS if name == "van_der_pol_poisson" and m != "chain" and m not in own]
+        if gone:
+            found.append(f"{title} ({'all' if not own else ', '.join(gone)})")
+    return ["", f"Not run: {'; '.join(found)}."] if found else []
+
+
 def page(results: Results) -> str:
     """The page, in Markdown."""
     first = next(iter(next(iter(results.values())).values()))
@@ -125,6 +138,7 @@ def page(results: Results) -> str:
         f"is). Forecasts begin after step {size['cut']}. Layers of {size['width']}; {size['draws']} paths. "
         f"jax {machine['jax']}, numpyro {machine['numpyro']}, {machine['cores']} cores, load average {min(loads):g} to "
         f"{max(loads):g}.",
+        *missing(results),
         "",
         "### Forecasts, mean R2 over the horizon",
         "",
@@ -147,6 +161,10 @@ def clean(ax: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#e3e3e3", lw=0.8)
     ax.set_axisbelow(True)
+
+
+def legend(figure: Any, handles: list[Any], labels: list[str], columns: int) -> None:
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * columns, 4), frameon=False)
 
 
 def parameters_figure(results: Results, path: Path) -> None:

@@ -266,8 +266,8 @@ def van_der_pol_poisson(size: Size, folder: Path) -> Experiment:
 
 
 def ring(z: jax.Array, u: jax.Array | None = None) -> jax.Array:
-    """The radius goes to 1 by a tenth of the way, the angle stays."""
-    radius = jnp.sqrt(jnp.sum(z**2) + 1e-12)
+    """The radius goes to 1 by a tenth of the way, the angle stays; smoothed at the origin, where there is no angle."""
+    radius = jnp.sqrt(jnp.sum(z**2) + 0.01)
     return z * (0.9 + 0.1 / radius)
 
 
