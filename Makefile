@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help study test slow lint docs bench clean FORCE
+.PHONY: help study test slow lint docs bench experiments clean FORCE
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
@@ -16,7 +16,7 @@ endif
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@sh scripts/setup.sh
@@ -44,6 +44,10 @@ bench: $(STAMP) ## run the benchmark scripts, docs/benchmarks/*.py
 	@set -e; for script in docs/benchmarks/*.py; do \
 	    test -e "$$script" || continue; \
 	    echo "$$script"; env -u JAX_COMPILATION_CACHE_DIR $(PY) "$$script"; done # timings: no cache
+
+experiments: $(STAMP) ## learn eight systems by every method; what is done is kept in results/experiments
+	env -u JAX_COMPILATION_CACHE_DIR JAX_PLATFORMS=cpu $(PY) docs/experiments/run.py # timings: no cache
+	$(PY) docs/experiments/report.py
 
 clean: ## remove what was built, .venv included; results/ stays
 	rm -rf .venv .venv-tools .jax_cache .pytest_cache .ruff_cache .hypothesis .jupyter_cache \

@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "benchmarks", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "benchmarks", "experiments", "**.ipynb_checkpoints"]
 
 html_theme = "sphinx_book_theme"
 html_title = "pssm"

@@ -121,6 +121,18 @@ def test_a_product_of_pseudo_observations_is_the_product_of_their_densities():
     np.testing.assert_allclose(log_density(whole, z[0]) - log_density(whole, z[1]), each, rtol=1e-3, atol=1e-3)
 
 
+def test_rank_zero_is_a_diagonal_alone():
+    """For `family="diagonal"`: the tied form has no slope of its own, and there is no column to take its shape from."""
+    head = nets.PotentialHead(3, n_state=2, rank=0, key=jax.random.key(0))
+    one = head.split(head.numbers(jnp.ones(3)))
+    found = one.in_state_units(jnp.ones(2)).arguments()
+    assert found["K"].shape == (2, 0)
+    np.testing.assert_array_equal(found["k"], [0.0, 0.0])
+    both = one.in_state_units(jnp.ones(2)) + nets.PseudoObservation(jnp.zeros((2, 0)), diag=jnp.ones(2), c=jnp.ones(2))
+    np.testing.assert_allclose(both.diag, one.diag + 1, rtol=1e-6)
+    np.testing.assert_allclose(both.c, (one.diag * one.c + 1) / (one.diag + 1), rtol=1e-5)
+
+
 def test_what_an_encoder_may_return():
     sd = jnp.ones((T, 2))
     k, K, diag = jnp.ones((T, 2)), jnp.ones((T, 2, 1)), jnp.ones((T, 2))

@@ -1,6 +1,18 @@
-"""Small real data shipped as files, series and sets of sequences, and a reader for a user's own CSV file."""
+"""Small real data shipped as files, series and sets of sequences; a reader for a user's CSV file; simulated clips."""
 
+from pssm.datasets.clips import Clips, bouncing_ball, pendulum_clips
 from pssm.datasets.load import Series, available, load, read_csv
 from pssm.datasets.sequences import Sequences, available_sequences, load_sequences
 
-__all__ = ["Sequences", "Series", "available", "available_sequences", "load", "load_sequences", "read_csv"]
+__all__ = [
+    "Clips",
+    "Sequences",
+    "Series",
+    "available",
+    "available_sequences",
+    "bouncing_ball",
+    "load",
+    "load_sequences",
+    "pendulum_clips",
+    "read_csv",
+]

@@ -2,6 +2,7 @@
 
 from pssm.distributions import kl as _registered  # noqa: F401
 from pssm.distributions.chain import LowRankChain
+from pssm.distributions.conditioned import ConditionedPath
 from pssm.distributions.filter_marginal import GaussianFilterMarginal
 from pssm.distributions.history import HistoryMarginal
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
@@ -12,6 +13,7 @@ from pssm.distributions.state_path import NonCenteredPath, StatePath
 from pssm.observed import WithMissing, observe
 
 __all__ = [
+    "ConditionedPath",
     "GaussianFilterMarginal",
     "HistoryMarginal",
     "ImputedSeries",

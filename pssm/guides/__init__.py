@@ -2,6 +2,7 @@
 
 from pssm.guides.amortized import AmortizedStateSpace
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.deep_kalman import DeepKalmanGuide
 from pssm.guides.frames import AmortizedFrames
 from pssm.guides.guided import guided_proposal
 from pssm.guides.laplace import laplace_path
@@ -12,6 +13,7 @@ __all__ = [
     "AmortizedStateSpace",
     "AutoScanStateSpace",
     "AutoStateSpace",
+    "DeepKalmanGuide",
     "guided_proposal",
     "laplace_path",
     "scan_path",

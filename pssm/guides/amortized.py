@@ -14,18 +14,19 @@ from pssm._checks import as_float, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
+from pssm.guides.encoded import EncodedGuide
 from pssm.guides.mode import noise_scale
 from pssm.guides.model_run import ModelRun, unwrap
 from pssm.guides.online import Clipped, OnlineFilter, online_filter
 from pssm.guides.paths import PathGuide
 from pssm.nets.encoders import SmoothingEncoder
 from pssm.nets.potentials import as_pseudo_observation
-from pssm.register import is_trainable, register
+from pssm.register import is_trainable
 
 OPTIONS = ("masking", "refine", "refine_rank", "limit", "num_samples")
 
 
-class AmortizedStateSpace(PathGuide):
+class AmortizedStateSpace(EncodedGuide):
     """A guide like `AutoStateSpace` whose potentials an encoder makes from the data, for any number of trials.
 
     The encoder is trained with the bound, on all trials or on minibatches of them (`plate(subsample_size)`). A trial
@@ -206,7 +207,7 @@ class AmortizedStateSpace(PathGuide):
             run = ModelRun(self.model, args, kwargs, {n: p._indices for n, p in plates.items()})
             given = {**run.expose_params(given), **given}
             prior = self._limited(run.path_prior(name, given))
-            encode = self._registered(name)
+            encode = self._network(name, "encoder", self.encoder)
         rank = self.rank
         if isinstance(encode, SmoothingEncoder):  # the published causal form filters with the local part
             encode = encode.local
@@ -215,29 +216,9 @@ class AmortizedStateSpace(PathGuide):
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The plates of the model for these arguments, whose sizes may be new."""
-        key = numpyro.prng_key()
-        with handlers.block():
-            model = handlers.seed(self.model, jax.random.key(0) if key is None else key)
-            trace = handlers.trace(model).get_trace(*args, **kwargs)
-        for name in self._latent:
-            for frame in trace[name]["cond_indep_stack"] if name in trace else ():
-                self._prototype_frames[frame.name] = frame
-                self._prototype_frame_full_sizes[frame.name] = trace[frame.name]["args"][0]
-        return super()._create_plates(*args, **kwargs)
-
-    def _registered(self, name: str) -> Any:
-        encoder = self.encoder[name] if isinstance(self.encoder, dict) else self.encoder
-        return register(f"{name}_{self.prefix}_encoder", encoder, trainable=self.trainable)
-
     def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
-        encode = self._registered(name)
-        y, batch = run.data(name, values, self.data)
-        core = y.ndim - len(batch)
-        arrays, cores = {"y": y}, {"y": core}
-        if prior.u is not None:
-            arrays["u"], cores["u"] = prior.u, 2
+        encode = self._network(name, "encoder", self.encoder)
+        arrays, cores, batch = self._data(name, run, values, prior)
         arrays["sd"], cores["sd"] = noise_units(prior), 2
         key = numpyro.prng_key() if self.masking is not None else None
         if key is not None:

@@ -14,10 +14,11 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
-from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
+from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.mode import PotentialsAtMode, mode_path, potentials_at
 from pssm.guides.model_run import ModelRun, unwrap
 
+PathPosterior = LowRankChain | LowRankMomentMatched | ConditionedPath
 FAMILIES = ("chain", "moment_matched", "diagonal")
 BOUND = "lower bound on the log evidence (ELBO)"
 SURROGATE = "surrogate: the published moment-matched objective, which can exceed the log evidence"
@@ -57,7 +58,7 @@ class PathGuide(AutoGuide):
         self._call: tuple[tuple, dict] = ((), {})
 
     def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
-        """Arguments of the path's posterior beside its prior: `k`, `K`, `diag`, `center`, `b`."""
+        """Arguments of the path's posterior beside its prior, such as `k`, `K`, `diag`, `center`, `b`."""
         raise NotImplementedError
 
     @property
@@ -111,14 +112,15 @@ class PathGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 prior, mask = unwrap(run.trace(values)[name]["fn"])
                 q = self._posterior(prior, self._potentials(name, run, values, prior))
-                values[name] = result[name] = _sample_path(name, q, mask, own_prior=q.prior is prior)
+                own_prior = getattr(q, "prior", None) is prior
+                values[name] = result[name] = _sample_path(name, q, mask, own_prior=own_prior)
         return result
 
     @property
     def _latent(self) -> list[str]:
         return [n for n, s in self.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
 
-    def _posterior(self, prior: StatePath, given: dict[str, Array]) -> LowRankChain | LowRankMomentMatched:
+    def _posterior(self, prior: StatePath, given: dict[str, Array]) -> PathPosterior:
         k, K = given["k"], given["K"]
         options = {name: given[name] for name in ("center", "b") if name in given}
         if self.family == "moment_matched":
@@ -183,7 +185,7 @@ class PathGuide(AutoGuide):
         return {name: jnp.quantile(x, jnp.asarray(quantiles), axis=0) for name, x in draws.items()}
 
 
-def _sample_path(name: str, q: LowRankChain | LowRankMomentMatched, mask: Any, *, own_prior: bool) -> Array:
+def _sample_path(name: str, q: PathPosterior, mask: Any, *, own_prior: bool) -> Array:
     """Samples the site; a chain's KL of the draw comes with it, for `TraceConditionalKL_ELBO`.
 
     `own_prior`: the guide's prior is the model's, so that nothing is left of their ratio.

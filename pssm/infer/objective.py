@@ -11,18 +11,18 @@ from numpyro.infer.elbo import ELBO
 from numpyro.util import check_model_guide_match
 
 from pssm._types import Array, Key
-from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
+from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.model_run import unwrap
 
 
 class TraceConditionalKL_ELBO(ELBO):
     """The ELBO with the path's KL divergence in closed form step by step, given the sampled path.
 
-    For a `LowRankChain` site it takes `-sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along the draw in place of
-    `log p(z) - log q(z)`: the same expectation, so the same lower bound on the log evidence, and gradients of lower
-    variance (the value itself is noisier near the exact posterior, where `log p - log q` is constant). For a
-    `LowRankMomentMatched` site it averages the likelihood over the site's own particles; that objective is a surrogate,
-    not a bound. Other sites are treated as in NumPyro's `TraceMeanField_ELBO`.
+    For a `LowRankChain` or `ConditionedPath` site it takes `-sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along the
+    draw in place of `log p(z) - log q(z)`: the same expectation, so the same lower bound on the log evidence, and
+    gradients of lower variance (the value itself is noisier near the exact posterior, where `log p - log q` is
+    constant). For a `LowRankMomentMatched` site it averages the likelihood over the site's own particles; that
+    objective is a surrogate, not a bound. Other sites are treated as in NumPyro's `TraceMeanField_ELBO`.
 
     Args:
         num_particles: independent draws from the guide, averaged.
@@ -95,18 +95,21 @@ def _elbo(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> Array:
 
 def _kl(site: dict[str, Any], own: dict[str, Any], *, in_order: bool) -> Array:
     """KL of a latent site: given the path's draw, in closed form, or the draw's own log ratio."""
-    q, mask = unwrap(own["fn"])
+    (q, mask), (p, _) = unwrap(own["fn"]), unwrap(site["fn"])
+    value = None
     if isinstance(q, LowRankChain):
         draw, value = own["infer"].get("draw", (None, None))
         if draw is not own["value"]:  # the site's value has been replaced
             value = q.kl_given(own["value"])
         if not own["infer"].get("prior_from_model"):  # the guide's prior may be another one
-            p, _ = unwrap(site["fn"])
             value = value + q.prior.log_prob(own["value"]) - p.log_prob(own["value"])
+    elif isinstance(q, ConditionedPath) and isinstance(p, StatePath):
+        value = q.kl_given(own["value"], p)
+    if value is not None:
         if mask is not None:
             value = jnp.where(mask, value, 0.0)
         return jnp.sum(scale_and_mask(value, own["scale"]))
-    if isinstance(q, LowRankMomentMatched) and not isinstance(unwrap(site["fn"])[0], StatePath):
+    if isinstance(q, LowRankMomentMatched) and not isinstance(p, StatePath):
         raise TypeError(f"site `{site['name']}`: a LowRankMomentMatched guide needs a StatePath in the model.")
     if in_order or isinstance(q, LowRankMomentMatched):
         try:

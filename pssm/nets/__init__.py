@@ -1,5 +1,6 @@
 """Neural networks (Equinox) for amortised inference and learned dynamics; `register` makes them NumPyro parameters."""
 
+from pssm.nets.combiner import Combiner, RecurrentFeatures
 from pssm.nets.decoders import FrameDecoder, LinearDecoder, MLPDecoder
 from pssm.nets.encoders import (
     BackwardEncoder,
@@ -30,6 +31,7 @@ __all__ = [
     "S5",
     "AdditiveFeatures",
     "BackwardEncoder",
+    "Combiner",
     "FrameDecoder",
     "FrameEncoder",
     "GRUTransition",
@@ -42,6 +44,7 @@ __all__ = [
     "MLPDecoder",
     "PotentialHead",
     "PseudoObservation",
+    "RecurrentFeatures",
     "ResidualTransition",
     "Saturated",
     "SelfAttention",

@@ -1,0 +1,96 @@
+"""`DeepKalmanGuide`: the structured posterior of deep Kalman filters, for any model with a state path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+
+from pssm._types import Array
+from pssm.batch import map_batch
+from pssm.distributions import ConditionedPath, StatePath
+from pssm.guides.encoded import EncodedGuide
+from pssm.guides.model_run import ModelRun
+from pssm.register import is_trainable
+
+
+class DeepKalmanGuide(EncodedGuide):
+    """A guide `q(z) = prod_t N(z_t; m(z_{t-1}, h_t), diag s^2(z_{t-1}, h_t))`, `h_t` features of the data from t on.
+
+    As in deep Kalman filters (deep Markov models). A true bound, for any number of trials and minibatches of them. It
+    does not use the model's transition: where that is learned, `AmortizedStateSpace` has less to learn.
+
+    Args:
+        model: a NumPyro model with an unobserved `StatePath` site whose noise is regular.
+        encoder: a function `(y, u) -> h (time, size)` of one series, `y` `(time, ...)` with NaN for missing, such as
+            `nets.RecurrentFeatures`. Arrays of an Equinox module are parameters. For several paths: a dict by site.
+        combiner: a function `(z, h) -> (mean, sd)`, such as `nets.Combiner`; what stands for the state before the first
+            is its attribute `start`, or zero. For several paths: a dict by site.
+        data: which sites are encoded, as in `AmortizedStateSpace`.
+        trainable: what of the networks is trained, see `nets.register`.
+        global_guide: makes the guide of the other latent sites, from a model.
+        prefix: as in NumPyro's guides.
+        init_loc_fn: start of the other sites.
+
+    Raises:
+        TypeError: `encoder` or `combiner` is no function.
+        ValueError: features of another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
+        >>> from numpyro.infer import SVI
+        >>> from pssm import nets
+        >>> from pssm.distributions import observe
+        >>> from pssm.infer import TraceConditionalKL_ELBO
+        >>> def model(y, batch_size=None):
+        ...     with numpyro.plate("trials", len(y), subsample_size=batch_size) as index:
+        ...         z = numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), 0.9 * jnp.eye(1), 0.5 * jnp.eye(1), 9))
+        ...         observe("y", dist.Normal(z, 1.0).to_event(2), y[index])
+        >>> one, two, three = jax.random.split(jax.random.key(0), 3)
+        >>> encoder = nets.RecurrentFeatures(nets.StepMLP(1, 8, hidden=8, key=one), nets.GRU(8, 8, key=two))
+        >>> guide = DeepKalmanGuide(model, encoder=encoder, combiner=nets.Combiner(1, 8, key=three))
+        >>> svi = SVI(model, guide, optax.adam(1e-3), TraceConditionalKL_ELBO())
+        >>> result = svi.run(jax.random.key(1), 3, jnp.ones((20, 9, 1)), batch_size=5, progress_bar=False)
+        >>> guide.sample_posterior(jax.random.key(2), result.params, jnp.zeros((2, 9, 1)))["z"].shape
+        (2, 9, 1)
+
+    Source:
+        Krishnan, Shalit & Sontag 2017, "Structured inference networks for nonlinear state space models".
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        encoder: Callable[..., Array] | dict[str, Callable[..., Array]],
+        combiner: Callable[..., tuple[Array, Array]] | dict[str, Callable[..., tuple[Array, Array]]],
+        data: str | tuple[str, ...] | Callable[..., Array] | None = None,
+        trainable: Any = is_trainable,
+        global_guide: Callable[..., AutoGuide] = AutoNormal,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] | None = None,
+    ):
+        super().__init__(
+            model, rank=0, family="diagonal", global_guide=global_guide, prefix=prefix, init_loc_fn=init_loc_fn
+        )
+        self.encoder, self.combiner, self.data, self.trainable = encoder, combiner, data, trainable
+        for name, given in (("encoder", encoder), ("combiner", combiner)):
+            for own in given.values() if isinstance(given, dict) else (given,):
+                if not callable(own):
+                    raise TypeError(f"`{name}` must be a function; got {type(own).__name__}.")
+
+    def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Any]:
+        encode, combine = self._network(name, "encoder", self.encoder), self._network(name, "combiner", self.combiner)
+
+        def one(a: dict[str, Any]) -> Array:
+            h = encode(a["y"], a.get("u"))
+            if jnp.ndim(h) != 2 or len(h) != prior.num_steps:
+                raise ValueError(f"`encoder` must give features of shape ({prior.num_steps}, size); got {h.shape}.")
+            return h
+
+        arrays, cores, batch = self._data(name, run, values, prior)
+        return {"h": map_batch(one, batch, arrays, cores), "conditional": combine}
+
+    def _posterior(self, prior: StatePath, given: dict[str, Any]) -> ConditionedPath:
+        start = getattr(given["conditional"], "start", jnp.zeros(prior.n_state, prior.m0.dtype))
+        return ConditionedPath(given["conditional"], given["h"], start)
