@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# What the options of the command line are called by the models that take them.
+TAKES = {
+    "seasonal": {"period": "period", "harmonics": "harmonics"},
+    "structural": {"period": "seasonal", "harmonics": "harmonics", "order": "ar"},
+    "autoregression": {"order": "order"},
+    "dynamic_factor": {"states": "num_factors"},
+    **dict.fromkeys(
+        ("lds", "poisson_lds", "neural_ssm", "deep_markov", "kalman_vae", "extended_kalman_vae"),
+        {"states": "num_states"},
+    ),
+}
+
 
 class UsageError(Exception):
     """Something the user can mend; its text is all that is shown."""
@@ -37,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs NUTS and SVI on one model of one series, and writes a table, ArviZ files and an HTML report.",
     )
     compare.add_argument("data", help="an embedded data set (see `pssm datasets`) or the path of a CSV file")
-    compare.add_argument("--column", help="column of the series; needed where a file has several")
+    compare.add_argument(
+        "--column",
+        action="append",
+        help="column of the series; needed where a file has several; may be repeated, for models of several series",
+    )
     compare.add_argument("--time", dest="time_column", help="column of the time labels")
     compare.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
     compare.add_argument(
@@ -51,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
     compare.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
     compare.add_argument("--order", type=int, help="order of the autoregression")
+    compare.add_argument("--states", type=int, help="size of the state of lds, factors of dynamic_factor; default 2, 1")
     compare.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
     compare.add_argument("--warmup", type=int, default=1000, help="NUTS warm-up steps per chain; default 1000")
     compare.add_argument("--samples", type=int, default=1000, help="NUTS draws per chain; default 1000")
@@ -133,7 +150,7 @@ def _compare(a: argparse.Namespace) -> int:
 
     from pssm import datasets
 
-    _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics")
+    _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics", "states")
     if not 0 <= a.budget < float("inf"):
         raise UsageError(f"`--budget` must be a number of seconds, 0 or more; got {a.budget}.")
     known = {row[0] for row in datasets.available()}
@@ -176,7 +193,7 @@ def _compare(a: argparse.Namespace) -> int:
         time=series.time,
         future_time=labels_after(series.time, horizon),
         name=series.name,
-        column=", ".join(series.columns),
+        column=series.columns,
         out=out,
         progress=not a.quiet,
         **options,
@@ -261,22 +278,23 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
     """The options a model takes, from the command line and from what is known of the series."""
-    period = a.period or series.period
-    if a.model == "seasonal":
-        if not period:
-            raise UsageError("`--period` is required: the number of time steps in a season is not known.")
-        return {"period": period, **({"harmonics": a.harmonics} if a.harmonics else {})}
+    takes = TAKES.get(a.model, {})
+    options: dict[str, Any] = {}
+    for flag in ("period", "harmonics", "order", "states"):
+        value = getattr(a, flag)
+        if value and flag not in takes:
+            raise UsageError(f"`--{flag}` does not go with `--model {a.model}`.")
+        if value:
+            options[takes[flag]] = value
+    if series.period and "period" in takes:
+        options.setdefault(takes["period"], series.period)
+    if a.model == "seasonal" and "period" not in options:
+        raise UsageError("`--period` is required: the number of time steps in a season is not known.")
     if a.model == "structural":
-        options: dict[str, Any] = {"trend": True}
-        if period:
-            options |= {"seasonal": period} | ({"harmonics": a.harmonics} if a.harmonics else {})
-        return options | ({"ar": a.order} if a.order else {})
-    if a.model == "autoregression":
-        return {"order": a.order or 1}
-    for name in ("order", "harmonics", "period"):
-        if getattr(a, name):
-            raise UsageError(f"`--{name}` does not go with `--model {a.model}`.")
-    return {}
+        options["trend"] = True
+        if "seasonal" not in options and "harmonics" in options:
+            raise UsageError("`--harmonics` needs `--period`: the number of time steps in a season is not known.")
+    return options
 
 
 def _texture(a: argparse.Namespace) -> int:

@@ -97,6 +97,10 @@ def refused(capsys, argv: list[str]) -> str:
         (["--column", "flow", "--order", "2"], ["`--order`", "local_level"]),
         (["--column", "flow", "--harmonics", "2"], ["`--harmonics`", "local_level"]),
         (["--column", "flow", "--model", "seasonal"], ["`--period`", "required"]),
+        (["--column", "flow", "--model", "structural", "--harmonics", "2"], ["`--harmonics`", "`--period`"]),
+        (["--column", "flow", "--model", "lds", "--order", "2"], ["`--order`", "lds"]),
+        (["--column", "flow", "--states", "2"], ["`--states`", "local_level"]),
+        (["--column", "flow", "--column", "flow"], ["`column`", "different"]),
     ],
     ids=lambda x: " ".join(x[-2:]) if x[0].startswith("--") else "",
 )
@@ -292,3 +296,22 @@ def test_the_list_of_datasets_as_a_command():
     assert run.stderr == ""
     rows = [*datasets.available(), *datasets.available_sequences()]
     assert {line.split()[0] for line in run.stdout.splitlines()} == {row[0] for row in rows}
+
+
+def test_two_columns_in_a_model_of_several_series(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_add_elpd", lambda *args: None)
+    two = datasets.load("macrodata", ["infl", "unemp"])
+    rows = [f"{t},{a:g},{b:g}" for t, (a, b) in enumerate(two.y[:30])]
+    (tmp_path / "two.csv").write_text("\n".join(["t,infl,unemp", *rows]) + "\n")
+    columns = ["--column", "unemp", "--column", "infl"]
+    command = ["compare", "two.csv", *columns, "--model", "lds", "--states", "1", "--methods", "svi:normal"]
+    assert main([*command, "--out", "out", *QUICK]) == 0
+    tree = load_tree("out/svi-normal.nc")
+    assert tree["observed_data"]["series"].values.tolist() == ["unemp", "infl"]
+    assert tree["posterior"]["A"].shape[-2:] == (1, 1)
+    assert tree["forecast"]["mean"].shape == (5, 2)
+    assert "unemp, infl" in Path("out/report.html").read_text()
+    assert main(["forecast", "out"]) == 0
+    capsys.readouterr()
+    table = pd.read_csv("out/forecast/forecast.csv")
+    assert table["series"].tolist() == ["unemp", "infl"] * 5

@@ -19,7 +19,7 @@ from pssm._types import Array, ArrayLike
 from pssm.distributions import HistoryMarginal, StatePath, observe
 from pssm.linalg import Diagonal
 from pssm.models.deep import EMISSIONS, emitted, registered_decoder
-from pssm.models.several import About, look_at
+from pssm.models.several import About, at_each, in_trials, look_at
 from pssm.nets import HistoryWeights, LocallyLinearTransition
 from pssm.register import register
 from pssm.ssm import LinearGaussianSSM
@@ -102,7 +102,7 @@ def kalman_vae(
     """
     check_choice("emission", emission, EMISSIONS)
     n, size = check_count("num_states", num_states), check_count("num_codes", num_codes)
-    about = _about(y, num_steps, num_obs, u, num_trials)
+    about = look_at(y, num_steps, num_obs, u, num_trials=num_trials)
     n_input = 0 if about.u is None else about.u.shape[-1]
     bases = register("bases", Bases(check_count("num_bases", num_bases), n, size, n_input))
     if weights is None:
@@ -122,9 +122,9 @@ def kalman_vae(
 
     def one(inputs: Array | None, data: Array | None) -> None:
         a = numpyro.sample("a", HistoryMarginal(ssm, weights, about.num_steps, inputs))
-        observe("y", emitted(emission, _decoded(read, a), noise).to_event(2), data)
+        observe("y", emitted(emission, at_each(read, a), noise).to_event(2), data)
 
-    _in_trials(one, about, batch_size)
+    in_trials(one, about, batch_size)
 
 
 def extended_kalman_vae(
@@ -189,7 +189,7 @@ def extended_kalman_vae(
     n, size = check_count("num_states", num_states), check_count("num_codes", num_codes)
     if n < size:
         raise ValueError(f"`num_states` must be at least `num_codes` ({size}): the codes are states; got {n}.")
-    about = _about(y, num_steps, num_obs, u, num_trials)
+    about = look_at(y, num_steps, num_obs, u, num_trials=num_trials)
     one_key, two_key = jax.random.split(jax.random.key(1))
     if transition is None:
         n_input = 0 if about.u is None else about.u.shape[-1]
@@ -207,35 +207,14 @@ def extended_kalman_vae(
         m0, sd = jnp.zeros(n), jnp.ones(n)
         if first is not None:
             zeta = numpyro.sample("zeta", dist.Normal(jnp.zeros(n), 1.0).to_event(1))
-            m0, sd = jnp.split(_decoded(first, zeta), 2, axis=-1)
+            m0, sd = jnp.split(at_each(first, zeta), 2, axis=-1)
             sd = jax.nn.softplus(sd)
         path = StatePath(m0, Diagonal(sd), move, Diagonal(sigma_state), about.num_steps, inputs)
         z = numpyro.sample("z", path)
         a = numpyro.sample("a", dist.Normal(z[..., :size], sigma_code).to_event(2))
-        observe("y", emitted(emission, _decoded(read, a), noise).to_event(2), data)
+        observe("y", emitted(emission, at_each(read, a), noise).to_event(2), data)
 
-    _in_trials(one, about, batch_size)
-
-
-def _about(y: Any, num_steps: int | None, num_obs: int | None, u: Any, num_trials: int | None) -> About:
-    about = look_at(y, num_steps, num_obs, u, None, None)
-    if about.y is None and num_trials is not None:
-        about = about._replace(num_sequences=check_count("num_trials", num_trials))
-    return about
-
-
-def _in_trials(one: Callable[[Array | None, Array | None], None], about: About, batch_size: int | None) -> None:
-    """`one(inputs, data)` of a series, or of a minibatch of trials inside of their plate."""
-    if about.num_sequences is None:
-        one(about.u, about.y)
-        return
-    with numpyro.plate("trials", about.num_sequences, subsample_size=batch_size) as index:
-        inputs = about.u if about.u is None or about.u.ndim == 2 else about.u[index]
-        one(inputs, None if about.y is None else about.y[index])
-
-
-def _decoded(read: Callable[[Array], Array], a: Array) -> Array:
-    return jax.vmap(read)(a.reshape(-1, a.shape[-1])).reshape(*a.shape[:-1], -1)
+    in_trials(one, about, batch_size)
 
 
 def _noise(sigma_obs: float | None, emission: str, about: About) -> Any:

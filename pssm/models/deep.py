@@ -14,7 +14,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
 from pssm.filters.linearize import NAMES
 from pssm.linalg import Diagonal
-from pssm.models.several import About, look_at
+from pssm.models.several import About, at_each, in_trials, look_at
 from pssm.nets import GatedTransition, MLPDecoder
 from pssm.nonlinear import NonlinearSSM
 from pssm.register import register
@@ -91,9 +91,7 @@ def neural_ssm(
     check_choice("states", states, STATES)
     check_choice("weights", weights, ("learned", "random"))
     n = check_count("num_states", num_states)
-    about = look_at(y, num_steps, num_obs, u, None, None)
-    if about.y is None and num_trials is not None:
-        about = about._replace(num_sequences=check_count("num_trials", num_trials))
+    about = look_at(y, num_steps, num_obs, u, num_trials=num_trials)
     f = _transition(transition, n, 0 if about.u is None else about.u.shape[-1], hidden, weights)
     read = _readout(readout, about, n, emission)
     sigma_state = numpyro.sample("sigma_state", dist.HalfNormal(0.5 * jnp.ones(n)).to_event(1))
@@ -103,8 +101,7 @@ def neural_ssm(
 
     def observed(z: Array) -> dist.Distribution:
         """The distribution of the observations at states `(..., state)`."""
-        flat = z.reshape(-1, n)
-        return emitted(emission, jax.vmap(read)(flat).reshape(*z.shape[:-1], -1), sigma_obs)
+        return emitted(emission, at_each(read, z), sigma_obs)
 
     m0, start, noise = jnp.zeros(n), Diagonal(jnp.ones(n)), Diagonal(sigma_state)
     if states != "sampled":
@@ -113,14 +110,12 @@ def neural_ssm(
         system = NonlinearSSM(m0, jnp.eye(n), f, noise.to_matrix(), lambda z: observed(z).to_event(1))
         numpyro.sample("y", GaussianFilterMarginal(system, about.num_steps, about.u, method=states), obs=about.y)
         return
-    if about.num_sequences is None:
-        z = numpyro.sample("z", StatePath(m0, start, f, noise, about.num_steps, about.u))
-        observe("y", observed(z).to_event(2), about.y)
-        return
-    with numpyro.plate("trials", about.num_sequences, subsample_size=batch_size) as index:
-        inputs = about.u if about.u is None or about.u.ndim == 2 else about.u[index]
+
+    def one(inputs: Array | None, data: Array | None) -> None:
         z = numpyro.sample("z", StatePath(m0, start, f, noise, about.num_steps, inputs))
-        observe("y", observed(z).to_event(2), None if about.y is None else about.y[index])
+        observe("y", observed(z).to_event(2), data)
+
+    in_trials(one, about, batch_size)
 
 
 def deep_markov(
@@ -173,7 +168,7 @@ def deep_markov(
     """
     check_choice("emission", emission, EMISSIONS)
     n = check_count("num_states", num_states)
-    about = look_at(y, num_steps, num_obs, u, None, None)
+    about = look_at(y, num_steps, num_obs, u)
     one, two = jax.random.split(jax.random.key(0))
     if transition is None:
         transition = GatedTransition(n, hidden, n_input=0 if about.u is None else about.u.shape[-1], key=one)

@@ -172,7 +172,7 @@ def lds_start(
 ) -> LinearGaussianSSM:
     """A mode of `lds` by EM, from a start by subspace identification. Arguments as in `lds` and `fit_em`."""
     n = check_count("num_states", num_states)
-    data = check_series(y, look_at(y, None, None, u, None, None).num_obs)
+    data = check_series(y, look_at(y, None, None, u).num_obs)
     first = fit_em(data, n, u=u, num_iters=1, diagonal=("R",)).ssm
     result = fit_em(
         data,

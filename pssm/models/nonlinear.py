@@ -54,7 +54,7 @@ def stochastic_volatility(
     """
     check_choice("states", states, STATES)
     _no_inputs(u)
-    about = look_at(y, num_steps, 1, None, None, None)
+    about = look_at(y, num_steps, 1)
     mu = numpyro.sample("mu", dist.Normal(2 * jnp.log(about.scale[0]), 2.0))
     phi = numpyro.deterministic("phi", 2 * numpyro.sample("phi_unit", dist.Beta(20.0, 1.5)) - 1)
     sigma = numpyro.sample("sigma", dist.HalfNormal(0.5))
@@ -108,7 +108,7 @@ def poisson_lds(
     """
     check_choice("states", states, STATES)
     n = check_count("num_states", num_states)
-    about = look_at(y, num_steps, num_obs, u, None, None)
+    about = look_at(y, num_steps, num_obs, u)
     p, one = about.num_obs, jnp.eye(n)
     A = numpyro.sample("A", StableMatrixNormal(0.7 * one, 0.2 * n**-0.5))
     C = triangular_loadings("C", jnp.full(p, 0.3), n)
@@ -141,7 +141,7 @@ def pendulum(
     """
     check_choice("states", states, STATES)
     _no_inputs(u)
-    about = look_at(y, num_steps, 1, None, None, None)
+    about = look_at(y, num_steps, 1)
     stiffness = numpyro.sample("stiffness", dist.LogNormal(jnp.log(10.0), 0.5))
     damping = numpyro.sample("damping", dist.HalfNormal(0.5))
     sigma_force = numpyro.sample("sigma_force", dist.HalfNormal(1.0))
@@ -166,7 +166,7 @@ def lorenz63(
     """
     check_choice("states", states, STATES)
     _no_inputs(u)
-    about = look_at(y, num_steps, len(observed), None, None, None)
+    about = look_at(y, num_steps, len(observed))
     sigma = numpyro.sample("sigma", dist.LogNormal(jnp.log(10.0), 0.3))
     rho = numpyro.sample("rho", dist.LogNormal(jnp.log(28.0), 0.3))
     beta = numpyro.sample("beta", dist.LogNormal(jnp.log(8.0 / 3.0), 0.3))
@@ -204,7 +204,7 @@ def van_der_pol(
     check_choice("states", states, STATES)
     check_choice("readout", readout, ("direct", "gaussian", "poisson"))
     _no_inputs(u)
-    about = look_at(y, num_steps, 2 if readout == "direct" else num_obs, None, None, None)
+    about = look_at(y, num_steps, 2 if readout == "direct" else num_obs)
     p = about.num_obs
     mu = numpyro.sample("mu", dist.HalfNormal(2.0))
     sigma_state = numpyro.sample("sigma_state", dist.HalfNormal(0.3))
@@ -248,7 +248,7 @@ def ring_attractor(
         states: see the module's head.
     """
     check_choice("states", states, STATES)
-    about = look_at(y, num_steps, num_obs, u, None, None)
+    about = look_at(y, num_steps, num_obs, u)
     if about.u is not None and about.u.shape[-1] != 1:
         raise ValueError(f"`u` must be one angular velocity, (time,) or (time, 1); got {about.u.shape}.")
     speed = numpyro.sample("speed", dist.Normal(1.0, 0.5)) if about.u is not None else 1.0

@@ -5,8 +5,10 @@ never settles. Here the transition's noise is the identity, which leaves rotatio
 diagonal and positive on it, which leaves none.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -35,11 +37,12 @@ def look_at(
     y: ArrayLike | None,
     num_steps: int | None,
     num_obs: int | None,
-    u: ArrayLike | None,
-    location: ArrayLike | None,
-    scale: ArrayLike | None,
+    u: ArrayLike | None = None,
+    location: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    num_trials: int | None = None,
 ) -> About:
-    """The arguments that all these models have, checked, and the scales of the data."""
+    """The arguments that all these models have, checked, and the scales of the data; `num_trials` is for no `y`."""
     if y is None:
         if num_steps is None or num_obs is None:
             raise ValueError("`num_steps` and `num_obs` are required where `y` is None.")
@@ -69,16 +72,34 @@ def look_at(
         spread = jnp.sqrt(jnp.where(seen, (flat - mean) ** 2, 0.0).sum(0) / count)
         spread = jnp.where(spread > 0, spread, 1.0)
     width = jnp.ones(0) if inputs is None else jnp.sqrt(jnp.mean(inputs**2, axis=tuple(range(inputs.ndim - 1))))
+    several = shape[0] if len(shape) == 3 else None
+    if data is None and num_trials is not None:
+        several = check_count("num_trials", num_trials)
     return About(
         data,
         inputs,
-        shape[0] if len(shape) == 3 else None,
+        several,
         shape[-2],
         p,
         mean if location is None else jnp.broadcast_to(as_float("location", location), (p,)),
         spread if scale is None else jnp.broadcast_to(as_float("scale", scale), (p,)),
         jnp.where(width > 0, width, 1.0),
     )
+
+
+def in_trials(one: Callable[[Array | None, Array | None], None], about: About, batch_size: int | None) -> None:
+    """`one(inputs, data)` of a series, or of a minibatch of trials inside their plate."""
+    if about.num_sequences is None:
+        one(about.u, about.y)
+        return
+    with numpyro.plate("trials", about.num_sequences, subsample_size=batch_size) as index:
+        inputs = about.u if about.u is None or about.u.ndim == 2 else about.u[index]
+        one(inputs, None if about.y is None else about.y[index])
+
+
+def at_each(read: Callable[[Array], Array], z: Array) -> Array:
+    """A function of one vector, at every vector of `(..., size)`."""
+    return jax.vmap(read)(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
 
 
 def below_diagonal(p: int, n: int) -> tuple[np.ndarray, np.ndarray]:

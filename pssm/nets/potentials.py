@@ -141,11 +141,9 @@ def split_numbers(x: Array, n_state: int, rank: int, diagonal: bool = True, tied
 
     Zeros give a potential with a diagonal of 0.7 and centre zero. `K` is held below 30 by a soft cap.
     """
-    cut = iter(jnp.split(x, [n_state * rank, n_state * rank + n_state * diagonal], axis=-1))
-    K = next(cut).reshape(*x.shape[:-1], n_state, rank)
-    K = 30.0 * jnp.tanh(K / 30.0)
-    diag = jax.nn.softplus(next(cut)) if diagonal else (next(cut), None)[1]
-    slope = next(cut)
+    K, width, slope = jnp.split(x, [n_state * rank, n_state * (rank + diagonal)], axis=-1)
+    K = 30.0 * jnp.tanh(K.reshape(*x.shape[:-1], n_state, rank) / 30.0)
+    diag = jax.nn.softplus(width) if diagonal else None
     if not tied:
         return PseudoObservation(K, diag, k=slope, relative=True)
     b, c = slope[..., :rank], slope[..., rank:]

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class Study:
         model_name: the model's name.
         y: data `(time, obs)`, NaN where missing.
         time: labels of the time steps.
-        column: the series' name.
+        column: the series' name, or those of several in a row.
         results: a `MethodResult` for each method, in the order asked for.
         reference: the method the others are measured against, "" if none finished.
         table: one row per method.
@@ -119,7 +119,7 @@ def compare(
     time: ArrayLike | None = None,
     future_time: ArrayLike | None = None,
     name: str = "",
-    column: str = "y",
+    column: str | Sequence[str] = "y",
     out: str | Path | None = None,
     finished: dict[str, MethodResult] | None = None,
     progress: bool = True,
@@ -146,7 +146,7 @@ def compare(
         time: labels of the time steps.
         future_time: labels of the forecast steps.
         name: what is studied, for the report.
-        column: the series' name.
+        column: the series' name, or those of several.
         out: a folder in which each method's result is saved as soon as it is there; `pssm resume` goes on from it.
         finished: results of an earlier run by method, taken as they are.
         progress: show progress.
@@ -175,11 +175,12 @@ def compare(
     data = data[:, None] if data.ndim == 1 else data
     if data.size == 0 or np.isnan(data).all():
         raise ValueError(f"`y` has no observed value (shape {data.shape}).")
+    names = series_names(column, data.shape[1])
     settings = Settings(seed, num_warmup, num_samples, num_chains, svi_steps, horizon, budget, progress)
     labels = {
         "time": np.arange(len(data)) if time is None else np.asarray(time),
         "future_time": future_time,
-        "coords": {"series": [column]} if data.shape[1] == 1 else {},
+        "coords": {"series": list(names)},
     }
     values = jnp.asarray(data)
     trace_with(function, {}, values)  # options that do not fit fail here, before anything is run or written
@@ -188,7 +189,7 @@ def compare(
     finished = {m: r for m, r in (finished or {}).items() if m in methods}
     own_name = name or model_name
     plan = Plan(
-        function, data, methods, settings, leave_future_out, labels["time"], future_time, own_name, column, finished
+        function, data, methods, settings, leave_future_out, labels["time"], future_time, own_name, names, finished
     )
     folder = None if out is None else StudyFolder(out, plan)
 
@@ -227,7 +228,7 @@ def compare(
         model_name,
         data,
         np.asarray(labels["time"]),
-        column,
+        ", ".join(names),
         results,
         reference,
         table,
@@ -236,6 +237,16 @@ def compare(
         _warnings(results, reference),
         interrupted,
     )
+
+
+def series_names(column: str | Sequence[str], count: int) -> tuple[str, ...]:
+    """A name for each of `count` series; one name for several is numbered."""
+    if isinstance(column, str):
+        return (column,) if count == 1 else tuple(f"{column} {i + 1}" for i in range(count))
+    names = tuple(str(name) for name in column)
+    if len(names) != count or len(set(names)) < count:
+        raise ValueError(f"`column` must be {count} different names, one for each column of `y`; got {names}.")
+    return names
 
 
 def save_result(result: MethodResult, folder: Path) -> None:

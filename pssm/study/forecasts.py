@@ -15,7 +15,7 @@ from pssm._checks import check_choice
 from pssm.infer import forecast, load, posterior_draws
 from pssm.infer.fitted import model_of
 from pssm.infer.predict import QUANTILES
-from pssm.study.compare import Study, compare
+from pssm.study.compare import Study, compare, series_names
 from pssm.study.saved import is_study, labels_after, load_plan
 
 NAMES = [f"q{round(100 * q):02d}" for q in QUANTILES]
@@ -49,7 +49,7 @@ def forecast_saved(
         check_choice("method", method, done)
         posterior = plan.finished[method].tree["posterior"]
         draws: dict[str, Any] = {str(n): x.values for n, x in posterior.data_vars.items()}
-        model, y, time, kwargs, column = plan.model, plan.y, plan.time, {}, plan.column
+        model, y, time, kwargs, series = plan.model, plan.y, plan.time, {}, list(plan.columns)
         horizon = horizon or plan.settings.horizon
     else:
         fit = load(path)
@@ -57,16 +57,12 @@ def forecast_saved(
         if not args or np.ndim(args[0]) not in (1, 2):
             raise ValueError(f"`path` {path}: the first argument of its model is no series.")
         y = np.asarray(args[0], float).reshape(len(args[0]), -1)
-        draws, method, column = (
-            posterior_draws(fit, num_samples=1000),
-            "NUTS" if hasattr(fit, "sampler") else "SVI",
-            "y",
-        )
+        draws, method = posterior_draws(fit, num_samples=1000), "NUTS" if hasattr(fit, "sampler") else "SVI"
+        series = list(series_names("y", y.shape[1]))
         time = np.arange(len(y))
     horizon = horizon or max(10, len(y) // 10)
     found = forecast(model, draws, horizon, y, key=seed, **kwargs)
     future = labels_after(time, horizon)
-    series = [column] if y.shape[1] == 1 else [f"{column} {i + 1}" for i in range(y.shape[1])]
     data = {"mean": found.mean, "sd": found.sd, **dict(zip(NAMES, found.quantiles, strict=True))}
     group = xr.Dataset({n: (("horizon", "series"), x) for n, x in data.items()}, {"horizon": future, "series": series})
     past = xr.Dataset({"y": (("time", "series"), y)}, {"time": time, "series": series})
@@ -128,7 +124,7 @@ def resume_study(path: str | Path, *, model: Any = None, progress: bool = True) 
         time=plan.time,
         future_time=plan.future_time,
         name=plan.name,
-        column=plan.column,
+        column=plan.columns,
         out=path,
         finished=plan.finished,
     )

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
         time: labels of the time steps.
         future_time: labels of the forecast steps, or None.
         name: what is studied.
-        column: the series' name.
+        columns: the names of the series.
         finished: the methods that are done, failed or could not run, with what they gave.
     """
 
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     time: np.ndarray
     future_time: np.ndarray | None
     name: str
-    column: str
+    columns: tuple[str, ...]
     finished: dict[str, MethodResult]
 
 
@@ -71,7 +71,7 @@ class StudyFolder:
             "settings": dataclasses.asdict(plan.settings),
             "leave_future_out": plan.leave_future_out,
             "name": plan.name,
-            "column": plan.column,
+            "columns": list(plan.columns),
         }
         self.folder = FitFolder.create(self.out / FOLDER, manifest, force=True)
         self.folder.put("arguments", arrays)
@@ -151,7 +151,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
             bool(m["leave_future_out"]),
             *labels,
             str(m["name"]),
-            str(m["column"]),
+            tuple(str(x) for x in m["columns"]),
             finished,
         )
     except (KeyError, TypeError, AttributeError) as error:
