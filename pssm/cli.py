@@ -121,7 +121,9 @@ def _add_texture(commands: Any) -> None:
     )
     texture.add_argument("clip", help="a video or gif, a folder of images, or an array (.npy, .npz)")
     texture.add_argument("--states", type=int, help="size of the state; default 30, fewer for short clips")
-    texture.add_argument("--method", default="svd", help="svd (closed form) or em (maximum likelihood); default svd")
+    texture.add_argument(
+        "--method", default="svd", help="svd (closed form) or em (exact likelihood with a weak prior); default svd"
+    )
     texture.add_argument("--noise", type=int, help="directions of the transition's noise; default all")
     texture.add_argument("--frames", type=int, help="use at most so many frames")
     texture.add_argument("--every", type=int, default=1, help="use one frame in so many; default 1")

@@ -8,6 +8,7 @@ import pytest
 
 import pssm
 from pssm import DynamicTexture, fit_em
+from pssm.learning import MatrixNormalInverseWishart, Prior
 
 WATER = Path(__file__).parents[2] / "shared" / "data" / "water_crop_64x48.npz"
 
@@ -75,12 +76,38 @@ def test_em_is_em_over_all_pixels(length, x64):
     pixels = frames.reshape(len(frames), -1)
     found = fit_em(pixels, start.ssm, num_iters=6, tol=0.0, fixed=("m0", "P0", "d"), isotropic=("R",), floor=0.0)
     for count in (1, 6):
-        texture = DynamicTexture.fit(frames, 3, method="em", num_iters=count, tol=0.0)
+        texture = DynamicTexture.fit(frames, 3, method="em", num_iters=count, tol=0.0, prior_frames=0)
         assert texture.log_likelihood(frames) == pytest.approx(found.log_likelihoods[count], rel=1e-9)
     np.testing.assert_allclose(
         np.sort_complex(np.linalg.eigvals(texture.A)), np.sort_complex(np.linalg.eigvals(found.ssm.A)), atol=1e-8
     )
     np.testing.assert_allclose(texture.components.T @ texture.components, np.eye(3), atol=1e-10)
+    np.testing.assert_allclose(texture.sigma**2, np.asarray(found.ssm.R)[0, 0], rtol=1e-8)
+
+
+def test_frames_of_prior_are_the_conjugate_prior_of_fit_em(x64):
+    frames, weight = clip(), 5.0
+    start = DynamicTexture.fit(frames, 3)
+    before, after = start.states[:-1], start.states[1:]
+    own = np.sum(before * after, 0) / np.sum(before**2, 0)
+    left = np.mean(after**2, 0) - own**2 * np.mean(before**2, 0)
+    prior = MatrixNormalInverseWishart(np.diag(own), weight * np.mean(before**2, 0), weight * left, weight - 7)
+    found = fit_em(
+        frames.reshape(len(frames), -1),
+        start.ssm,
+        num_iters=6,
+        tol=0.0,
+        prior=Prior(transition=prior),
+        fixed=("m0", "P0", "d"),
+        isotropic=("R",),
+        floor=0.0,
+    )
+    texture = DynamicTexture.fit(frames, 3, method="em", num_iters=6, tol=0.0, prior_frames=weight)
+    assert texture.log_likelihood(frames) == pytest.approx(found.log_likelihoods[6], rel=1e-9)
+    assert texture.log_likelihood(frames) < start.log_likelihood(frames)
+    np.testing.assert_allclose(
+        np.sort_complex(np.linalg.eigvals(texture.A)), np.sort_complex(np.linalg.eigvals(found.ssm.A)), atol=1e-8
+    )
     np.testing.assert_allclose(texture.sigma**2, np.asarray(found.ssm.R)[0, 0], rtol=1e-8)
 
 
@@ -124,6 +151,16 @@ def test_an_unstable_transition_is_moved_inside_with_a_warning(x64):
         (np.full((9, 2, 2), np.nan), dict(num_states=2), "`frames` must be finite"),
         (np.zeros((9, 2, 2)), dict(num_states=2, method="pca"), "`method` must be one of"),
         (np.zeros((9, 2, 2)), dict(num_states=2, num_noise=3), "`num_noise` must be at most 2"),
+        (
+            clip(),
+            dict(num_states=2, method="em", prior_frames=-1),
+            "`prior_frames` must be a number of frames, 0 or more",
+        ),
+        (
+            clip(),
+            dict(num_states=2, method="em", num_noise=1, prior_frames=3),
+            "`prior_frames` must be 0 with `num_noise`",
+        ),
         (np.zeros((9, 2, 2)), dict(num_states=5), "`num_states` must be at most 4"),
         (np.zeros((9, 2, 2)), dict(num_states=0), "`num_states` must be at least 1"),
     ],
@@ -142,15 +179,23 @@ def test_other_frames_than_those_of_the_clip_are_named():
 
 @pytest.mark.skipif(not WATER.exists(), reason="the water clip is not here")
 def test_running_water(x64, key):
-    """Twenty states: the share of the singular vectors, a long bounded synthesis, EM ahead on the clip it is given."""
+    """Twenty states: the share of the singular vectors, a long bounded synthesis, EM ahead on frames held out."""
     arrays = np.load(WATER)
     frames = np.asarray(arrays[arrays.files[0]], float)
     train = frames[:70]
-    by_svd, by_em = (DynamicTexture.fit(train, 20, method=m, num_iters=30) for m in ("svd", "em"))
+    by_svd, by_em = (DynamicTexture.fit(train, 20, method=m) for m in ("svd", "em"))
+    most_likely = DynamicTexture.fit(train, 20, method="em", num_iters=30, prior_frames=0)
     X = train.reshape(len(train), -1)
     s = np.linalg.svd(X - X.mean(0), compute_uv=False)
     assert by_svd.compression.explained == pytest.approx(np.sum(s[:20] ** 2) / np.sum(s**2))
-    assert by_em.log_likelihood(train) > by_svd.log_likelihood(train) + 100
+    assert most_likely.log_likelihood(train) > by_svd.log_likelihood(train) + 100
+
+    def of_the_rest(texture):
+        return texture.log_likelihood(frames) - texture.log_likelihood(train)
+
+    assert of_the_rest(by_em) > of_the_rest(by_svd) + 100
+    assert by_em.log_likelihood(frames[70:]) > by_svd.log_likelihood(frames[70:]) + 100
+    assert of_the_rest(most_likely) < of_the_rest(by_svd), "what the prior is for"
     one_step = train[1:] - by_svd.render(by_svd.states[:-1] @ np.asarray(by_svd.A).T)
     assert np.std(one_step) < 0.7 * np.std(train - by_svd.mean)
     synthetic = by_svd.synthesize(key, 300)

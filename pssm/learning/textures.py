@@ -15,6 +15,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import check_choice, check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._types import ArrayLike, Key
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import log_likelihood as log_likelihood_of
-from pssm.learning.em import LikelihoodFellError
+from pssm.learning.texture_em import Numbers, improve, own_autoregressions
 from pssm.ssm import LinearGaussianSSM
 
 PIECE = 2**25  # numbers read at once, in whole frames
@@ -92,6 +93,7 @@ class DynamicTexture:
         stable: bool = True,
         num_iters: int = 50,
         tol: float = 1e-6,
+        prior_frames: float | None = None,
     ) -> "DynamicTexture":
         """A texture from a clip.
 
@@ -100,10 +102,13 @@ class DynamicTexture:
                 array with slices, of any real dtype, so that a `numpy.memmap` larger than memory will do.
             num_states: size of the state, at most the number of pixels.
             num_noise: directions of the transition's noise; all of them by default.
-            method: "svd" (closed form) or "em" (maximum likelihood, started at the former).
+            method: "svd" (closed form) or "em" (exact likelihood, started at the former; see `prior_frames`).
             stable: move eigenvalues of an unstable transition inside the unit circle, with a warning.
             num_iters: most iterations of EM.
-            tol: relative gain of the log-likelihood at which EM stops.
+            tol: relative gain of its objective at which EM stops.
+            prior_frames: weight, in frames, of EM's prior that each component of the clip moves by itself, as an
+                autoregression. 0 is maximum likelihood, which fits a short clip too closely. Default: as many frames as
+                states; 0 with `num_noise`.
 
         Raises:
             ValueError: too few frames or pixels, values that are not finite, an unknown method, or EM on a clip that
@@ -151,8 +156,43 @@ class DynamicTexture:
                     f"`frames` leave nothing for the noise: {n} components hold them wholly, and the likelihood has no "
                     'maximum. Take fewer states, or method="svd".'
                 )
-            texture = _by_em(texture, frames, num_noise, num_iters, tol)
+            texture = texture._improved(frames, num_noise, prior_frames, num_iters, tol)
         return texture._stabilised() if stable else texture
+
+    def _improved(
+        self, frames: Any, num_noise: int | None, prior_frames: float | None, num_iters: int, tol: float
+    ) -> "DynamicTexture":
+        """By EM. `C` stays within the span of the frames, so all of it happens in their principal coordinates."""
+        length, (pixels, n) = len(frames), self.components.shape
+        weight = float((n if num_noise is None else 0) if prior_frames is None else prior_frames)
+        if num_noise is not None and weight:
+            raise ValueError(
+                "`prior_frames` must be 0 with `num_noise`: a prior of a regular `Q` needs all directions."
+            )
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"`prior_frames` must be a number of frames, 0 or more; got {weight:g}.")
+        _, basis, x, energy = _principal(frames, min(length - 1, pixels))
+        arrays = (np.asarray(v, float) for v in (self.A, self.chol_Q, self.sigma, self.m0, self.chol_P0))
+        prior = own_autoregressions(self.states, weight)
+
+        def texture(found: Numbers) -> DynamicTexture:
+            C, *rest = found
+            return DynamicTexture(self.mean, basis @ C, *rest, x @ C, self._energy)
+
+        cut = partial(_noise_factor, num_noise=num_noise)
+        double = self.A.dtype == jnp.float64
+        return improve(
+            x,
+            energy,
+            pixels,
+            Numbers(basis.T @ self.components, *arrays),
+            prior,
+            cut,
+            num_iters,
+            tol,
+            1e-9 if double else 1e-5,
+            texture,
+        )
 
     @property
     def spectral_radius(self) -> float:
@@ -347,54 +387,3 @@ def _noise_factor(factor: np.ndarray, num_noise: int | None) -> np.ndarray:
     left, sizes, _ = np.linalg.svd(factor, full_matrices=False)
     count = min(len(sizes), num_noise or len(sizes))
     return left[:, :count] * sizes[:count]
-
-
-# EM -----------------------------------------------------------------------------------------------------------------
-
-
-@jax.jit
-def _expectations(ssm: LinearGaussianSSM, y: Array) -> tuple[Array, ...]:
-    s = kalman_smoother(ssm, y)
-    second = s.cov + s.mean[:, :, None] * s.mean[:, None, :]
-    lag = s.cross_cov + s.mean[1:, :, None] * s.mean[:-1, None, :]
-    return s.mean, second[:-1].sum(0), lag.sum(0), second[1:].sum(0), second.sum(0), s.log_likelihood
-
-
-def _by_em(texture: DynamicTexture, frames: Any, num_noise: int | None, num_iters: int, tol: float) -> DynamicTexture:
-    """Exact EM with one noise variance for all pixels.
-
-    `C` stays within the span of the frames, so all of it happens in their principal coordinates; what counts is that
-    the variance is shared by all pixels. After each step `C` is made orthonormal by a change of the state's basis.
-    """
-    length, pixels = len(frames), len(texture.components)
-    _, basis, x, energy = _principal(frames, min(length - 1, pixels))
-    n = len(texture.A)
-    C = basis.T @ texture.components
-    A, chol_Q, sigma = (np.asarray(v, float) for v in (texture.A, texture.chol_Q, texture.sigma))
-    m0, chol_P0 = np.asarray(texture.m0, float), np.asarray(texture.chol_P0, float)
-    before = -np.inf
-    slack = 1e-9 if texture.A.dtype == jnp.float64 else 1e-5
-    fitted = texture
-    for count in range(num_iters + 1):
-        eye = jnp.eye(n)
-        model = LinearGaussianSSM(m0, chol_P0, A, chol_Q, eye, sigma * eye)
-        means, S00, S10, S11, Szz, value = (np.asarray(v, float) for v in _expectations(model, jnp.asarray(x @ C)))
-        left = energy - float(np.sum((x @ C) ** 2))
-        total = float(value) - 0.5 * (length * (pixels - n) * math.log(2 * math.pi * sigma**2) + left / sigma**2)
-        if total < before - slack * abs(total):
-            raise LikelihoodFellError(f"The log-likelihood fell from {before} to {total} in iteration {count}.", fitted)
-        fitted = DynamicTexture(texture.mean, basis @ C, A, chol_Q, float(sigma), m0, chol_P0, x @ C, texture._energy)
-        if count == num_iters or total - before < tol * abs(total):
-            break
-        before = total
-        A = np.linalg.solve(S00, S10.T).T
-        noise = (S11 - A @ S10.T - S10 @ A.T + A @ S00 @ A.T) / (length - 1)
-        values, vectors = np.linalg.eigh(0.5 * (noise + noise.T))
-        chol_Q = _noise_factor(vectors * np.sqrt(np.maximum(values, 0.0)), num_noise)
-        C = np.linalg.solve(Szz, means.T @ x).T
-        cross = float(np.sum(C * (x.T @ means)))
-        sigma = np.sqrt(max(energy - 2 * cross + float(np.sum((C.T @ C) * Szz)), 1e-12 * energy) / (length * pixels))
-        C, turn = np.linalg.qr(C)
-        back = np.linalg.inv(turn)
-        A, chol_Q, m0, chol_P0 = turn @ A @ back, turn @ chol_Q, turn @ m0, turn @ chol_P0
-    return fitted
