@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import jax
@@ -288,3 +290,46 @@ def test_sigkill_and_a_fresh_process(tmp_path):
         assert whole["sigma_obs"].shape == (2, 40)
         for name in whole:
             np.testing.assert_array_equal(whole[name], resumed[name])
+
+
+LONG = {"num_warmup": 500, "num_samples": 3000, "num_chains": 2, "chunk": 10, "progress_bar": False, "key": 5}
+CHILD = """
+import json, sys
+from pathlib import Path
+from pssm import datasets, models
+from pssm.infer import fit_nuts, resume
+
+folder = Path(sys.argv[1])
+if (folder / "manifest.json").exists():
+    resume(folder, progress_bar=False)
+else:
+    fit_nuts(models.local_level, datasets.load("nile").y, checkpoint=folder, **json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_times(tmp_path):
+    """SIGKILL, a new process each time: what is in the folder can always be read, and the draws are the same."""
+    folder, rng = tmp_path / "fit", np.random.default_rng(0)
+
+    def iterations():
+        there = (folder / "manifest.json").exists()
+        return manifest_of(folder)["progress"]["iterations"] if there else 0
+
+    reached = 0
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", CHILD, folder, json.dumps(LONG)])
+        while child.poll() is None and iterations() == reached:  # it starts, and compiles
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, "it was still running"
+        assert iterations() > reached
+        reached = iterations()
+        if reached <= LONG["num_warmup"]:
+            with pytest.raises(ValueError, match="still in its warm-up"):
+                load(folder)
+            continue
+        assert len(load(folder).get_samples()["sigma_obs"]) == 2 * (reached - LONG["num_warmup"])
+    whole = fit_nuts(models.local_level, datasets.load("nile").y, **LONG)
+    assert_same_draws(resume(folder, progress_bar=False), whole)
