@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.linalg import triangularise
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.observed import log_prob_observed
 from pssm.ssm import LinearGaussianSSM
@@ -229,8 +230,8 @@ class NonlinearSSM:
         if inputs is not None and len(inputs) != num_steps:
             raise ValueError(f"`u` must have {num_steps} time steps; got shape {inputs.shape}.")
         first, later, seen = jax.random.split(key, 3)
-        z = self.m0 + self.chol_P0 @ jax.random.normal(first, self.m0.shape, self.m0.dtype)
-        noise = jax.random.normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)
+        z = self.m0 + self.chol_P0 @ standard_normal(first, self.m0.shape, self.m0.dtype)
+        noise = standard_normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)
 
         def step(z: Array, t: Array) -> tuple[Array, Array]:
             new = self.transition(z, None if inputs is None else inputs[t]) + self.noise(t) @ noise[t]

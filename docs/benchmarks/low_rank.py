@@ -24,6 +24,7 @@ import numpy as np
 
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
 from pssm.linalg import Diagonal
+from pssm.linalg.random import standard_normal
 
 STEPS, TRIALS, DRAWS, RANK, CHANNELS, HIDDEN = 20, 8, 25, 8, 100, 64
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -80,7 +81,7 @@ def matched(n, y, p, key):
 
 def floor(n, y, p, key):
     trials, steps = y.shape[:2]
-    noise = jax.random.normal(key, (steps, trials * DRAWS, n))
+    noise = standard_normal(key, (steps, trials * DRAWS, n), jnp.float32)
 
     def step(z, e):
         z = gated(p["w"], z, None) + 0.3 * e

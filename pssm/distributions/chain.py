@@ -31,6 +31,7 @@ from pssm.linalg.low_rank import (
     posterior_transition,
     posterior_variance,
 )
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul
 
 _CORE = {"K": 3, "k": 2, "diag": 2, "center": 2, "b": 2}
@@ -118,8 +119,8 @@ class LowRankChain(dist.Distribution):
         num = math.prod(sample_shape)
         steps, factors = self.prior.num_steps, (self.prior.chol_P0, self.prior.chol_Q)
         shape = (*self.batch_shape, steps, num)
-        noise = jax.random.normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.k.dtype)
-        pulls = jax.random.normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.k.dtype)
+        noise = standard_normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.k.dtype)
+        pulls = standard_normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.k.dtype)
 
         def one(a: dict[str, Any]) -> tuple[Array, Array]:
             first, later = self._updates(a)

@@ -17,6 +17,7 @@ from pssm.batch import map_batch
 from pssm.distributions.state_path import LOG_2PI, StatePath
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor
+from pssm.linalg.random import standard_normal
 
 
 class ConditionedPath(dist.Distribution):
@@ -85,7 +86,7 @@ class ConditionedPath(dist.Distribution):
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""
         batch = (*sample_shape, *self.batch_shape)
-        noise = jax.random.normal(key, (*batch, *self.event_shape), self.start.dtype)
+        noise = standard_normal(key, (*batch, *self.event_shape), self.start.dtype)
         conditional = self.conditional
 
         def one(a: dict[str, Array]) -> Array:

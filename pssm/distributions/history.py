@@ -16,6 +16,7 @@ from pssm.distributions.posterior import LinearGaussianPosterior
 from pssm.filters import log_likelihood
 from pssm.filters.covariance import update
 from pssm.linalg import triangularise
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matmul, matvec
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
@@ -91,7 +92,7 @@ class HistoryMarginal(dist.Distribution):
         batch = (*sample_shape, *self.batch_shape)
         n, p = self.bases.n_state, self.bases.n_obs
         width = n + self.bases.chol_Q.shape[-1] + p
-        noise = jax.random.normal(key, (*batch, self.num_steps, width), self.bases.dtype)
+        noise = standard_normal(key, (*batch, self.num_steps, width), self.bases.dtype)
         xs, cores = {"noise": noise, "u": self.u}, {"noise": 2, "u": 2}
         return map_batch(self._draw, batch, xs, cores)
 

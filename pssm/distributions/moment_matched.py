@@ -14,6 +14,7 @@ from pssm.batch import map_batch
 from pssm.distributions.chain import check_potentials
 from pssm.distributions.state_path import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose, as_matrix
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
 
@@ -109,7 +110,7 @@ class LowRankMomentMatched(dist.Distribution):
         own, own_cores = prior.arrays()
         sizes = max(prior.chol_P0.shape[-1], prior.chol_Q.shape[-1]), arrays["K"].shape[-1]
         sizes = (*sizes, arrays["K_back"].shape[-1] if backward is not None else 0)
-        noise = jax.random.normal(key, (*batch, prior.num_steps, num_samples, num_samples + sum(sizes)), prior.m0.dtype)
+        noise = standard_normal(key, (*batch, prior.num_steps, num_samples, num_samples + sum(sizes)), prior.m0.dtype)
         psi = {f"psi_{n}": x for n, x in arrays.items()}
         psi_cores = {f"psi_{n}": cores[n] for n in arrays}
         self.moments: Moments = map_batch(

@@ -13,6 +13,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.distributions.state_path import StatePath
 from pssm.filters import kalman_smoother, log_likelihood, sample_states
 from pssm.linalg import triangularise
+from pssm.linalg.random import standard_normal
 from pssm.observed import log_prob_observed
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_model, check_num_steps
@@ -136,11 +137,11 @@ class ImputedSeries(dist.Distribution):
         """Series of shape `sample_shape + batch_shape + (time, size)`."""
         own, states, noise = jax.random.split(key, 3)
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        known = self.location + self.scale * jax.random.normal(own, shape, self.location.dtype)
+        known = self.location + self.scale * standard_normal(own, shape, self.location.dtype)
         series = self.seen_part(known)
         ssm = self.system(series)
         path = sample_states(states, ssm, series, self.u)
-        e = jax.random.normal(noise, (*shape[:-1], ssm.chol_R.shape[-1]), self.location.dtype)
+        e = standard_normal(noise, (*shape[:-1], ssm.chol_R.shape[-1]), self.location.dtype)
         free = _signal(ssm, path, self.u) + _columns(ssm.chol_R, e, "chol_R" in ssm.time_varying)
         return jnp.where(self.seen[..., None], known, free)
 

@@ -10,6 +10,7 @@ from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
 from numpyro.distributions.util import validate_sample
 
 from pssm._types import Array, ArrayLike, Float, Key
+from pssm.linalg.random import standard_normal
 
 TRIES = 10_000
 
@@ -118,7 +119,7 @@ class StableMatrixNormal(dist.Distribution):
             def draw(state: tuple[Array, Array, Key]) -> tuple[Array, Array, Key]:
                 count, _, key = state
                 key, own = jax.random.split(key)
-                return count + 1, loc + scale * jax.random.normal(own, loc.shape, loc.dtype), key
+                return count + 1, loc + scale * standard_normal(own, loc.shape, loc.dtype), key
 
             def go_on(state: tuple[Array, Array, Key]) -> Array:
                 return (state[0] < TRIES) & jnp.logical_not(stable_matrix(state[1]))

@@ -18,6 +18,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
@@ -185,7 +186,7 @@ class StatePath(dist.Distribution):
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Paths of shape `sample_shape + batch_shape + (time, state)`."""
         shape = (*sample_shape, *self.batch_shape, self.noise_size)
-        return self.path_from_noise(jax.random.normal(key, shape, self.m0.dtype))
+        return self.path_from_noise(standard_normal(key, shape, self.m0.dtype))
 
     def path_from_noise(self, noise: Array) -> Array:
         """The path driven by standard normal `noise` of shape `(..., noise_size)`: the non-centred form.

@@ -15,6 +15,7 @@ from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matmul, matvec, times
 from pssm.missing import split_missing
 from pssm.nonlinear import NonlinearSSM
@@ -106,8 +107,8 @@ def simulate(
     inputs = None if inputs is None else inputs.astype(ssm.dtype)
     batch = jnp.broadcast_shapes(ssm.batch_shape, () if inputs is None else inputs.shape[:-2])
     state_key, obs_key = jax.random.split(key)
-    state_noise = jax.random.normal(state_key, (*batch, num_steps, ssm.n_state + ssm.chol_Q.shape[-1]), ssm.dtype)
-    obs_noise = jax.random.normal(obs_key, (*batch, num_steps, ssm.n_obs), ssm.dtype)
+    state_noise = standard_normal(state_key, (*batch, num_steps, ssm.n_state + ssm.chol_Q.shape[-1]), ssm.dtype)
+    obs_noise = standard_normal(obs_key, (*batch, num_steps, ssm.n_obs), ssm.dtype)
     return over_batches(_simulate, ssm, (inputs, 2), (state_noise, 2), (obs_noise, 2))
 
 

@@ -29,6 +29,7 @@ from pssm.linalg.low_rank import (
     log_potential,
     posterior_sample,
 )
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 
@@ -285,10 +286,10 @@ def _move(
     N = len(mu)
     if linearize is not None:
         return _move_linearised(model, rule(linearize), now, factor, mu)
-    noise = jax.random.normal(draw_key, (N, factor.shape[-1]), mu.dtype)
+    noise = standard_normal(draw_key, (N, factor.shape[-1]), mu.dtype)
     if now.update is None:
         return mu + jax.vmap(lambda e: apply_factor(factor, e))(noise), jnp.zeros(N, mu.dtype)
-    pulls = jax.random.normal(pull_key, (N, *now.update.b.shape), mu.dtype)
+    pulls = standard_normal(pull_key, (N, *now.update.b.shape), mu.dtype)
     z = jax.vmap(lambda mu, e, w: posterior_sample(now.update, factor, mu, e, w))(mu, noise, pulls)
     return z, -jax.vmap(lambda z: log_potential(now.potential, z))(z)
 
@@ -298,7 +299,7 @@ def _move_linearised(
 ) -> tuple[Array, Array]:
     """The affine update of each particle, in the noise that drives it: `z = mu + F x`, so that `F` may be singular."""
     root = triangularise(as_matrix(factor))
-    noise = jax.random.normal(now.key, mu.shape, mu.dtype)
+    noise = standard_normal(now.key, mu.shape, mu.dtype)
 
     def one(mu: Array, e: Array) -> tuple[Array, Array]:
         update = condition_on(model, mu, root, now.statistic, now.u, linearize, 1)

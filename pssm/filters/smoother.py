@@ -31,6 +31,7 @@ from pssm.filters.covariance import (
 )
 from pssm.filters.kalman import Means, prepare, scan_means
 from pssm.linalg import orthogonalise, triangularise, unless
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
@@ -106,7 +107,7 @@ def sample_states(
     for size in sample_shape:
         count *= size
     each = ssm.n_state + ssm.chol_Q.shape[-1]
-    noise = jax.random.normal(key, (*batch, count, series.shape[-2], each), series.dtype)
+    noise = standard_normal(key, (*batch, count, series.shape[-2], each), series.dtype)
 
     paths = _draws(ssm, series, inputs, noise)
     paths = jnp.moveaxis(paths, len(batch), 0)

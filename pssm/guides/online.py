@@ -21,6 +21,7 @@ from pssm.linalg.low_rank import (
     posterior_sample,
     posterior_variance,
 )
+from pssm.linalg.random import standard_normal
 from pssm.nets.potentials import as_pseudo_observation
 
 
@@ -134,7 +135,7 @@ def online_filter(
 
     def draw(key: Key) -> tuple[Key, Array]:
         key, own = jax.random.split(key)
-        return key, jax.random.normal(own, (num_samples, noise_size), prior.m0.dtype)
+        return key, standard_normal(own, (num_samples, noise_size), prior.m0.dtype)
 
     def start(key: Key, y: ArrayLike, u: ArrayLike | None = None) -> tuple[OnlineState, Belief]:
         key, noise = draw(key)

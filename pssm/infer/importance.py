@@ -18,6 +18,7 @@ from pssm.guides.model_run import ModelRun, unwrap
 from pssm.infer.fit import SVIFit, as_key
 from pssm.infer.objective import site_log_prob
 from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample
+from pssm.linalg.random import standard_normal
 
 
 class EvidenceBound(NamedTuple):
@@ -225,8 +226,8 @@ def guided_filter(
 
         def draw(key: Array, update: Update, factor: Factor, mu: Array) -> tuple[Array, Array]:
             e_key, w_key = jax.random.split(key)
-            noise = jax.random.normal(e_key, factor.shape[-1:], mu.dtype)
-            z = posterior_sample(update, factor, mu, noise, jax.random.normal(w_key, update.b.shape, mu.dtype))
+            noise = standard_normal(e_key, factor.shape[-1:], mu.dtype)
+            z = posterior_sample(update, factor, mu, noise, standard_normal(w_key, update.b.shape, mu.dtype))
             return z, -log_ratio(update, factor, mu, z)
 
         def ahead(update: Update, now: dict[str, Any], z: Array) -> Array:

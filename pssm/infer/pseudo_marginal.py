@@ -19,6 +19,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import StatePath
 from pssm.filters import particle_filter
 from pssm.guides import guided_proposal
+from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
@@ -217,7 +218,7 @@ class PseudoMarginal(MCMCKernel):
     ) -> PseudoMarginalState:
         key, move_key, filter_key, accept_key = jax.random.split(state.rng_key, 4)
         now, unravel = ravel_pytree(state.z)
-        move = jax.random.normal(move_key, now.shape, now.dtype)
+        move = standard_normal(move_key, now.shape, now.dtype)
         z = unravel(now + matvec(state.scale, move))
         prior, likelihood = self._density(filter_key, z, model_args, model_kwargs or {})
         gain = prior + likelihood - state.log_prior - state.log_likelihood

@@ -27,6 +27,7 @@ from pssm._types import ArrayLike, Key
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import log_likelihood as log_likelihood_of
 from pssm.learning.texture_em import Numbers, improve, own_autoregressions
+from pssm.linalg.random import standard_normal
 from pssm.ssm import LinearGaussianSSM
 
 PIECE = 2**25  # numbers read at once, in whole frames
@@ -238,7 +239,7 @@ class DynamicTexture:
         states, _ = simulate(state_key, self.reduced, check_count("num_frames", num_frames))
         frames = self.render(states)
         if noise:
-            frames = frames + self.sigma * np.asarray(jax.random.normal(pixel_key, frames.shape, self.A.dtype))
+            frames = frames + self.sigma * np.asarray(standard_normal(pixel_key, frames.shape, self.A.dtype))
         return frames
 
     def reconstruct(self, frames: Any) -> np.ndarray:
