@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
     compare.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
     compare.add_argument("--order", type=int, help="order of the autoregression")
-    compare.add_argument("--states", type=int, help="size of the state of lds, factors of dynamic_factor; default 2, 1")
+    compare.add_argument(
+        "--states", type=int, help="size of the state, or factors of dynamic_factor; default the model's"
+    )
     compare.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
     compare.add_argument("--warmup", type=int, default=1000, help="NUTS warm-up steps per chain; default 1000")
     compare.add_argument("--samples", type=int, default=1000, help="NUTS draws per chain; default 1000")

@@ -25,6 +25,12 @@ def test_a_batch_of_keys():
     np.testing.assert_allclose(found, jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys), rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_several_keys_are_refused(make):
+    with pytest.raises((TypeError, ValueError), match="key"):
+        standard_normal(jax.random.split(make(0), 2), (2,), jnp.float32)
+
+
 def test_other_generators_and_types_are_left_to_jax():
     key = jax.random.key(0, impl="rbg")
     np.testing.assert_array_equal(standard_normal(key, (4,), jnp.float32), jax.random.normal(key, (4,)))

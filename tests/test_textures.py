@@ -85,6 +85,18 @@ def test_em_is_em_over_all_pixels(length, x64):
     np.testing.assert_allclose(texture.sigma**2, np.asarray(found.ssm.R)[0, 0], rtol=1e-8)
 
 
+def test_em_with_its_prior_in_single_precision():
+    """Float32 arrives where float64 does: the clip's log-likelihood and the eigenvalues."""
+    found = []
+    for double in (True, False):
+        with jax.enable_x64(double):
+            texture = DynamicTexture.fit(clip(), 3, method="em", num_iters=6, tol=0.0)
+            assert texture.A.dtype == (np.float64 if double else np.float32)
+            found.append((texture.log_likelihood(clip()), np.sort_complex(np.linalg.eigvals(texture.A))))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
+
+
 def test_frames_of_prior_are_the_conjugate_prior_of_fit_em(x64):
     frames, weight = clip(), 5.0
     start = DynamicTexture.fit(frames, 3)

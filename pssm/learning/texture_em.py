@@ -71,6 +71,7 @@ def improve(
     pixels: int,
     start: Numbers,
     prior: Transitions,
+    *,
     noise_factor: Callable[[np.ndarray], np.ndarray],
     num_iters: int,
     tol: float,
@@ -113,7 +114,8 @@ def improve(
         before = total
         seen = Transitions(S00, S10, S11, length - 1).plus(prior)
         A = np.linalg.solve(seen.before, seen.cross.T).T
-        values, vectors = np.linalg.eigh(0.5 * (seen.left(A) + seen.left(A).T) / seen.count)
+        noise = seen.left(A) / seen.count
+        values, vectors = np.linalg.eigh(0.5 * (noise + noise.T))
         chol_Q = noise_factor(vectors * np.sqrt(np.maximum(values, 0.0)))
         C = np.linalg.solve(Szz, means.T @ x).T
         cross = float(np.sum(C * (x.T @ means)))

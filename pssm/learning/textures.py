@@ -167,9 +167,7 @@ class DynamicTexture:
         length, (pixels, n) = len(frames), self.components.shape
         weight = float((n if num_noise is None else 0) if prior_frames is None else prior_frames)
         if num_noise is not None and weight:
-            raise ValueError(
-                "`prior_frames` must be 0 with `num_noise`: a prior of a regular `Q` needs all directions."
-            )
+            raise ValueError("`prior_frames` must be 0 with `num_noise`: the prior needs noise in all directions.")
         if not 0 <= weight < math.inf:
             raise ValueError(f"`prior_frames` must be a number of frames, 0 or more; got {weight:g}.")
         _, basis, x, energy = _principal(frames, min(length - 1, pixels))
@@ -180,19 +178,17 @@ class DynamicTexture:
             C, *rest = found
             return DynamicTexture(self.mean, basis @ C, *rest, x @ C, self._energy)
 
-        cut = partial(_noise_factor, num_noise=num_noise)
-        double = self.A.dtype == jnp.float64
         return improve(
             x,
             energy,
             pixels,
             Numbers(basis.T @ self.components, *arrays),
             prior,
-            cut,
-            num_iters,
-            tol,
-            1e-9 if double else 1e-5,
-            texture,
+            noise_factor=partial(_noise_factor, num_noise=num_noise),
+            num_iters=num_iters,
+            tol=tol,
+            slack=1e-9 if self.A.dtype == jnp.float64 else 1e-5,
+            made=texture,
         )
 
     @property

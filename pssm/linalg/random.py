@@ -35,10 +35,11 @@ def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     kind = str(jax.random.key_impl(key)) if typed else jax.config.jax_default_prng_impl
-    usual = kind == "threefry2x32" and jax.config.jax_threefry_partitionable
-    if not usual or dtype not in WORDS or math.prod(shape) >= 2**32:
+    words = jax.random.key_data(key) if typed else key
+    usual = kind == "threefry2x32" and jax.config.jax_threefry_partitionable and words.shape == (2,)
+    if not usual or dtype not in WORDS or math.prod(shape) >= 2**32:  # several keys at once: JAX's error
         return jax.random.normal(key, shape, dtype)
-    return _numbers(jax.random.key_data(key) if typed else key, tuple(shape), dtype)
+    return _numbers(words, tuple(shape), dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
