@@ -10,6 +10,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
+from pssm.filters.kalman import prepare
 
 VAGUE = ("vague_1e8", "vague_1e10", "vague_1e8_tiny_r")
 # Known losses: rounding the inputs moves these derivatives by less than 1e-6, and yet they are off by more than 1e-3
@@ -85,6 +86,26 @@ def _gradient_error(case, name, g, x, directions=2):
         size = max(np.linalg.norm(g), abs(expected))
         worst = max(worst, abs(np.vdot(g, direction) - expected) / size if size else 0.0)
     return worst
+
+
+@pytest.mark.parametrize("name", nasty.CASES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_warning_where_single_precision_is_not_enough(name, dtype, recwarn):
+    """The cases that lose digits warn where the values are there to look at, and no other case does."""
+    with jax.enable_x64(dtype == np.float64):
+        case, _ = nasty.truth(name, dtype)
+        prepare(LinearGaussianSSM(**case["params"]), case["y"], case["u"], "auto")
+    lost = dtype == np.float32 and name in ("tiny_r_1e8_wide", "tiny_r_1e12_wide")
+    assert ["`chol_R` gives column" in str(w.message) for w in recwarn] == [True] * lost
+
+
+def test_the_warning_points_at_the_call():
+    case, _ = nasty.truth("tiny_r_1e8_wide", np.float32)
+    model = LinearGaussianSSM(**case["params"])
+    for call in (pssm.log_likelihood, pssm.kalman_filter, pssm.kalman_smoother):
+        with pytest.warns(UserWarning, match=r"noise of standard deviation 0\.0001") as found:
+            call(model, case["y"])
+        assert found[0].filename == __file__, call
 
 
 @pytest.mark.parametrize("name", ["everything_varies_in_time", "inputs_offsets_gaps"])

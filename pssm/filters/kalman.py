@@ -4,13 +4,15 @@ Covariances and gains come first, in `covariance.py`, and do not see the data. T
 than a few products of a matrix and a vector.
 """
 
+import warnings
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pssm._checks import check_choice, check_count, check_series
+from pssm._checks import check_choice, check_count, check_series, is_traced
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
@@ -28,6 +30,7 @@ from pssm.ssm import (
 )
 
 METHODS = ("auto", "sequential", "square_root", "parallel")
+LEAST_NOISE = 1e3  # in units of the rounding of `y`
 
 
 def kalman_filter(
@@ -185,7 +188,27 @@ def prepare(
     check_num_steps(ssm, series.shape[-2], "`y`")
     inputs = check_inputs(ssm, u, series.shape[-2])
     ssm, series, inputs = _common_dtype(ssm, series, inputs)
+    _warn_noise_below_rounding(ssm, series)
     return ssm, series, inputs
+
+
+def _warn_noise_below_rounding(ssm: LinearGaussianSSM, y: Array) -> None:
+    """Says so where more readings than states must agree to within a noise that 32-bit numbers do not resolve."""
+    if y.dtype != jnp.float32 or ssm.n_obs <= ssm.n_state or is_traced(y) or is_traced(ssm.chol_R):
+        return
+    rows = np.asarray(y).reshape(-1, ssm.n_obs)
+    rounding = np.finfo(np.float32).eps * np.max(np.abs(rows), axis=0, initial=0.0, where=np.isfinite(rows))
+    noise = np.linalg.norm(np.asarray(ssm.chol_R), axis=-1).reshape(-1, ssm.n_obs).min(0, initial=np.inf)
+    close = np.flatnonzero((0 < noise) & (noise < LEAST_NOISE * rounding))
+    if close.size:
+        i = close[0]
+        warnings.warn(
+            f"`chol_R` gives column {i} of `y` noise of standard deviation {noise[i]:.3g}, where 32-bit numbers of its "
+            f"size differ by {rounding[i]:.3g}; and the {ssm.n_obs} observations of a step have to agree to within "
+            f"their noise, as there are only {ssm.n_state} states. The log-likelihood, its derivatives and smoothed "
+            'states may be wrong: switch on 64-bit arithmetic with jax.config.update("jax_enable_x64", True).',
+            stacklevel=4,
+        )
 
 
 def _common_dtype(ssm: LinearGaussianSSM, *arrays: Array | None) -> tuple:

@@ -59,7 +59,7 @@ class PathGuide(AutoGuide):
 
     def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
         """Arguments of the path's posterior beside its prior, such as `k`, `K`, `diag`, `center`, `b`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `_potentials`.")
 
     @property
     def objective(self) -> str:
