@@ -16,7 +16,7 @@ import pssm
 from pssm import LinearGaussianSSM, NonlinearSSM, gaussian_filter, gaussian_smoother
 from pssm.distributions import GaussianFilterMarginal, StatePath
 from pssm.filters.linearize import cubature_points, gauss_hermite, hermite_points, unscented_points
-from pssm.guides import laplace_path
+from pssm.guides import guided_proposal, laplace_path
 
 RULES = ("ekf", "ukf", "cubature", "gauss_hermite")
 DT = 0.05
@@ -188,6 +188,27 @@ def test_laplace_of_a_linear_model_is_its_posterior(x64):
     found, exact = jax.jit(lambda: laplace_path(ssm, y, u))(), pssm.kalman_smoother(ssm, y, u)
     for name in ("log_likelihood", "mean", "cov", "cross_cov"):
         np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=1e-8, err_msg=name)
+
+
+def test_a_start_chooses_among_modes(x64):
+    """Only the square is seen: two modes, mirrored, and a saddle between them, where a search without a start stays."""
+    one = jnp.eye(1)
+    square = pssm.NonlinearSSM(
+        jnp.zeros(1), one, lambda z, u: 0.9 * z, 0.3 * one, lambda z: dist.Normal(z**2, 0.1).to_event(1)
+    )
+    y, ones = np.full(12, 1.0), np.ones((12, 1))
+    above, below = (laplace_path(square, y, start=sign * ones) for sign in (1, -1))
+    np.testing.assert_allclose(above.mean, 1.0, atol=0.1)
+    np.testing.assert_allclose(below.mean, -above.mean, atol=1e-9)
+    np.testing.assert_allclose(below.log_likelihood, above.log_likelihood, atol=1e-9)
+    assert above.log_likelihood > laplace_path(square, y).log_likelihood + 100
+    guided = guided_proposal(square, y, start=ones, num_rounds=0)
+    np.testing.assert_allclose(guided.center, above.mean, atol=1e-5)
+    for method in (laplace_path, guided_proposal):
+        with pytest.raises(ValueError, match=r"`start` must have shape \(12, 1\)"):
+            method(square, y, start=np.ones(12))
+        with pytest.raises(ValueError, match="`start` must be finite"):
+            method(square, y, start=np.nan * ones)
 
 
 def logistic(x):

@@ -183,6 +183,7 @@ TRANSITIONS = {
     "gated": lambda: nets.GatedTransition(4, 8, n_input=1, key=KEY),
     "gru": lambda: nets.GRUTransition(4, 8, n_input=1, key=KEY),
     "residual": lambda: nets.ResidualTransition(4, 8, n_input=1, key=KEY),
+    "mechanical": lambda: nets.MechanicalTransition(4, 8, n_input=1, key=KEY),
     "mixture": lambda: nets.LocallyLinearTransition(4, 3, n_input=1, key=KEY),
     "graph": lambda: nets.GraphTransition(np.array([[0.0, 1.0], [1.0, 0.0]]), 2, key=KEY),
     "saturated": lambda: nets.Saturated(lambda z, u: z**3, 5.0),
@@ -198,18 +199,23 @@ def test_transitions(name):
     assert np.isfinite(slope).all()
     if name == "graph":
         np.testing.assert_allclose(slope, f.matrix, atol=1e-6)
+    if name == "mechanical":
+        np.testing.assert_allclose(value[:2], z[:2] + value[2:], atol=1e-6)  # places move by the new velocity
+        with pytest.raises(ValueError, match="`n_state` must be even"):
+            nets.MechanicalTransition(3, key=KEY)
     if name == "saturated":
         assert float(jnp.abs(f(1e6 * z, None)).max()) <= 5.0
 
 
 def test_decoders():
     z = jnp.ones(3)
-    linear = nets.LinearDecoder(3, 5, num_read=2, key=KEY)
-    np.testing.assert_array_equal(linear(z), linear(z.at[2].set(9.0)))
-    assert nets.MLPDecoder(3, 5, key=KEY)(z).shape == (5,)
+    for kind in (nets.LinearDecoder, nets.MLPDecoder):
+        assert kind(3, 5, key=KEY)(z).shape == (5,)
+        part = kind(3, 5, num_read=2, key=KEY)
+        np.testing.assert_array_equal(part(z), part(z.at[2].set(9.0)))
+        with pytest.raises(ValueError, match="`num_read`"):
+            kind(3, 5, num_read=4, key=KEY)
     assert nets.FrameDecoder(3, (8, 12), key=KEY)(z).shape == (8, 12)
-    with pytest.raises(ValueError, match="`num_read`"):
-        nets.LinearDecoder(3, 5, num_read=4, key=KEY)
 
 
 class Readout(eqx.Module):

@@ -30,9 +30,13 @@ class Measures:
         self.e, self.size = e, size
         self.linear = isinstance(e.transition, Linear)
 
-        def potentials(parts: Parts, y: jax.Array) -> PotentialsAtMode:
+        def potentials(parts: Parts, y: jax.Array, start: jax.Array | None = None) -> PotentialsAtMode:
             system = system_of(e, parts)
-            return jax.lax.map(lambda y: guided_proposal(system, y, num_iters=10, num_rounds=1), y, batch_size=10)
+
+            def one(xs: tuple[jax.Array, jax.Array | None]) -> PotentialsAtMode:
+                return guided_proposal(system, xs[0], num_iters=10, num_rounds=1, start=xs[1])
+
+            return jax.lax.map(one, (y, start), batch_size=10)
 
         def evidence(parts: Parts, y: jax.Array, proposals: PotentialsAtMode) -> tuple[jax.Array, jax.Array]:
             system = system_of(e, parts)
@@ -100,7 +104,8 @@ class Measures:
             values = np.asarray(self.exact(parts, new))
             found |= {"evidence": float(values.mean()), "evidence_kind": "exact"}
         else:
-            values, ess = (np.asarray(x) for x in self.evidence(parts, new, self.potentials(parts, new)))
+            proposals = self.potentials(parts, new, jnp.asarray(smoothed))
+            values, ess = (np.asarray(x) for x in self.evidence(parts, new, proposals))
             found |= {"evidence": float(values.mean()), "evidence_kind": "guided particle filter"}
             found["ess_low"] = float((ess < 0.05 * size.particles).mean())
         if e.states is None:

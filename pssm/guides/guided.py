@@ -10,7 +10,7 @@ from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LowRankChain, StatePath
 from pssm.filters.linearize import cubature_points, hermite_points
-from pssm.guides.mode import DENSE, PotentialsAtMode, mode_potentials
+from pssm.guides.mode import DENSE, PotentialsAtMode, check_start, mode_potentials
 from pssm.linalg.low_rank import Factor, as_factor
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
@@ -24,15 +24,15 @@ def guided_proposal(
     rank: int | None = None,
     num_iters: int = 30,
     num_rounds: int = 4,
+    start: ArrayLike | None = None,
 ) -> PotentialsAtMode:
     """Potentials that stand for `p(y_{t:T} | z_t)`, from the mode of the path: the `proposal` of a guided filter.
 
     On a linear-Gaussian model they are exact, and then so is the filter. Elsewhere they start as Gaussian
-    approximations at the mode, found by Gauss-Newton steps from the path that the model takes without noise. Further
-    rounds put in place of the log-likelihood its average over the posterior that the last round gave about the path:
-    slopes and curvatures are then those of the best Gaussian (in the sense of variational inference), and the weights
-    vary less. The filter's estimate of the evidence is unbiased with any potentials; bad ones show in a small `ess`, as
-    several modes may.
+    approximations at the mode, found by Gauss-Newton steps from `start`. Further rounds put in place of the
+    log-likelihood its average over the posterior that the last round gave about the path: slopes and curvatures are
+    then those of the best Gaussian (in the sense of variational inference), and the weights vary less. The filter's
+    estimate of the evidence is unbiased with any potentials; bad ones show in a small `ess`, as several modes may.
 
     Args:
         model: the model.
@@ -41,6 +41,8 @@ def guided_proposal(
         rank: columns of `K` beside the diagonal, at most `state`; None for `state`, which cuts nothing.
         num_iters: most Gauss-Newton steps of a round.
         num_rounds: further rounds; 0 for the mode. Above 64 states there are none.
+        start: a path `(time, state)` near the mode that is wanted, such as a guide's mean, where there may be several;
+            None for the path that the model takes without noise.
 
     Returns:
         A `PotentialsAtMode`.
@@ -72,7 +74,9 @@ def guided_proposal(
     inputs = None if inputs is None else inputs.astype(dtype)
     factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
     rounds = num_rounds if model.n_state <= DENSE else 0
-    return _potentials(model, *factors, series.astype(dtype), inputs, rank=rank, num_iters=num_iters, num_rounds=rounds)
+    path = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
+    options = {"rank": rank, "num_iters": num_iters, "num_rounds": rounds}
+    return _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
 
 
 @partial(jax.jit, static_argnames=("rank", "num_iters", "num_rounds"))
@@ -82,6 +86,7 @@ def _potentials(
     chol_Q: Factor,
     y: Array,
     u: Array | None,
+    path: Array | None,
     *,
     rank: int,
     num_iters: int,
@@ -103,7 +108,7 @@ def _potentials(
         return _spread(prior, found), found
 
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
-    path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype))
+    path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype)) if path is None else path
     nothing = jnp.zeros_like(path)
     start = PotentialsAtMode(path, nothing, jnp.zeros((*path.shape, rank), y.dtype), nothing, nothing)
     steps = jnp.zeros((len(points), *path.shape), y.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StatePath
-from pssm.guides.mode import gauss_newton, mode_path, through_noise
+from pssm.guides.mode import check_start, gauss_newton, mode_path, through_noise
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul
@@ -18,7 +18,12 @@ from pssm.ssm import LinearGaussianSSM
 
 
 def laplace_path(
-    model: NonlinearSSM | LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = None, *, num_iters: int = 50
+    model: NonlinearSSM | LinearGaussianSSM,
+    y: ArrayLike,
+    u: ArrayLike | None = None,
+    *,
+    num_iters: int = 50,
+    start: ArrayLike | None = None,
 ) -> SmootherResult:
     """The path of highest posterior density and the Gaussian with its curvature there (Gauss-Newton).
 
@@ -29,6 +34,8 @@ def laplace_path(
         y: observations `(time, obs)`, NaN where missing.
         u: inputs `(time, input)`.
         num_iters: most Gauss-Newton steps.
+        start: a path `(time, state)` near the mode that is wanted, where there may be several; None for the path that
+            the model takes without noise.
 
     Returns:
         A `SmootherResult`: the mode as `mean`, factors of the covariances, and as `log_likelihood` Laplace's estimate
@@ -54,7 +61,8 @@ def laplace_path(
         return jnp.sum(jax.vmap(model.log_prob)(series, path, inputs))
 
     close = 1e-12 if series.dtype == jnp.float64 else 1e-6
-    path = mode_path(prior, log_lik, rank=model.n_state, num_iters=num_iters, tolerance=close)
+    first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
+    path = mode_path(prior, log_lik, rank=model.n_state, start=first, num_iters=num_iters, tolerance=close)
     step = gauss_newton(prior, log_lik, path)
     path = path + step.move  # a gain too small to be seen in the density is still one in the path
     return _about_mode(prior, path, step.J, log_lik(path))

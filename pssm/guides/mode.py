@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array
+from pssm._checks import as_float, check_finite, check_shape
+from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
 from pssm.guides.matrix_free import gauss_newton_matrix_free
@@ -98,6 +99,14 @@ def mode_path(
     else:
         step = partial(gauss_newton, prior, log_lik)
     return find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters, tolerance=tolerance)
+
+
+def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
+    """A path that a search may begin at."""
+    path = as_float("start", start)
+    check_shape("start", path, (num_steps, n_state), "time, state")
+    check_finite("start", path)
+    return path
 
 
 def potentials_at(

@@ -20,6 +20,7 @@ from pssm.nets.transitions import (
     GraphTransition,
     GRUTransition,
     LocallyLinearTransition,
+    MechanicalTransition,
     ResidualTransition,
     Saturated,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LocalEncoder",
     "LocallyLinearTransition",
     "MLPDecoder",
+    "MechanicalTransition",
     "PotentialHead",
     "PseudoObservation",
     "RecurrentFeatures",

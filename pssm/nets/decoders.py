@@ -26,9 +26,7 @@ class LinearDecoder(eqx.Module):
     d: Array
 
     def __init__(self, n_state: int, n_obs: int, *, num_read: int | None = None, key: Key):
-        read = n_state if num_read is None else check_count("num_read", num_read)
-        if read > n_state:
-            raise ValueError(f"`num_read` must be at most the size of the state ({n_state}); got {read}.")
+        read = _num_read(n_state, num_read)
         self.C = jax.random.normal(key, (check_count("n_obs", n_obs), read)) / jnp.sqrt(read)
         self.d = jnp.zeros(n_obs)
 
@@ -45,17 +43,27 @@ class MLPDecoder(eqx.Module):
         n_obs: number of observed variables.
         hidden: width of the hidden layers.
         depth: number of hidden layers.
+        num_read: how many states are read; all by default. The rest is the dynamics' memory.
         key: random key.
     """
 
     mlp: eqx.nn.MLP
 
-    def __init__(self, n_state: int, n_obs: int, *, hidden: int = 64, depth: int = 1, key: Key):
-        self.mlp = eqx.nn.MLP(n_state, n_obs, hidden, depth, activation=jax.nn.silu, key=key)
+    def __init__(
+        self, n_state: int, n_obs: int, *, hidden: int = 64, depth: int = 1, num_read: int | None = None, key: Key
+    ):
+        self.mlp = eqx.nn.MLP(_num_read(n_state, num_read), n_obs, hidden, depth, activation=jax.nn.silu, key=key)
 
     def __call__(self, z: State) -> Float[Array, " obs"]:
         """The mean, or the logits or log-rates."""
-        return self.mlp(z)
+        return self.mlp(z[: self.mlp.in_size])
+
+
+def _num_read(n_state: int, num_read: int | None) -> int:
+    read = n_state if num_read is None else check_count("num_read", num_read)
+    if read > n_state:
+        raise ValueError(f"`num_read` must be at most the size of the state ({n_state}); got {read}.")
+    return read
 
 
 class FrameDecoder(eqx.Module):

@@ -105,6 +105,35 @@ class ResidualTransition(eqx.Module):
         return z + self.scale * self.mlp(_join(z, u))
 
 
+class MechanicalTransition(eqx.Module):
+    """Places and velocities: `v' = v + scale h(z, u)`, `x' = x + v'`, with the state `z = [x, v]` and a perceptron `h`.
+
+    For motion that is seen in its places alone, as in frames: with `num_read=state / 2` a decoder reads no more.
+
+    Args:
+        n_state: size of the state, even; its second half are the velocities, in places a step.
+        hidden: width of the perceptron, of `tanh` units.
+        n_input: number of inputs.
+        scale: factor of the force at the start; it is trained.
+        key: random key.
+    """
+
+    force: eqx.nn.MLP
+    scale: Array
+
+    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, scale: float = 0.1, key: Key):
+        if check_count("n_state", n_state) % 2:
+            raise ValueError(f"`n_state` must be even, for as many velocities as places; got {n_state}.")
+        self.force = eqx.nn.MLP(n_state + n_input, n_state // 2, hidden, 1, activation=jnp.tanh, key=key)
+        self.scale = jnp.asarray(scale, jnp.result_type(float))
+
+    def __call__(self, z: State, u: Input | None = None) -> State:
+        """The next state's mean."""
+        place, velocity = jnp.split(z, 2)
+        velocity = velocity + self.scale * self.force(_join(z, u))
+        return jnp.concatenate([place + velocity, velocity])
+
+
 class LocallyLinearTransition(eqx.Module):
     """A mixture of linear maps, `sum_k w_k (A_k z + B_k u)`, whose weights `w(z, u)` depend on state and input.
 
