@@ -11,8 +11,8 @@ from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
 from numpyro.infer.autoguide import AutoDelta
 from scipy import stats
 
-from pssm import LinearGaussianSSM
-from pssm.diagnostics import khat, leave_future_out, log_evidence, to_datatree
+from pssm import LinearGaussianSSM, kalman_filter
+from pssm.diagnostics import khat, leave_future_out, log_evidence
 from pssm.diagnostics.bound import _pareto_shape, elbo_and_khat
 from pssm.diagnostics.crossval import _Refit
 from pssm.distributions import LinearGaussianMarginal
@@ -161,23 +161,29 @@ def test_leave_future_out_of_an_svi_fit(svi):
     np.testing.assert_allclose(found.elpd_i, exact[found.elpd_i["time"].values], atol=0.1)
 
 
-def test_refits_keep_the_settings_of_the_fit(svi, monkeypatch):
+def test_refits_keep_the_settings_of_the_fit():
     mcmc = MCMC(
         NUTS(shifted, target_accept_prob=0.7, dense_mass=True, max_tree_depth=3, init_strategy=init_to_median),
         **{"num_warmup": 20, "num_samples": 10, **QUIET},
     )
     mcmc.run(jax.random.key(0), CALM)
-    refit = _Refit(mcmc, to_datatree(mcmc), 0).mcmc
+    refit = _Refit(mcmc, 0).mcmc
     assert refit is not mcmc
     assert (refit.num_warmup, refit.num_samples, refit.num_chains) == (20, 10, 1)
     for name in ("_target_accept_prob", "_dense_mass", "_max_tree_depth", "_init_strategy"):
         assert getattr(refit.sampler, name) == getattr(mcmc.sampler, name), name
-    asked = {}
-    monkeypatch.setattr("pssm.diagnostics.crossval.fit_svi", lambda *args, **options: asked.update(options))
-    _Refit(svi, to_datatree(svi, num_samples=5), 0).sample(CALM)
-    assert asked["num_steps"] == 1500
-    assert asked["guide"] == "normal"
-    assert (asked["optimizer"], asked["loss"]) == (svi.svi.optim, svi.svi.loss)
+
+
+def test_refits_of_a_guide_are_fits_to_the_past_and_compiled_once(svi):
+    refit = _Refit(svi, 0)
+    for steps in (8, 11):
+        past, _ = refit.sel_observations(np.arange(steps, len(refit.seen)))
+        draws = np.asarray(refit.sample(past)["mu"])
+        assert draws.shape == (1, 4000)
+        exact = kalman_filter(AVERAGED, past)
+        assert draws.mean() == pytest.approx(float(exact.mean[-1, 1]), abs=0.06)
+        assert draws.std() == pytest.approx(float(exact.cov[-1, 1, 1]) ** 0.5, rel=0.06)
+    assert refit.refit._cache_size() == 1
 
 
 def test_wrong_settings_of_leave_future_out_are_named(svi):

@@ -1,6 +1,7 @@
 """Leave-future-out cross-validation of time-series fits, by ArviZ's `lfo_cv`."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import arviz as az
@@ -11,82 +12,88 @@ from numpyro.infer import MCMC, NUTS
 
 from pssm._checks import check_count
 from pssm._types import Key
-from pssm.diagnostics.tree import to_datatree
-from pssm.infer.fit import GUIDES, SVIFit, as_key, fit_svi, model_of
+from pssm.diagnostics.tree import pointwise_likelihoods
+from pssm.infer.fit import GUIDES, SVIFit, as_key, model_of, posterior_draws
+
+NUM_DRAWS = 4000  # of a guide
 
 
 class _Refit(az.SamplingWrapper):
     """Refits with the future set to missing: shapes stay, so one compiled program serves every refit."""
 
-    def __init__(self, fit: MCMC | SVIFit, tree: xr.DataTree, key: Key | int):
+    def __init__(self, fit: MCMC | SVIFit, key: Key | int):
         model, args, self.kwargs = model_of(fit)
-        super().__init__(model=model, idata_orig=tree)
         self.data, self.rest = np.array(args[0], dtype=float), args[1:]
-        self.fit, self.key, self.fits, self.tree = fit, key, 0, tree
-        self.seen = tree["log_likelihood"]["time"].values  # positions of the steps with data
-        if isinstance(fit, MCMC):
-            kernel = fit.sampler
-            self.mcmc = MCMC(
-                NUTS(
-                    kernel.model,
-                    target_accept_prob=kernel._target_accept_prob,
-                    dense_mass=kernel._dense_mass,
-                    max_tree_depth=kernel._max_tree_depth,
-                    init_strategy=kernel._init_strategy,
-                ),
-                num_warmup=fit.num_warmup,
-                num_samples=fit.num_samples,
-                num_chains=fit.num_chains,
-                chain_method=fit.chain_method,
-                progress_bar=False,
-                jit_model_args=True,
-            )
+        self.key, self.fits = key, 0
+        self.seen = np.flatnonzero(~np.isnan(self.data.reshape(len(self.data), -1)).all(1))  # steps with data
+        # Scores are those of the whole series, the future too, under the parameters fitted to the past.
+        self.score = pointwise_likelihoods(model, ("y",), args, self.kwargs)
+        self.mcmc = None if isinstance(fit, SVIFit) else _same_sampler(fit)
+        self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else self._run_mcmc
+        super().__init__(model=model, idata_orig=self.get_inference_data(posterior_draws(fit, num_samples=NUM_DRAWS)))
 
     def sel_observations(self, idx: np.ndarray) -> tuple[Any, Any]:
         kept = self.data.copy()
         kept[self.seen[np.asarray(idx)]] = np.nan
         return kept, np.asarray(idx)
 
-    def sample(self, modified_observed_data: np.ndarray) -> Any:
+    def sample(self, modified_observed_data: np.ndarray) -> dict[str, Any]:
         self.fits += 1
-        key = jax.random.fold_in(as_key(self.key), self.fits)
-        if isinstance(self.fit, MCMC):
-            self.mcmc.run(key, modified_observed_data, *self.rest, **self.kwargs)
-            return self.mcmc
-        return fit_svi(
-            self.model,
-            modified_observed_data,
-            *self.rest,
-            guide=next(name for name, kind in GUIDES.items() if type(self.fit.svi.guide) is kind),
-            key=key,
-            num_steps=len(self.fit.losses),
-            optimizer=self.fit.svi.optim,
-            loss=self.fit.svi.loss,
-            progress_bar=False,
-            **self.kwargs,
-        )
+        return self.refit(jax.random.fold_in(as_key(self.key), self.fits), modified_observed_data)
 
-    def get_inference_data(self, fitted_model: Any) -> xr.DataTree:
-        # Score the whole series, the future too, under the parameters fitted to the past.
-        return _rescored(fitted_model, (self.data, *self.rest))
+    def _run_mcmc(self, key: Key, data: np.ndarray) -> dict[str, Any]:
+        self.mcmc.run(key, data, *self.rest, **self.kwargs)
+        return self.mcmc.get_samples(group_by_chain=True)
+
+    def get_inference_data(self, fitted_model: dict[str, Any]) -> xr.DataTree:
+        lead = ("chain", "draw")
+        site = self.score(fitted_model)["y"]
+        y = site.reshape(*site.shape[:2], -1)[:, :, self.seen]
+        scores = xr.Dataset({"y": ((*lead, "time"), y)}, {"time": self.seen})
+        posterior = {n: ((*lead, *(f"{n}_{i}" for i in range(x.ndim - 2))), x) for n, x in fitted_model.items()}
+        return xr.DataTree.from_dict({"/posterior": xr.Dataset(posterior), "/log_likelihood": scores})
 
     def log_likelihood__i(self, excluded_obs: Any, idata__i: xr.DataTree) -> xr.DataArray:
         return idata__i["log_likelihood"]["y"].isel(time=np.asarray(excluded_obs))
 
 
-def _rescored(fit: MCMC | SVIFit, args: tuple[Any, ...]) -> xr.DataTree:
-    """The fit's draws with the log-likelihood of the full data."""
-    from pssm.diagnostics import tree as trees
+def _same_sampler(fit: MCMC) -> MCMC:
+    """A sampler with the settings of a fit, whose data are an argument of the compiled program."""
+    kernel = fit.sampler
+    return MCMC(
+        NUTS(
+            kernel.model,
+            target_accept_prob=kernel._target_accept_prob,
+            dense_mass=kernel._dense_mass,
+            max_tree_depth=kernel._max_tree_depth,
+            init_strategy=kernel._init_strategy,
+        ),
+        num_warmup=fit.num_warmup,
+        num_samples=fit.num_samples,
+        num_chains=fit.num_chains,
+        chain_method=fit.chain_method,
+        progress_bar=False,
+        jit_model_args=True,
+    )
 
-    draws = trees.posterior_draws(fit)
-    model, _, kwargs = model_of(fit)
-    trace = trees.trace_with(model, {n: x[0, 0] for n, x in draws.items()}, *args, **kwargs)
-    observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-    named = trees._site_dims(trace, draws)
-    labels = trees._labels(observed, None, {})
-    posterior = trees._dataset(draws, named, labels, lead=("chain", "draw"), drop=("_base",))
-    likelihood = trees._log_likelihood(model, draws, observed, named, labels, args, kwargs)
-    return xr.DataTree.from_dict({"/posterior": posterior, "/log_likelihood": likelihood})
+
+def _same_svi(fit: SVIFit) -> Callable[[Key, Any], dict[str, jax.Array]]:
+    """`(key, data)` to posterior draws: as many steps as the fit had, on other data, from where it ended."""
+    svi, rest, optim = fit.svi, fit.args[1:], fit.svi.optim
+    start = fit.state._replace(optim_state=optim.init(optim.get_params(fit.state.optim_state)))
+
+    @jax.jit
+    def refit(key: Key, data: jax.Array) -> dict[str, jax.Array]:
+        run_key, draw_key = jax.random.split(key)
+
+        def step(state: Any, _: None) -> tuple[Any, None]:
+            return svi.stable_update(state, data, *rest, **fit.kwargs)[0], None
+
+        state = jax.lax.scan(step, start._replace(rng_key=run_key), length=len(fit.losses))[0]
+        draws = svi.guide.sample_posterior(draw_key, svi.get_params(state), sample_shape=(NUM_DRAWS,))
+        return {name: x[None] for name, x in draws.items()}
+
+    return refit
 
 
 def leave_future_out(
@@ -116,13 +123,13 @@ def leave_future_out(
     check_count("horizon", horizon)
     if isinstance(fit, SVIFit) and type(fit.svi.guide) not in GUIDES.values():
         raise ValueError(f"`fit` must have a guide among {list(GUIDES)}; got {type(fit.svi.guide).__name__}.")
-    tree = to_datatree(fit)
-    length = tree["log_likelihood"].sizes["time"]
+    refit = _Refit(fit, key)
+    length = len(refit.seen)
     least = length // 2 if min_observations is None else min_observations
     if not 1 <= least < length - horizon + 1:
         raise ValueError(f"`min_observations` must be between 1 and {length - horizon}; got {least}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return az.lfo_cv(
-            tree, _Refit(fit, tree, key), min_observations=least, forecast_horizon=horizon, pointwise=True, var_name="y"
+            refit.idata_orig, refit, min_observations=least, forecast_horizon=horizon, pointwise=True, var_name="y"
         )

@@ -1,7 +1,7 @@
 """Fits as ArviZ DataTrees with every dimension and coordinate named, and their files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +244,27 @@ def _pointwise(site: dict[str, Any]) -> jax.Array:
     return site["fn"].log_prob(value)
 
 
-def _log_likelihood(model, draws, observed, named, labels, args, kwargs) -> xr.Dataset:
+def pointwise_likelihoods(
+    model: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+    """A function of posterior draws `(chain, draw, ...)`: the log-likelihoods of these sites, compiled once."""
+
     def one(sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
         trace = trace_with(model, sample, *args, **kwargs)
-        return {name: _pointwise(trace[name]) for name in observed}
+        return {name: _pointwise(trace[name]) for name in names}
 
-    chains, count = next(iter(draws.values())).shape[:2]
-    flat = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))(flatten_draws(draws))
-    arrays = {n: np.asarray(x).reshape(chains, count, *x.shape[1:]) for n, x in flat.items()}
+    compiled = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))
+
+    def of_draws(draws: dict[str, Any]) -> dict[str, np.ndarray]:
+        chains, count = next(iter(draws.values())).shape[:2]
+        flat = compiled(flatten_draws(draws))
+        return {n: np.asarray(x).reshape(chains, count, *x.shape[1:]) for n, x in flat.items()}
+
+    return of_draws
+
+
+def _log_likelihood(model, draws, observed, named, labels, args, kwargs) -> xr.Dataset:
+    arrays = pointwise_likelihoods(model, observed, args, kwargs)(draws)
     dims = {n: named[n][: x.ndim - 2] for n, x in arrays.items()}
     group = _dataset(arrays, dims, labels, lead=("chain", "draw"))
     series = [np.asarray(s["value"]) for s in observed.values() if _is_series(s)]
