@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from pssm._types import Array
 from pssm.ssm import FIELDS, LinearGaussianSSM, rebuild
@@ -91,3 +92,14 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
         flat[name] = jax.tree.map(flatten, x) if own else x
     out = jax.jit(jax.vmap(fn, in_axes=(axes,)))(flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), out)
+
+
+@custom_vmap
+def in_all_of_a_batch(flag: Array) -> Array:
+    """The flag; under `vmap`, whether it holds for every element."""
+    return flag
+
+
+@in_all_of_a_batch.def_vmap
+def _in_all_of_a_batch_rule(axis_size: int, in_batched: list, flag: Array) -> tuple[Array, bool]:
+    return in_all_of_a_batch(jnp.all(flag, axis=0) if in_batched[0] else flag), False

@@ -22,15 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from pssm._types import Array
-from pssm.batch import over_batches
+from pssm.batch import in_all_of_a_batch, over_batches
+from pssm.filters.collapse import LOG_2PI, basis, collapse, is_wide, where_collapsed
 from pssm.linalg import orthogonalise, solve_lower, triangularise
 from pssm.linalg.small import batch_first, matmul, row_of, set_row
 from pssm.ssm import TRANSITION, LinearGaussianSSM
 
-LOG_2PI = math.log(2 * math.pi)
 OF_COVARIANCES = ("A", "chol_Q", "C", "chol_R")
 SHORTEST = 64  # a series below this length is not worth the search for a standstill
 FIRST_CHECK = 12
@@ -126,7 +125,19 @@ def with_gains(fn: Callable[..., Any], *args: Any, freeze: bool, gaps: Array | N
 
     frozen.defjvp(lambda primals, tangents: batch_first(jax.jvp(full, primals, tangents)))
     observed = ~(jnp.isnan(args[1]) if gaps is None else gaps)
-    return (frozen if freeze and can_freeze(args[0], observed.shape[0]) else full)(observed, *args)
+    general = frozen if freeze and can_freeze(args[0], observed.shape[0]) else full
+    if gaps is not None or not is_wide(*args[:2]):
+        return general(observed, *args)
+
+    @jax.custom_jvp
+    def collapsed(observed: Array, *args: Any) -> Any:
+        ssm, y, lacking = collapse(basis(*args[:3]), *args[:3])
+        rows = every_step(ssm, ~jnp.isnan(y))
+        rows = rows._replace(log_norm=rows.log_norm + lacking)
+        return batch_first(fn(rows, len(y) - 1, ssm, y, *args[2:]))
+
+    collapsed.defjvp(lambda primals, tangents: batch_first(jax.jvp(full, primals, tangents)))
+    return where_collapsed(partial(collapsed, observed), partial(general, observed), *args)
 
 
 def can_freeze(ssm: LinearGaussianSSM, length: int) -> bool:
@@ -237,7 +248,8 @@ def until_standstill(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, Ar
     capacity = _capacity(row, length)
     rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
     state = jnp.asarray(0), start, start, jnp.asarray(FIRST_CHECK), rows, jnp.asarray(False)
-    t, _, _, _, rows, still = jax.lax.while_loop(lambda s: (s[0] < capacity) & ~s[-1], step, state)
+    most = capacity if capacity == length else jnp.where(steady_from < capacity, capacity, 0)  # else in vain
+    t, _, _, _, rows, still = jax.lax.while_loop(lambda s: (s[0] < most) & ~s[-1], step, state)
     return rows, t - 1, still if capacity < length else True
 
 
@@ -258,14 +270,3 @@ def unmoved(before: Array, after: Array) -> Array:
     size = jnp.sqrt(jnp.sum(after**2, axis=1))
     pivots = jnp.abs(jnp.diagonal(after))
     return jnp.all(moved <= tolerance * size[:, None]) & jnp.all(jnp.diagonal(moved) <= tolerance * pivots)
-
-
-@custom_vmap
-def in_all_of_a_batch(flag: Array) -> Array:
-    """The flag; under `vmap`, whether it holds for every element."""
-    return flag
-
-
-@in_all_of_a_batch.def_vmap
-def _in_all_of_a_batch_rule(axis_size: int, in_batched: list, flag: Array) -> tuple[Array, bool]:
-    return in_all_of_a_batch(jnp.all(flag, axis=0) if in_batched[0] else flag), False

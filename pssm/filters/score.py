@@ -22,13 +22,15 @@ Once the gains stand still, the second recursion is `gam <- F' gam Theta` plus a
 with `F` and `Theta` fixed. All that is wanted is the sum of `gam` over these steps, which solves a linear equation.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pssm._types import Array, ArrayLike, Scalar
+from pssm.filters.collapse import score_by_width
 from pssm.filters.covariance import (
     OF_COVARIANCES,
     Gains,
@@ -95,19 +97,17 @@ def _log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
     return with_gains(_total, ssm, y, u, freeze=True)
 
 
-@_full_log_likelihood.defjvp
-def _full_log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _along(*_score(*primals), tangents)
+_full_log_likelihood.defjvp(lambda primals, tangents: _along(_score, primals, tangents))
 
 
 @_log_likelihood.defjvp
 def _log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    frozen = can_freeze(primals[0], primals[1].shape[0])
-    return _along(*(_frozen_score if frozen else _score)(*primals), tangents)
+    return _along(_frozen_score if can_freeze(primals[0], primals[1].shape[0]) else _score, primals, tangents)
 
 
-def _along(value: Array, gradient: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _along(score: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """A scalar's derivative is its gradient times the tangents: linear, so it serves forward and reverse mode."""
+    value, gradient = score_by_width(_score, score, *primals)
     products = jax.tree.map(jnp.vdot, gradient, tangents)
     return value, sum(jax.tree.leaves(products), jnp.zeros_like(value))
 

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.batch import apart, for_each, over_batches, side_by_side
+from pssm.batch import apart, for_each, in_all_of_a_batch, over_batches, side_by_side
 from pssm.filters.covariance import (
     FIRST_CHECK,
     Gains,
     by_step,
-    in_all_of_a_batch,
     next_check,
     over_series,
     row_at,
