@@ -45,7 +45,7 @@ CASES = [
     (128, 128, 100),
 ]
 GAPS = (4, 2, 10_000)
-RUNS, BUDGET = 7, 20.0  # repetitions, and the seconds after which no further one is started
+RUNS, LEAST, BUDGET = 7, 0.5, 20.0  # repetitions, seconds of them, and those after which no further one is started
 LOOP_STEPS = 1_000  # libraries that loop in Python are timed on this many steps at most
 
 Arrays = dict[str, Any]
@@ -301,7 +301,7 @@ LOOPS_IN_PYTHON = ("pykalman", "simdkalman")
 def median_time(run: Callable[[], Any], runs: int) -> tuple[float, Any]:
     """Median seconds, and the last result. The first call is not counted where there is time for a second."""
     result, times, spent = None, [], 0.0
-    while len(times) <= runs and spent < BUDGET:
+    while (len(times) <= runs or (runs > 1 and spent < LEAST)) and spent < BUDGET:
         start = time.perf_counter()
         result = jax.block_until_ready(run())
         times.append(time.perf_counter() - start)

@@ -37,7 +37,7 @@ METHODS = ("truth", "exact", "chain", "diagonal", "deep_kalman", "moment_matched
 MIXERS = ("chain_lstm", "chain_s5", "chain_attention")
 MIXED = ("van_der_pol_poisson",)  # where the mixers are compared
 # Widths at which the encoders have about as many weights as with a GRU of width 64.
-WIDTHS = {"lstm": 58, "s5": 80, "attention": 48}
+WIDTHS = {"lstm": 58, "s5": 80, "attention": 52}
 CHUNK = 50
 
 
