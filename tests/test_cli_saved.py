@@ -129,6 +129,44 @@ def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
     np.testing.assert_allclose(draws, whole.get_samples(group_by_chain=True)["sigma_obs"], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["svi:mvn", "svi:chain"])
+def test_svi_goes_on_in_the_middle(made, tmp_path, monkeypatch, method):
+    """Likewise within SVI: the steps that were taken are not taken again, and the end is that of one run."""
+    from pssm.infer import train
+
+    monkeypatch.chdir(tmp_path)
+    Path("river.csv").write_text((made[0] / "river.csv").read_text())
+    monkeypatch.setattr(comparison, "_add_elpd", lambda *args: None)
+    monkeypatch.setattr(train, "LONGEST_PIECE", 25)
+    program, taken = train._program, []
+
+    def counted(*args):
+        advance = program(*args)
+
+        def one(state, count):
+            if len(taken) == 3:
+                taken.append(0)
+                raise KeyboardInterrupt
+            taken.append(count)
+            return advance(state, count)
+
+        return one
+
+    monkeypatch.setattr(train, "_program", counted)
+    options = ["--methods", method, "--steps", "120", "--horizon", "3"]
+    assert main([*COMMAND, *options]) == 2
+    done = sum(taken)
+    assert 0 < done < 120
+    assert main(["resume", "out", "--quiet"]) == 0
+    assert sum(taken) == 120
+    draws = load_tree(f"out/{method.replace(':', '-')}.nc")["posterior"]["sigma_obs"].values
+    assert main([*COMMAND, *options, "--force"]) == 0
+    assert sum(taken) == 240
+    whole = load_tree(f"out/{method.replace(':', '-')}.nc")["posterior"]["sigma_obs"].values
+    np.testing.assert_array_equal(draws, whole)
+
+
 def test_the_plan_is_what_was_asked(study):
     plan = load_plan("out")
     nile = datasets.load("nile")

@@ -126,7 +126,7 @@ def run_method(
         y: data `(time, obs)`.
         settings: how much work to do.
         labels: `time`, `future_time` and `coords` for the result's axes.
-        checkpoint: a folder for what a run of NUTS has reached; it goes on from there if there is something.
+        checkpoint: a folder for what a run has reached; it goes on from there if there is something.
         kwargs: the model's keyword arguments.
 
     Returns:
@@ -197,19 +197,11 @@ def _fit(
 def _run_fit(
     name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
 ) -> MCMC | SVIFit:
-    if name in GUIDE_NAMES:
-        guide: Any = name.removeprefix("svi:")
-        if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
-            guide = AutoStateSpace(model, rank=4, potentials="mode", global_guide=AutoMultivariateNormal)
-        return fit_svi(
-            model,
-            y,
-            guide=guide,
-            key=settings.seed,
-            num_steps=settings.svi_steps,
-            progress_bar=settings.progress,
-            **kwargs,
-        )
+    guide: Any = name.removeprefix("svi:") if name in GUIDE_NAMES else None
+    given = {}
+    if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
+        guide = AutoStateSpace(model, rank=4, potentials="mode", global_guide=AutoMultivariateNormal)
+        given = {"guide": guide}
     if name == "nuts:transport":
         steps = min(1000, settings.svi_steps)  # a map need not have converged
         with warnings.catch_warnings():
@@ -218,21 +210,21 @@ def _run_fit(
         model = transport_reparam(numpyro.handlers.substitute(model, data=fitted.params), fitted.svi.guide)
     if checkpoint is not None and (checkpoint / MANIFEST).is_file():
         complete = FitFolder.open(checkpoint).manifest.get("complete") is True
-        options = {"args": (y,), "kwargs": kwargs}
+        options = {"args": (y,), "kwargs": kwargs, **given}
         if complete:
             return load(checkpoint, model, **options)
         return resume(checkpoint, model, progress_bar=settings.progress, **options)
+    common = {"checkpoint": checkpoint, "key": settings.seed, "progress_bar": settings.progress, **kwargs}
+    if guide is not None:
+        return fit_svi(model, y, guide=guide, num_steps=settings.svi_steps, **common)
     return fit_nuts(
         model,
         y,
-        checkpoint=checkpoint,
-        key=settings.seed,
         num_warmup=settings.num_warmup,
         num_samples=settings.num_samples,
         num_chains=settings.num_chains,
         target_accept_prob=0.9,
-        progress_bar=settings.progress,
-        **kwargs,
+        **common,
     )
 
 
