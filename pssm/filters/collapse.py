@@ -101,12 +101,10 @@ def _collapsed_score(
     observed = ~jnp.isnan(y)
     squares = jnp.where(jnp.any(observed, axis=1)[:, None, None], squares, 0.0)
     turned = jnp.einsum("tpk,tkl->tpl", q, squares)
-    noises = jnp.eye(y.shape[1], dtype=y.dtype) * observed[:, None, :]
-    by_step = "chol_R" in ssm.time_varying
-    if by_step:
-        by_noise = jnp.einsum("tpl,tql->tpq", turned, q) - noises
+    if "chol_R" in ssm.time_varying:
+        by_noise = jnp.einsum("tpl,tql->tpq", turned, q) - jax.vmap(jnp.diag)(observed.astype(y.dtype))
     else:
-        by_noise = jnp.tensordot(turned, q, ((0, 2), (0, 2))) - noises.sum(0)
+        by_noise = jnp.tensordot(turned, q, ((0, 2), (0, 2))) - jnp.diag(observed.sum(0).astype(y.dtype))
     fields = {name: getattr(whole, name) for name in FIELDS}
     fields["chol_R"] = by_noise / _scale(ssm)[..., :, None]
     by_u = whole_u if u is None else whole_u + by_u
