@@ -18,7 +18,7 @@ from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matmul, matvec, times
+from pssm.linalg.small import matmul, matvec, times, unroll
 from pssm.missing import split_missing
 from pssm.nonlinear import NonlinearSSM
 from pssm.results import FilterResult, ForecastResult
@@ -273,7 +273,7 @@ def scan_means(
 
     xs = row_xs, filled, observed, u, shift(u), timed_fields(ssm, ahead=True)
     start = ssm.m0 if y.ndim == 2 else jnp.broadcast_to(ssm.m0[:, None], (ssm.n_state, filled.shape[2]))
-    means = jax.lax.scan(step, start, xs)[1]
+    means = jax.lax.scan(step, start, xs, unroll=unroll(ssm.n_state))[1]
     log_norm = spread_rows(rows.log_norm, last, length).reshape(-1, *(1,) * (filled.ndim - 2))
     seen = jnp.any(observed, axis=1)  # a series may end before others that have the same gains
     return means, jnp.where(seen, log_norm - 0.5 * jnp.sum(means.whitened**2, axis=1), 0.0)

@@ -47,7 +47,7 @@ from pssm.filters.covariance import (
 from pssm.filters.kalman import METHODS, Means, kalman_filter, prepare, scan_means, shift
 from pssm.filters.low_memory import low_memory_log_likelihood
 from pssm.linalg import orthogonalise, solve_lower
-from pssm.linalg.small import batch_first, matmul, matvec, row_of
+from pssm.linalg.small import batch_first, matmul, matvec, row_of, unroll
 from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
 
 
@@ -222,7 +222,8 @@ def _scan_back(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, means: Me
         return lam - matvec(now.C.T, residual), _Back(next_lam, lam, residual)
 
     xs = row_xs, means.whitened, timed_fields(ssm, ahead=True, names=("A", "C"))
-    return jax.lax.scan(step, jnp.zeros_like(means.mean[0]), xs, reverse=True)[1]
+    start = jnp.zeros_like(means.mean[0])
+    return jax.lax.scan(step, start, xs, reverse=True, unroll=unroll(ssm.n_state))[1]
 
 
 def _covariances_back(
