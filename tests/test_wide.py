@@ -8,6 +8,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
+from pssm.filters import covariance
 from pssm.filters.collapse import can_collapse, is_wide
 
 STEPS, SENSORS = 9, 14
@@ -73,6 +74,26 @@ def test_gradient(kind, x64):
         np.testing.assert_allclose(found, right, rtol=1e-9, atol=1e-9 * np.abs(right).max())
 
 
+def test_the_collapsed_series_is_what_is_computed(x64, monkeypatch):
+    """Poisoned, the recursion of the whole step has no part in the values nor in the gradient."""
+    ssm, y, u = build()
+    every_step, sizes = covariance.every_step, []
+
+    def poisoned(ssm, observed):
+        sizes.append(ssm.n_obs)
+        rows = every_step(ssm, observed)
+        return jax.tree.map(lambda x: x * jnp.nan, rows) if ssm.n_obs == SENSORS else rows
+
+    for place in ("covariance", "score"):
+        monkeypatch.setattr(f"pssm.filters.{place}.every_step", poisoned)
+    jax.clear_caches()
+    value, gradient = jax.value_and_grad(lambda ssm: pssm.log_likelihood(ssm, y, u))(ssm)
+    smoothed = pssm.kalman_smoother(ssm, y, u)
+    jax.clear_caches()
+    assert set(sizes) == {SENSORS, ssm.n_state + 1}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient, smoothed)))
+
+
 def test_second_derivatives(x64):
     """Those of the whole step, by numbers of `C`, `chol_R` and `A` at once."""
     ssm, y, u = build()
@@ -108,8 +129,15 @@ def test_where_it_cannot_be_collapsed(kind, x64):
 def test_float32():
     ssm, y, u = build(dtype=np.float32)
     value, gradient = by_score(ssm, y, u)
+    smoothed = pssm.kalman_smoother(ssm, y, u)
     with jax.enable_x64(True):
         exact, right = by_operations(*build())
+    mean, cov = oracles.states(*build())["smoothed"]
+    sd = np.sqrt(np.diagonal(cov, axis1=1, axis2=2))
+    np.testing.assert_allclose((smoothed.mean - mean) / sd, 0.0, atol=1e-3)
+    np.testing.assert_allclose(
+        smoothed.cov / (sd[:, :, None] * sd[:, None]), cov / (sd[:, :, None] * sd[:, None]), atol=1e-4
+    )
     assert value.dtype == np.float32
     np.testing.assert_allclose(value, exact, rtol=1e-6)
     for found, g in zip(jax.tree.leaves(gradient), jax.tree.leaves(right), strict=True):

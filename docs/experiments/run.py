@@ -1,7 +1,7 @@
 """Trains and measures every experiment by every method; `make experiments` runs all of it and writes the page.
 
     python docs/experiments/run.py [--out results/experiments] [--experiments lds,pendulum] [--methods chain,dkf]
-                                   [--data ../shared/data] [--quick] [--force]
+                                   [--data ../shared/data] [--seed 0] [--quick] [--force]
 
 Each pair of experiment and method gives one file `EXPERIMENT.METHOD.json`, written when it is done; what is there is
 not run again (`--force`: it is), so a run that was stopped goes on where it was. Data that are not in this repository
@@ -48,10 +48,10 @@ def methods_of(name: str, e: Experiment) -> tuple[str, ...]:
     return (*(m for m in METHODS if m not in without), *(MIXERS if name in MIXED else ()))
 
 
-def guide_of(method: str, e: Experiment, model: Callable[..., None], train: np.ndarray, size: Size) -> Any:
+def guide_of(method: str, e: Experiment, model: Callable[..., None], train: np.ndarray, size: Size, seed: int) -> Any:
     """The guide of a method; all have a perceptron on each step and a recurrent unit over them, of the same width."""
     n, p, width = e.n_state, train.shape[-1], size.width
-    one, two, three, four = jax.random.split(jax.random.key(0), 4)
+    one, two, three, four = jax.random.split(jax.random.key(1000 * seed), 4)
     if method in ("chain", "diagonal", *MIXERS):
         mixer = method.partition("_")[2] or "gru"
         own = width if mixer == "gru" else max(4, 4 * round(WIDTHS[mixer] * width / 256))
@@ -71,13 +71,13 @@ def guide_of(method: str, e: Experiment, model: Callable[..., None], train: np.n
     return AmortizedStateSpace(model, encoder=encoder, rank=rank, **options)
 
 
-def train(svi: SVI, y: jax.Array, new: jax.Array, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
+def train(svi: SVI, y: jax.Array, new: jax.Array, size: Size, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters after training, and how it went; steps that are not finite are not taken, but counted.
 
     Minibatches are drawn here and not by a plate: there each path of the ELBO would have another one, and the encoder
     as many to read.
     """
-    state = jax.jit(lambda y: svi.init(jax.random.key(1), y))(y[: size.batch])
+    state = jax.jit(lambda y: svi.init(jax.random.key(1000 * seed + 1), y))(y[: size.batch])
 
     chunk = min(CHUNK, size.updates)
 
@@ -119,7 +119,7 @@ def count(params: dict[str, Any], part: str) -> int:
     return sum(x.size for name, tree in params.items() if part in name for x in jax.tree.leaves(tree))
 
 
-def run(name: str, method: str, e: Experiment, measures: Measures, size: Size) -> dict[str, Any]:
+def run(name: str, method: str, e: Experiment, measures: Measures, size: Size, seed: int) -> dict[str, Any]:
     """One experiment by one method."""
     y = jnp.asarray(e.y)
     held = min(size.held, len(y) // 4)
@@ -129,17 +129,17 @@ def run(name: str, method: str, e: Experiment, measures: Measures, size: Size) -
         parts, draw = e.truth, measures.draw_truth()
     elif method == "exact":
         svi = SVI(exact_model_of(e), lambda *args: None, optimizer(size), Trace_ELBO())
-        params, about = train(svi, y, new, size)
+        params, about = train(svi, y, new, size, seed)
         parts = learned_parts(e, params)
         draw = measures.draw_exact(parts)
         result |= about | {"bound_kind": "exact"}
     else:
         model = model_of(e)
-        guide = guide_of(method, e, model, np.asarray(y), size)
+        guide = guide_of(method, e, model, np.asarray(y), size, seed)
         paths = 1 if method.startswith("moment_matched") else size.draws
         loss = TraceConditionalKL_ELBO(paths)
         svi = SVI(model, guide, optimizer(size), loss)
-        params, about = train(svi, y, new, size)
+        params, about = train(svi, y, new, size, seed)
         parts = learned_parts(e, params)
         kind = "surrogate" if paths == 1 else "lower bound"
         result |= about | {"bound_kind": kind}
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--experiments", default=",".join(EXPERIMENTS))
     parser.add_argument("--methods", default=",".join((*METHODS, *MIXERS)))
+    parser.add_argument("--seed", type=int, default=0, help="of networks and draws; data and minibatches stay")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--force", action="store_true", help="run again what is there")
     args = parser.parse_args()
@@ -193,7 +194,7 @@ def main() -> None:
                 print(f"{name}, {method}: there already", flush=True)
                 continue
             begun = time.perf_counter()
-            found = run(name, method, e, measures, size)
+            found = run(name, method, e, measures, size, args.seed)
             found |= {"seconds": time.perf_counter() - begun, "size": size._asdict(), "machine": machine()}
             whole = path.with_suffix(".part")
             whole.write_text(json.dumps(found, indent=1))

@@ -14,6 +14,7 @@ from pssm._checks import check_count
 from pssm._types import Key
 from pssm.diagnostics.tree import pointwise_likelihoods
 from pssm.infer.fit import GUIDES, SVIFit, as_key, model_of, posterior_draws
+from pssm.infer.prepare import initial_state
 
 NUM_DRAWS = 4000  # of a guide
 
@@ -47,8 +48,8 @@ class _Refit(az.SamplingWrapper):
 
     def get_inference_data(self, fitted_model: dict[str, Any]) -> xr.DataTree:
         lead = ("chain", "draw")
-        site = self.score(fitted_model)["y"]
-        y = site.reshape(*site.shape[:2], -1)[:, :, self.seen]
+        site = self.score(fitted_model)["y"]  # (chain, draw, time), or with the series of a step apart
+        y = site.reshape(*site.shape[:2], len(self.data), -1).sum(-1)[:, :, self.seen]
         scores = xr.Dataset({"y": ((*lead, "time"), y)}, {"time": self.seen})
         posterior = {n: ((*lead, *(f"{n}_{i}" for i in range(x.ndim - 2))), x) for n, x in fitted_model.items()}
         return xr.DataTree.from_dict({"/posterior": xr.Dataset(posterior), "/log_likelihood": scores})
@@ -78,9 +79,12 @@ def _same_sampler(fit: MCMC) -> MCMC:
 
 
 def _same_svi(fit: SVIFit) -> Callable[[Key, Any], dict[str, jax.Array]]:
-    """`(key, data)` to posterior draws: as many steps as the fit had, on other data, from where it ended."""
-    svi, rest, optim = fit.svi, fit.args[1:], fit.svi.optim
-    start = fit.state._replace(optim_state=optim.init(optim.get_params(fit.state.optim_state)))
+    """`(key, data)` to posterior draws: as many steps as the fit had, on other data.
+
+    They begin at the guide's start and not where the fit ended, which knows the future.
+    """
+    svi, rest = fit.svi, fit.args[1:]
+    start = initial_state(svi, jax.random.key(0), fit.args, fit.kwargs)
 
     @jax.jit
     def refit(key: Key, data: jax.Array) -> dict[str, jax.Array]:
