@@ -18,9 +18,10 @@ import pytest
 from numpyro.infer import MCMC, NUTS
 
 from pssm import datasets, models
-from pssm.infer import SavedFitError, fit_nuts, fit_svi, load, posterior_draws, record, resume, save
-from pssm.infer import chains as chain_module
-from pssm.infer import train as training
+from pssm.fitting import chains as chain_module
+from pssm.fitting import record
+from pssm.fitting import train as training
+from pssm.infer import SavedFitError, fit_nuts, fit_svi, load, posterior_draws, resume, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:SVI has not converged", "ignore:.*transitions diverged")
 Y = np.array([0.5, 1.5, np.nan, 2.0])
@@ -254,7 +255,8 @@ SCRIPT = """
 import os, signal, sys
 import numpy as np
 from pssm import datasets, models
-from pssm.infer import fit_nuts, record, resume
+from pssm.fitting import record
+from pssm.infer import fit_nuts, resume
 
 mode, path, after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 options = dict(num_warmup=40, num_samples=40, num_chains=2, progress_bar=False, chunk=8)

@@ -97,7 +97,8 @@ def test_resume_runs_only_what_is_left(study, capsys):
 @pytest.mark.slow
 def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
     """A study that is stopped within NUTS keeps its draws, and `resume` makes only the rest."""
-    from pssm.infer import chains, fit_nuts
+    from pssm.fitting import chains
+    from pssm.infer import fit_nuts
 
     monkeypatch.chdir(tmp_path)
     Path("river.csv").write_text((made[0] / "river.csv").read_text())
@@ -113,7 +114,7 @@ def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(chains.Chains, "advance", counted)
     monkeypatch.setattr(chains, "CHUNK", 10)
-    monkeypatch.setattr("pssm.infer.fit.CHUNK", 10)
+    monkeypatch.setattr("pssm.fitting.fit.CHUNK", 10)
     options = ["--methods", "nuts", "--warmup", "30", "--samples", "40", "--chains", "1", "--horizon", "3"]
     assert main([*COMMAND, *options]) == 2
     assert sum(taken) == 50
@@ -133,7 +134,7 @@ def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["svi:mvn", "svi:chain"])
 def test_svi_goes_on_in_the_middle(made, tmp_path, monkeypatch, method):
     """Likewise within SVI: the steps that were taken are not taken again, and the end is that of one run."""
-    from pssm.infer import train
+    from pssm.fitting import train
 
     monkeypatch.chdir(tmp_path)
     Path("river.csv").write_text((made[0] / "river.csv").read_text())

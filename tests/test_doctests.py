@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "pssm"
 SLOW = {  # whole fits
     "pssm.study.compare",
-    "pssm.infer.fit",
+    "pssm.fitting.fit",
     "pssm.infer.causal",
-    "pssm.infer.checkpoint",
+    "pssm.fitting.checkpoint",
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
     "pssm.guides.amortized",

@@ -12,8 +12,8 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro.primitives import mutable as numpyro_mutable
 
 from pssm import datasets, models
+from pssm.fitting.fit import _convergence
 from pssm.infer import elbo, fit_nuts, fit_svi, posterior_draws
-from pssm.infer.fit import _convergence
 
 Y = datasets.load("nile").y
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pssm.infer import SavedFitError, load
-from pssm.infer.store import FitFolder
+from pssm.storage.folder import FitFolder
 
 MB = 2**20
 
@@ -283,7 +283,7 @@ def test_link_in_the_way_of_a_new_file_is_not_followed(folder):
 
 
 def test_large_parts_go_into_several_files(folder, monkeypatch):
-    monkeypatch.setattr("pssm.infer.store.FILE_BYTES", 100)
+    monkeypatch.setattr("pssm.storage.folder.FILE_BYTES", 100)
     own = FitFolder.open(folder)
     arrays = {"a": np.arange(10.0), "b": np.arange(3), "c": np.array(True), "d": np.zeros((0, 2))}
     own.put("state", arrays)

@@ -9,8 +9,8 @@ import optax
 import pytest
 from numpyro.infer import Trace_ELBO
 
+from pssm.fitting import train as training
 from pssm.infer import TrainingError, fit_svi
-from pssm.infer import train as training
 
 Y = np.array([0.5, 1.5, 1.0, 2.0])
 quick = pytest.mark.filterwarnings("ignore:SVI has not converged")

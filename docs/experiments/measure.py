@@ -17,7 +17,7 @@ import pssm
 from pssm.distributions import LowRankChain, StatePath
 from pssm.filters import particle_filter
 from pssm.guides import guided_proposal
-from pssm.guides.mode import PotentialsAtMode
+from pssm.modes.mode import PotentialsAtMode
 
 DRAWS = 32
 Draw = Callable[[jax.Array, jax.Array], jax.Array]

@@ -9,8 +9,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.util import initialize_model, unconstrain_fn
 
+from pssm._keys import as_key
 from pssm._types import Key
-from pssm.infer.fit import SVIFit, as_key
+from pssm.fitting.fit import SVIFit
 from pssm.infer.importance import log_weights
 
 

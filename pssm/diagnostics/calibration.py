@@ -11,11 +11,11 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI
 
 from pssm._checks import check_choice, check_count
+from pssm._keys import as_key
 from pssm._types import Array, Key
+from pssm.fitting.prepare import GUIDES, build_svi, prepared
+from pssm.fitting.train import Settings
 from pssm.guides.paths import FAMILIES
-from pssm.infer.fit import as_key
-from pssm.infer.prepare import GUIDES, build_svi, prepared
-from pssm.infer.train import Settings
 
 Draws = dict[str, Any]
 Sampler = Callable[[Key, Array], Draws]

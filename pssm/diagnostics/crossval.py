@@ -11,10 +11,11 @@ import xarray as xr
 from numpyro.infer import MCMC, NUTS
 
 from pssm._checks import check_count
+from pssm._keys import as_key
 from pssm._types import Key
 from pssm.diagnostics.tree import pointwise_likelihoods
-from pssm.infer.fit import GUIDES, SVIFit, as_key, model_of, posterior_draws
-from pssm.infer.prepare import initial_state
+from pssm.fitting.fit import GUIDES, SVIFit, model_of, posterior_draws
+from pssm.fitting.prepare import initial_state
 
 NUM_DRAWS = 4000  # of a guide
 

@@ -9,15 +9,16 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIRunResult
 
+from pssm._keys import as_key
 from pssm._types import Key
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
+from pssm.fitting.fit import SVIFit, elbo, posterior_draws, trace_with
 from pssm.guides import AutoStateSpace
-from pssm.guides.mode import DENSE
 from pssm.guides.model_run import unwrap
-from pssm.infer.fit import SVIFit, as_key, elbo, posterior_draws, trace_with
 from pssm.infer.importance import importance_bound, log_weights
 from pssm.infer.predict import marginal_site
+from pssm.modes.mode import DENSE
 
 EXACT, ESTIMATE, AT_LEAST = "exact", "estimate", "at least"
 

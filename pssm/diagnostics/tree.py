@@ -16,11 +16,11 @@ from numpyro.infer import MCMC
 from pssm._types import ArrayLike, Key
 from pssm._version import __version__
 from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
-from pssm.infer.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
+from pssm.fitting.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
-from pssm.infer.store import data_digest
 from pssm.observed import log_prob_observed
+from pssm.storage.folder import data_digest
 
 # Names of the axes of the vector sites in pssm's own models.
 SITE_DIMS = {"phi": ("lag",), "ar_partial": ("lag",), "beta": ("input",), "z": ("time", "state")}

@@ -4,9 +4,9 @@ from pssm.guides.amortized import AmortizedStateSpace
 from pssm.guides.auto import AutoStateSpace
 from pssm.guides.deep_kalman import DeepKalmanGuide
 from pssm.guides.frames import AmortizedFrames
-from pssm.guides.guided import guided_proposal
-from pssm.guides.laplace import laplace_path
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
+from pssm.modes.guided import guided_proposal
+from pssm.modes.laplace import laplace_path
 
 __all__ = [
     "AmortizedFrames",

@@ -15,10 +15,10 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.encoded import EncodedGuide
-from pssm.guides.mode import noise_scale
 from pssm.guides.model_run import ModelRun, unwrap
 from pssm.guides.online import Clipped, OnlineFilter, online_filter
 from pssm.guides.paths import PathGuide
+from pssm.modes.mode import noise_scale
 from pssm.nets.encoders import SmoothingEncoder
 from pssm.nets.potentials import as_pseudo_observation
 from pssm.register import is_trainable

@@ -13,9 +13,9 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from pssm._checks import check_choice
 from pssm._types import Array, Key
 from pssm.distributions import StatePath
-from pssm.guides.mode import PotentialsAtMode, noise_scale
 from pssm.guides.model_run import ModelRun, unwrap
 from pssm.guides.paths import PathGuide
+from pssm.modes.mode import PotentialsAtMode, noise_scale
 
 
 class AutoStateSpace(PathGuide):

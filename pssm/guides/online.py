@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.distributions import StatePath
 from pssm.distributions.moment_matched import assimilate, predict
-from pssm.guides.mode import noise_scale
 from pssm.linalg.low_rank import (
     Diagonal,
     Factor,
@@ -22,6 +21,7 @@ from pssm.linalg.low_rank import (
     posterior_variance,
 )
 from pssm.linalg.random import standard_normal
+from pssm.modes.mode import noise_scale
 from pssm.nets.potentials import as_pseudo_observation
 
 

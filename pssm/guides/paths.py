@@ -15,8 +15,8 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
 from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.mode import PotentialsAtMode, mode_path, potentials_at
 from pssm.guides.model_run import ModelRun, unwrap
+from pssm.modes.mode import PotentialsAtMode, mode_path, potentials_at
 
 PathPosterior = LowRankChain | LowRankMomentMatched | ConditionedPath
 FAMILIES = ("chain", "moment_matched", "diagonal")

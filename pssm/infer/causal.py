@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import as_float
+from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
+from pssm.fitting.fit import SVIFit
 from pssm.guides import AutoStateSpace
-from pssm.infer.fit import SVIFit, as_key
 
 
 def causal_draws(

@@ -10,15 +10,16 @@ from numpyro import handlers
 from numpyro.distributions.util import scale_and_mask
 
 from pssm._checks import check_count
+from pssm._keys import as_key
 from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
 from pssm.filters.resampling import ess as ess_of
 from pssm.filters.resampling import systematic
+from pssm.fitting.fit import SVIFit
 from pssm.guides.model_run import ModelRun, unwrap
-from pssm.infer.fit import SVIFit, as_key
-from pssm.infer.objective import site_log_prob
 from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample
 from pssm.linalg.random import standard_normal
+from pssm.objectives.conditional_kl import site_log_prob
 
 
 class EvidenceBound(NamedTuple):

@@ -9,13 +9,14 @@ import numpy as np
 import numpyro.distributions as dist
 
 from pssm._checks import check_count
+from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import forecast as exact_forecast
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
-from pssm.infer.fit import as_key, flatten_draws, trace_with
+from pssm.fitting.fit import flatten_draws, trace_with
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

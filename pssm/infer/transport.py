@@ -14,7 +14,7 @@ from pssm._types import Array
 from pssm.distributions import LowRankChain, StatePath
 from pssm.guides.auto import AutoStateSpace
 from pssm.guides.model_run import ModelRun
-from pssm.infer.objective import site_log_prob
+from pssm.objectives.conditional_kl import site_log_prob
 
 
 def transport_reparam(

@@ -12,8 +12,8 @@ import xarray as xr
 
 from pssm import plots
 from pssm._checks import check_choice
+from pssm.fitting.fitted import model_of
 from pssm.infer import forecast, load, posterior_draws
-from pssm.infer.fitted import model_of
 from pssm.infer.predict import QUANTILES
 from pssm.study.compare import Study, compare, series_names
 from pssm.study.saved import is_study, labels_after, load_plan

@@ -20,6 +20,8 @@ from numpyro.infer.util import initialize_model
 from pssm.diagnostics import to_datatree
 from pssm.diagnostics.bound import elbo_and_khat
 from pssm.distributions import NonCenteredPath, StatePath
+from pssm.fitting.fit import trace_with
+from pssm.fitting.record import run_info
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
@@ -32,10 +34,8 @@ from pssm.infer import (
     resume,
     transport_reparam,
 )
-from pssm.infer.fit import trace_with
 from pssm.infer.predict import marginal_site
-from pssm.infer.record import run_info
-from pssm.infer.store import MANIFEST, FitFolder
+from pssm.storage.folder import MANIFEST, FitFolder
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
 GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES

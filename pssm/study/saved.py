@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pssm.diagnostics import load_tree
-from pssm.infer.packing import UnpackableError, describe, model_for, pack, provenance, unpack
-from pssm.infer.store import FitFolder, SavedFitError
+from pssm.fitting.model_record import describe, model_for
+from pssm.storage.folder import FitFolder, SavedFitError
+from pssm.storage.packing import UnpackableError, pack, provenance, unpack
 from pssm.study.methods import METHODS, MethodResult, Settings
 
 FOLDER = "study"

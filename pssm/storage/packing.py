@@ -1,22 +1,18 @@
 """Arguments, states and provenance of a fit as JSON and named arrays, and back; nothing here runs what it reads."""
 
-import functools
 import importlib.metadata
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm import models
-from pssm._checks import check_choice
-from pssm.infer.fitted import is_key
-from pssm.infer.store import SavedFitError, data_digest
+from pssm._keys import is_key
+from pssm.storage.folder import SavedFitError, data_digest
 
 DEEPEST = 20
 KEY_TYPES = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -105,26 +101,6 @@ def unpack_leaves(like: Any, arrays: dict[str, np.ndarray]) -> Any:
     return jax.tree.unflatten(treedef, found)
 
 
-def pack_call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-    """The manifest's entries on a model and its arguments, and their arrays.
-
-    Arguments that cannot be saved are left out: who loads the fit gives them.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    name, options, function = describe(model)
-    try:
-        arguments = pack({"args": tuple(args), "kwargs": dict(kwargs)}, arrays)
-        digest = call_digest(args, kwargs)
-    except UnpackableError:
-        arrays, arguments, digest = {}, None, None
-    try:
-        packed = pack(options, arrays)
-    except UnpackableError:
-        name, packed = None, None
-    entry = {"name": name, "options": packed, "function": function}
-    return {"model": entry, "arguments": arguments, "data_sha256": digest}, arrays
-
-
 def call_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """sha256 of a model's arguments: of its arrays, and of all else as text."""
     arrays: dict[str, np.ndarray] = {}
@@ -133,35 +109,6 @@ def call_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         text = text.replace(kind, "'array'")
     arrays["rest"] = np.frombuffer(text.encode(), np.uint8)
     return data_digest(arrays)
-
-
-def describe(model: Callable[..., Any]) -> tuple[str | None, dict[str, Any], str]:
-    """The registered name of a model (None for others), the options bound to it, and its own name."""
-    options: dict[str, Any] = {}
-    while isinstance(model, functools.partial) and not model.args:
-        options = {**model.keywords, **options}
-        model = model.func
-    name = next((n for n in models.NAMES if getattr(models, n) is model), None)
-    return name, options, getattr(model, "__qualname__", type(model).__name__)
-
-
-def model_for(manifest: dict[str, Any], arrays: dict[str, np.ndarray], given: Any) -> Callable[..., Any]:
-    """The model of a saved fit: the one given, or the registered one with its options.
-
-    Raises:
-        ValueError: no model is given, and the saved one is none of pssm's.
-    """
-    if callable(given):
-        return given
-    saved = manifest.get("model") if isinstance(manifest.get("model"), dict) else {}
-    name = saved.get("name") if given is None else given
-    if name is None:
-        raise ValueError(f"`model` is needed: the saved fit is of {saved.get('function')!r}, none of pssm.models.")
-    check_choice("model", name, models.NAMES)
-    options = unpack(saved.get("options"), arrays) if given is None else {}
-    if not isinstance(options, dict):
-        raise SavedFitError("`path`: the options of the saved model are no dict.")
-    return functools.partial(getattr(models, name), **options) if options else getattr(models, name)
 
 
 def provenance(seconds: float, seed: Any) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
-from pssm.guides.matrix_free import gauss_newton_matrix_free
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
+from pssm.modes.matrix_free import gauss_newton_matrix_free
 
 DENSE = 64  # states up to this size get messages as matrices, larger ones (with diagonal noise) as low-rank forms
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction

@@ -10,8 +10,8 @@ from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LowRankChain, StatePath
 from pssm.filters.linearize import cubature_points, hermite_points
-from pssm.guides.mode import DENSE, PotentialsAtMode, check_start, mode_potentials
 from pssm.linalg.low_rank import Factor, as_factor
+from pssm.modes.mode import DENSE, PotentialsAtMode, check_start, mode_potentials
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
 

@@ -10,15 +10,17 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from pssm._checks import check_count
-from pssm.infer.chains import CHUNK, Chains, ChainsState, fill, of_mcmc
-from pssm.infer.devices import local_copy
-from pssm.infer.fit import as_fit, finish_chains, finish_svi
-from pssm.infer.fitted import SVIFit, as_key, model_of
-from pssm.infer.packing import call_digest, model_for, unpack, unpack_leaves
-from pssm.infer.prepare import build_mcmc, build_svi, state_shapes
-from pssm.infer.record import NutsWriter, SVIWriter, nuts_manifest, remember, run_info, start_folder, svi_manifest
-from pssm.infer.store import MAX_BYTES, FitFolder, SavedFitError
-from pssm.infer.train import Settings, TrainState
+from pssm._keys import as_key
+from pssm.fitting.chains import CHUNK, Chains, ChainsState, fill, of_mcmc
+from pssm.fitting.devices import local_copy
+from pssm.fitting.fit import as_fit, finish_chains, finish_svi
+from pssm.fitting.fitted import SVIFit, model_of
+from pssm.fitting.model_record import model_for
+from pssm.fitting.prepare import build_mcmc, build_svi, state_shapes
+from pssm.fitting.record import NutsWriter, SVIWriter, nuts_manifest, remember, run_info, start_folder, svi_manifest
+from pssm.fitting.train import Settings, TrainState
+from pssm.storage.folder import MAX_BYTES, FitFolder, SavedFitError
+from pssm.storage.packing import call_digest, unpack, unpack_leaves
 
 Fit = MCMC | SVIFit
 

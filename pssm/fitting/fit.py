@@ -14,24 +14,24 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._checks import check_count
+from pssm._keys import as_key
 from pssm._types import Key
-from pssm.infer.chains import CHUNK, EXTRA_FIELDS, Chains, ChainsState, fill, run_chains, warn_of_divergences
-from pssm.infer.constrained import constraint_weights
-from pssm.infer.devices import local_copy, partition
-from pssm.infer.fitted import (
+from pssm.fitting.chains import CHUNK, EXTRA_FIELDS, Chains, ChainsState, fill, run_chains, warn_of_divergences
+from pssm.fitting.devices import local_copy, partition
+from pssm.fitting.fitted import (
     SVIFit,
     TrainingError,
     _convergence,
-    as_key,
     elbo,
     flatten_draws,
     model_of,
     posterior_draws,
     trace_with,
 )
-from pssm.infer.prepare import GUIDES, build_mcmc, build_svi, initial_state, on_host
-from pssm.infer.record import NutsWriter, SVIWriter, nuts_manifest, remember, start_folder, svi_manifest
-from pssm.infer.train import Settings, TrainState, train
+from pssm.fitting.prepare import GUIDES, build_mcmc, build_svi, initial_state, on_host
+from pssm.fitting.record import NutsWriter, SVIWriter, nuts_manifest, remember, start_folder, svi_manifest
+from pssm.fitting.train import Settings, TrainState, train
+from pssm.objectives.constraint import constraint_weights
 
 
 def fit_nuts(
@@ -291,7 +291,6 @@ __all__ = [
     "GUIDES",
     "SVIFit",
     "TrainingError",
-    "as_key",
     "elbo",
     "fit_nuts",
     "fit_svi",

@@ -11,21 +11,12 @@ from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
+from pssm._keys import as_key
 from pssm._types import Key
 from pssm.guides.paths import BOUND
 
 if TYPE_CHECKING:
-    from pssm.infer.train import Settings, TrainState
-
-
-def as_key(key: Key | int) -> Key:
-    """A JAX random key from a key or a whole number."""
-    return jax.random.key(key) if isinstance(key, int | np.integer) else key
-
-
-def is_key(x: Any) -> bool:
-    """Whether `x` is an array of typed random keys."""
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    from pssm.fitting.train import Settings, TrainState
 
 
 class SVIFit(SVIRunResult):

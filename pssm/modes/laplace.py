@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StatePath
-from pssm.guides.mode import check_start, gauss_newton, mode_path, through_noise
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul
+from pssm.modes.mode import check_start, gauss_newton, mode_path, through_noise
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM

@@ -12,13 +12,13 @@ from numpyro.infer.svi import SVIState
 from numpyro.util import not_jax_tracer
 
 from pssm._checks import check_choice, check_count
+from pssm._keys import is_key
 from pssm._types import Key
+from pssm.fitting.train import Settings
 from pssm.guides import AmortizedFrames, AmortizedStateSpace, AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
-from pssm.infer.constrained import Constrained
-from pssm.infer.fitted import is_key
-from pssm.infer.objective import TraceConditionalKL_ELBO
-from pssm.infer.train import Settings
+from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
+from pssm.objectives.constraint import Constrained
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
 

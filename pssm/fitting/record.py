@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpyro.infer import MCMC, NUTS, SVI
 
-from pssm.infer.chains import ChainsState
-from pssm.infer.packing import UnpackableError, pack, pack_call, pack_leaves, provenance
-from pssm.infer.store import FitFolder
-from pssm.infer.train import Settings, TrainState
+from pssm.fitting.chains import ChainsState
+from pssm.fitting.model_record import pack_call
+from pssm.fitting.train import Settings, TrainState
+from pssm.storage.folder import FitFolder
+from pssm.storage.packing import UnpackableError, pack, pack_leaves, provenance
 
 SECONDS = 5.0  # between two checkpoints of SVI
 

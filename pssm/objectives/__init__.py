@@ -1,0 +1,7 @@
+"""Objectives of variational inference: what SVI minimises, and what each number is."""
+
+from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
+from pssm.objectives.constraint import Constrained, constrain
+from pssm.objectives.weighted_kl import WeightedKL
+
+__all__ = ["Constrained", "TraceConditionalKL_ELBO", "WeightedKL", "constrain"]

@@ -1,0 +1,1 @@
+"""Folders of arrays on disk: written whole or not at all, read without running anything."""
