@@ -18,9 +18,9 @@ import pytest
 from numpyro.infer import MCMC, NUTS
 
 from pssm import datasets, models
-from pssm.fitting import chains as chain_module
-from pssm.fitting import record
-from pssm.fitting import train as training
+from pssm.fitting import loop
+from pssm.fitting.mcmc import NutsEngine
+from pssm.fitting.svi import SVIEngine
 from pssm.infer import SavedFitError, fit_nuts, fit_svi, load, posterior_draws, resume, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:SVI has not converged", "ignore:.*transitions diverged")
@@ -85,7 +85,7 @@ def test_pieces_give_numpyros_own_draws(whole):
 
 @pytest.mark.parametrize("after", [2, pytest.param(6, marks=pytest.mark.slow)], ids=["in the warm-up", "in the draws"])
 def test_resumed_draws_are_those_of_an_unbroken_run(monkeypatch, tmp_path, whole, after):
-    killed(monkeypatch, record.NutsWriter, after, lambda: fit_nuts(
+    killed(monkeypatch, loop.Saver, after, lambda: fit_nuts(
         model, Y, chunk=7, checkpoint=tmp_path / "fit", **NUTS_OPTIONS))  # fmt: skip
     assert manifest_of(tmp_path / "fit")["complete"] is False
     found = resume(tmp_path / "fit", model, progress_bar=False)
@@ -122,18 +122,18 @@ def test_chains_one_after_the_other(tmp_path, whole):
 
 
 def test_ctrl_c_returns_the_draws_there_are(monkeypatch):
-    advance = chain_module.Chains.advance
+    advance = NutsEngine.advance
 
     def interrupted(self, run, count):
-        if run.iterations >= 37:
+        if run.steps >= 37:
             raise KeyboardInterrupt
         return advance(self, run, count)
 
-    monkeypatch.setattr(chain_module.Chains, "advance", interrupted)
+    monkeypatch.setattr(NutsEngine, "advance", interrupted)
     with pytest.warns(UserWarning, match="interrupted with 12 of 20 draws"):
         mcmc = fit_nuts(model, Y, chunk=7, **NUTS_OPTIONS)
     assert mcmc.get_samples(group_by_chain=True)["mu"].shape == (2, 12)
-    assert mcmc.run_info["interrupted"]
+    assert mcmc.ended == "interrupted"
 
 
 # SVI
@@ -155,9 +155,9 @@ def test_svi_comes_back_as_it_was(tmp_path, svi):
 
 
 def test_resumed_svi_takes_the_same_steps(monkeypatch, tmp_path, svi):
-    monkeypatch.setattr(record, "SECONDS", 0.0)
-    monkeypatch.setattr(training, "LONGEST_PIECE", 20)
-    killed(monkeypatch, record.SVIWriter, 2, lambda: fit_svi(model, Y, checkpoint=tmp_path / "fit", **SVI_OPTIONS))
+    monkeypatch.setattr(SVIEngine, "save_every", 0.0)
+    monkeypatch.setattr("pssm.fitting.svi.LONGEST", 20)
+    killed(monkeypatch, loop.Saver, 2, lambda: fit_svi(model, Y, checkpoint=tmp_path / "fit", **SVI_OPTIONS))
     assert 0 < load(tmp_path / "fit", model).run.step < 60
     found = resume(tmp_path / "fit", model, progress_bar=False)
     np.testing.assert_array_equal(found.losses, svi.losses)
@@ -255,21 +255,21 @@ SCRIPT = """
 import os, signal, sys
 import numpy as np
 from pssm import datasets, models
-from pssm.fitting import record
+from pssm.fitting import loop
 from pssm.infer import fit_nuts, resume
 
 mode, path, after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 options = dict(num_warmup=40, num_samples=40, num_chains=2, progress_bar=False, chunk=8)
 y = datasets.load("nile").y[:20]
 if mode == "killed":
-    write = record.NutsWriter.__call__
-    def count(self, run):
+    write = loop.Saver.__call__
+    def count(self, run, ended=""):
         global after
-        write(self, run)
+        write(self, run, ended)
         after -= 1
         if after == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-    record.NutsWriter.__call__ = count
+    loop.Saver.__call__ = count
     fit_nuts(models.local_level, y, checkpoint=path, **options)
 fit = fit_nuts(models.local_level, y, **options) if mode == "whole" else resume(path, progress_bar=False)
 np.savez(path + "-" + mode, **fit.get_samples(group_by_chain=True))

@@ -97,13 +97,13 @@ def test_resume_runs_only_what_is_left(study, capsys):
 @pytest.mark.slow
 def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
     """A study that is stopped within NUTS keeps its draws, and `resume` makes only the rest."""
-    from pssm.fitting import chains
+    from pssm.fitting import mcmc
     from pssm.infer import fit_nuts
 
     monkeypatch.chdir(tmp_path)
     Path("river.csv").write_text((made[0] / "river.csv").read_text())
     monkeypatch.setattr(comparison, "_add_elpd", lambda *args: None)
-    advance, taken = chains.Chains.advance, []
+    advance, taken = mcmc.NutsEngine.advance, []
 
     def counted(self, run, count):
         if len(taken) == 5:
@@ -112,9 +112,8 @@ def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
         taken.append(count)
         return advance(self, run, count)
 
-    monkeypatch.setattr(chains.Chains, "advance", counted)
-    monkeypatch.setattr(chains, "CHUNK", 10)
-    monkeypatch.setattr("pssm.fitting.fit.CHUNK", 10)
+    monkeypatch.setattr(mcmc.NutsEngine, "advance", counted)
+    monkeypatch.setattr(mcmc, "CHUNK", 10)
     options = ["--methods", "nuts", "--warmup", "30", "--samples", "40", "--chains", "1", "--horizon", "3"]
     assert main([*COMMAND, *options]) == 2
     assert sum(taken) == 50
@@ -134,13 +133,13 @@ def test_nuts_goes_on_in_the_middle(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["svi:mvn", "svi:chain"])
 def test_svi_goes_on_in_the_middle(made, tmp_path, monkeypatch, method):
     """Likewise within SVI: the steps that were taken are not taken again, and the end is that of one run."""
-    from pssm.fitting import train
+    from pssm.fitting import svi
 
     monkeypatch.chdir(tmp_path)
     Path("river.csv").write_text((made[0] / "river.csv").read_text())
     monkeypatch.setattr(comparison, "_add_elpd", lambda *args: None)
-    monkeypatch.setattr(train, "LONGEST_PIECE", 25)
-    program, taken = train._program, []
+    monkeypatch.setattr(svi, "LONGEST", 25)
+    program, taken = svi.steps_of, []
 
     def counted(*args):
         advance = program(*args)
@@ -154,7 +153,7 @@ def test_svi_goes_on_in_the_middle(made, tmp_path, monkeypatch, method):
 
         return one
 
-    monkeypatch.setattr(train, "_program", counted)
+    monkeypatch.setattr(svi, "steps_of", counted)
     options = ["--methods", method, "--steps", "120", "--horizon", "3"]
     assert main([*COMMAND, *options]) == 2
     done = sum(taken)

@@ -11,7 +11,7 @@ SLOW = {  # whole fits
     "pssm.study.compare",
     "pssm.fitting.fit",
     "pssm.infer.causal",
-    "pssm.fitting.checkpoint",
+    "pssm.fitting.saved",
     "pssm.diagnostics.gap",
     "pssm.diagnostics.tree",
     "pssm.guides.amortized",

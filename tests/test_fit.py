@@ -12,7 +12,7 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro.primitives import mutable as numpyro_mutable
 
 from pssm import datasets, models
-from pssm.fitting.fit import _convergence
+from pssm.fitting.results import convergence
 from pssm.infer import elbo, fit_nuts, fit_svi, posterior_draws
 
 Y = datasets.load("nile").y
@@ -97,7 +97,7 @@ def test_too_few_steps_are_warned_of():
 def test_loss_that_is_flat_at_the_end_alone_has_not_converged(fall, converged):
     time = np.linspace(0, 1, 1000)
     losses = 100 + fall * np.maximum(0.7 - time, 0) + np.random.default_rng(0).normal(0, 0.2, 1000)
-    assert _convergence(losses)[0] == converged
+    assert convergence(losses)[0] == converged
 
 
 def test_loss_that_turns_nan_names_the_step():

@@ -9,7 +9,7 @@ import optax
 import pytest
 from numpyro.infer import Trace_ELBO
 
-from pssm.fitting import train as training
+from pssm.fitting import loop
 from pssm.infer import TrainingError, fit_svi
 
 Y = np.array([0.5, 1.5, 1.0, 2.0])
@@ -30,8 +30,8 @@ def fit(*args, **kwargs):
 @quick
 def test_pieces_do_not_change_the_run(monkeypatch):
     whole = fit()
-    monkeypatch.setattr(training, "FIRST_PIECE", 7)
-    monkeypatch.setattr(training, "LONGEST_PIECE", 11)
+    monkeypatch.setattr(loop, "FIRST", 7)
+    monkeypatch.setattr("pssm.fitting.svi.LONGEST", 11)
     cut = fit()
     np.testing.assert_array_equal(whole.losses, cut.losses)
     np.testing.assert_array_equal(whole.params["mu_auto_loc"], cut.params["mu_auto_loc"])
@@ -156,7 +156,7 @@ class StopsAfter:
 
 
 def test_ctrl_c_returns_what_there_is(monkeypatch):
-    monkeypatch.setattr(training, "time", StopsAfter(8))
+    monkeypatch.setattr(loop, "time", StopsAfter(6))
     with pytest.warns(UserWarning, match="interrupted after 20 of 2000"):
         result = fit(num_steps=2000)
     assert result.ended == "interrupted"
@@ -165,7 +165,7 @@ def test_ctrl_c_returns_what_there_is(monkeypatch):
 
 
 def test_ctrl_c_before_the_first_piece_is_raised(monkeypatch):
-    monkeypatch.setattr(training, "time", StopsAfter(2))
+    monkeypatch.setattr(loop, "time", StopsAfter(2))
     with pytest.raises(KeyboardInterrupt):
         fit()
 

@@ -11,7 +11,7 @@ from numpyro.infer.util import initialize_model, unconstrain_fn
 
 from pssm._keys import as_key
 from pssm._types import Key
-from pssm.fitting.fit import SVIFit
+from pssm.fitting.results import SVIFit
 from pssm.infer.importance import log_weights
 
 

@@ -13,8 +13,8 @@ from numpyro.infer import MCMC, NUTS, SVI
 from pssm._checks import check_choice, check_count
 from pssm._keys import as_key
 from pssm._types import Array, Key
-from pssm.fitting.prepare import GUIDES, build_svi, prepared
-from pssm.fitting.train import Settings
+from pssm.fitting.start import GUIDES, build_svi, prepared
+from pssm.fitting.training import Settings
 from pssm.guides.paths import FAMILIES
 
 Draws = dict[str, Any]

@@ -8,14 +8,15 @@ import arviz as az
 import jax
 import numpy as np
 import xarray as xr
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC
 
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Key
 from pssm.diagnostics.tree import pointwise_likelihoods
-from pssm.fitting.fit import GUIDES, SVIFit, model_of, posterior_draws
-from pssm.fitting.prepare import initial_state
+from pssm.fitting.mcmc import NutsEngine
+from pssm.fitting.results import SVIFit, model_of, posterior_draws
+from pssm.fitting.start import GUIDES, initial_state
 
 NUM_DRAWS = 4000  # of a guide
 
@@ -30,7 +31,10 @@ class _Refit(az.SamplingWrapper):
         self.seen = np.flatnonzero(~np.isnan(self.data.reshape(len(self.data), -1)).all(1))  # steps with data
         # Scores are those of the whole series, the future too, under the parameters fitted to the past.
         self.score = pointwise_likelihoods(model, ("y",), args, self.kwargs)
-        self.mcmc = None if isinstance(fit, SVIFit) else _same_sampler(fit)
+        # The data are an argument of the compiled program, which so serves every refit.
+        self.mcmc = (
+            None if isinstance(fit, SVIFit) else NutsEngine.of(fit)[0].mcmc(progress_bar=False, jit_model_args=True)
+        )
         self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else self._run_mcmc
         super().__init__(model=model, idata_orig=self.get_inference_data(posterior_draws(fit, num_samples=NUM_DRAWS)))
 
@@ -42,10 +46,6 @@ class _Refit(az.SamplingWrapper):
     def sample(self, modified_observed_data: np.ndarray) -> dict[str, Any]:
         self.fits += 1
         return self.refit(jax.random.fold_in(as_key(self.key), self.fits), modified_observed_data)
-
-    def _run_mcmc(self, key: Key, data: np.ndarray) -> dict[str, Any]:
-        self.mcmc.run(key, data, *self.rest, **self.kwargs)
-        return self.mcmc.get_samples(group_by_chain=True)
 
     def get_inference_data(self, fitted_model: dict[str, Any]) -> xr.DataTree:
         lead = ("chain", "draw")
@@ -59,24 +59,15 @@ class _Refit(az.SamplingWrapper):
         return idata__i["log_likelihood"]["y"].isel(time=np.asarray(excluded_obs))
 
 
-def _same_sampler(fit: MCMC) -> MCMC:
-    """A sampler with the settings of a fit, whose data are an argument of the compiled program."""
-    kernel = fit.sampler
-    return MCMC(
-        NUTS(
-            kernel.model,
-            target_accept_prob=kernel._target_accept_prob,
-            dense_mass=kernel._dense_mass,
-            max_tree_depth=kernel._max_tree_depth,
-            init_strategy=kernel._init_strategy,
-        ),
-        num_warmup=fit.num_warmup,
-        num_samples=fit.num_samples,
-        num_chains=fit.num_chains,
-        chain_method=fit.chain_method,
-        progress_bar=False,
-        jit_model_args=True,
-    )
+def _same_nuts(fit: MCMC, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Key, Any], dict[str, jax.Array]]:
+    """`(key, data)` to posterior draws; the data are an argument of the compiled program, which serves every refit."""
+    mcmc = NutsEngine.of(fit)[0].mcmc(progress_bar=False, jit_model_args=True)
+
+    def refit(key: Key, data: Any) -> dict[str, jax.Array]:
+        mcmc.run(key, data, *rest, **kwargs)
+        return mcmc.get_samples(group_by_chain=True)
+
+    return refit
 
 
 def _same_svi(fit: SVIFit) -> Callable[[Key, Any], dict[str, jax.Array]]:

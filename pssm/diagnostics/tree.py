@@ -16,7 +16,7 @@ from numpyro.infer import MCMC
 from pssm._types import ArrayLike, Key
 from pssm._version import __version__
 from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
-from pssm.fitting.fit import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
+from pssm.fitting.results import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
 from pssm.observed import log_prob_observed

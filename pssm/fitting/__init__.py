@@ -1,1 +1,1 @@
-"""Fits: NumPyro's own samplers and optimisers in a loop that shows progress, saves, and can be interrupted."""
+"""Fits: one loop that shows progress, saves and can be interrupted; engines for NUTS, SVI and MCLMC; their records."""

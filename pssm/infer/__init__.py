@@ -1,21 +1,23 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
-from pssm.fitting.checkpoint import SavedFitError, load, resume, save
 from pssm.fitting.devices import shard
-from pssm.fitting.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
-from pssm.fitting.train import WeightedKL
+from pssm.fitting.fit import fit_mclmc, fit_nuts, fit_svi
+from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo, posterior_draws, record_of
+from pssm.fitting.saved import load, resume, save
 from pssm.infer.causal import causal_draws
 from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
 from pssm.infer.pseudo_marginal import PseudoMarginal
 from pssm.infer.transport import transport_reparam
-from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
-from pssm.objectives.constraint import Constrained, constrain
+from pssm.objectives import Constrained, TraceConditionalKL_ELBO, WeightedKL, constrain
+from pssm.storage.folder import SavedFitError
 
 __all__ = [
     "Constrained",
     "EvidenceBound",
+    "FitRecord",
+    "MCMCFit",
     "PseudoMarginal",
     "SVIFit",
     "SavedFitError",
@@ -25,6 +27,7 @@ __all__ = [
     "causal_draws",
     "constrain",
     "elbo",
+    "fit_mclmc",
     "fit_nuts",
     "fit_svi",
     "forecast",
@@ -34,6 +37,7 @@ __all__ = [
     "particle_gibbs",
     "load",
     "posterior_draws",
+    "record_of",
     "resume",
     "save",
     "sample_states",

@@ -7,7 +7,7 @@ import numpy as np
 from pssm._checks import as_float
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
-from pssm.fitting.fit import SVIFit
+from pssm.fitting.results import SVIFit
 from pssm.guides import AutoStateSpace
 
 

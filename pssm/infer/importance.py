@@ -15,7 +15,7 @@ from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
 from pssm.filters.resampling import ess as ess_of
 from pssm.filters.resampling import systematic
-from pssm.fitting.fit import SVIFit
+from pssm.fitting.results import SVIFit
 from pssm.guides.model_run import ModelRun, unwrap
 from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample
 from pssm.linalg.random import standard_normal

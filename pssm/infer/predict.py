@@ -16,7 +16,7 @@ from pssm.filters import forecast as exact_forecast
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
-from pssm.fitting.fit import flatten_draws, trace_with
+from pssm.fitting.results import flatten_draws, trace_with
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

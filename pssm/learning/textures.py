@@ -291,8 +291,8 @@ class DynamicTexture:
         Raises:
             OSError: `path` cannot be written to.
         """
-        with open(path, "wb") as file:  # a file and not a name, to which NumPy might add ".npz"
-            arrays = {name: np.asarray(getattr(self, name)) for name in SAVED}
+        arrays = {name: np.asarray(getattr(self, name)) for name in SAVED}
+        with whole_file(path) as partial, partial.open("wb") as file:  # a file: NumPy might add ".npz" to a name
             np.savez_compressed(file, format=FORMAT, energy=self._energy, **arrays)
 
     @classmethod

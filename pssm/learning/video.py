@@ -10,7 +10,6 @@ import mmap
 import os
 import re
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -147,20 +146,16 @@ def write_frames(
         raise ValueError(f"`fps` must be a positive number; got {fps}.")
     if not -math.inf < limits[0] < limits[1] < math.inf:
         raise ValueError(f"`limits` must be two numbers, the lower one first; got {limits}.")
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{suffix}")
-    try:
+    with whole_file(path) as partial:
         if suffix in (".npy", ".npz"):
             whole = _collect((np.asarray(frame) for frame in frames), "`frames`")
             if suffix == ".npy":
-                np.save(temporary, whole)
+                np.save(partial, whole)
             else:
-                np.savez_compressed(temporary, frames=whole, fps=fps)
+                np.savez_compressed(partial, frames=whole, fps=fps)
         else:
             write = _write_gif if suffix == ".gif" else _write_video
-            write(temporary, _images(frames, limits), fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            write(partial, _images(frames, limits), fps)
 
 
 def as_image(frame: np.ndarray, limits: tuple[float, float] = (0.0, 255.0)) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A folder of arrays that survives a crash and cannot harm who opens it: a JSON manifest and `.npz` files.
 
-Writing: every file is written beside its place, synced, and moved; the manifest comes last, so that at any moment it
-names files that are whole. Reading: nothing is unpickled, nothing compressed is accepted, and sizes, checksums, shapes
-and dtypes are compared with what the manifest declares before an array is allocated.
+Writing: every file is written whole (`files.py`), and the manifest last, so that at any moment it names whole files.
+Reading: nothing is unpickled, nothing compressed is accepted, and sizes, checksums, shapes and dtypes are compared with
+the manifest before an array is allocated.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from pssm.storage.files import PARTIAL, whole_file, write_whole
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -36,7 +38,7 @@ class SavedFitError(ValueError):
 
 
 class FitFolder:
-    """A saved fit on disk: `put` and `append` arrays, then `commit` them; or `open` one and `read` its parts.
+    """A saved fit on disk: `put` arrays, then `commit` them; or `open` one and `read` its parts.
 
     Args:
         path: the folder.
@@ -47,6 +49,7 @@ class FitFolder:
     def __init__(self, path: str | Path, manifest: dict[str, Any], *, max_bytes: int = MAX_BYTES):
         self.path, self.manifest, self.max_bytes = Path(path), manifest, max_bytes
         self.manifest.setdefault("files", {})
+        self._there: dict[str, list[dict[str, np.ndarray]]] = {}  # the groups that the manifest's files hold
         self._count = 0
 
     @classmethod
@@ -106,7 +109,7 @@ class FitFolder:
         if not path.is_dir() or path.is_symlink():
             return
         for file in path.iterdir():
-            if file.name == MANIFEST or FILE_NAME.fullmatch(file.name.removesuffix(".partial")):
+            if file.name == MANIFEST or FILE_NAME.fullmatch(file.name) or PARTIAL.fullmatch(file.name):
                 file.unlink()
         for folder in (path, path.parent):
             if not any(folder.iterdir()):
@@ -114,20 +117,23 @@ class FitFolder:
 
     def put(self, part: str, arrays: dict[str, np.ndarray]) -> None:
         """Writes the arrays of a part in place of what it had."""
-        self.manifest["files"][part] = [self._write(part, arrays)]
+        self._there.pop(part, None)
+        self.sync(part, [arrays])
 
-    def append(self, part: str, arrays: dict[str, np.ndarray]) -> None:
-        """Writes one more group of arrays to a part."""
-        self.manifest["files"].setdefault(part, []).append(self._write(part, arrays))
+    def sync(self, part: str, groups: list[dict[str, np.ndarray]]) -> None:
+        """Makes these groups the part's own; those that `read` gave, or an earlier call wrote, are kept as they are."""
+        files = self.manifest["files"]
+        known = {id(g): record for g, record in zip(self._there.get(part, []), files.get(part, []), strict=False)}
+        files[part] = [known.get(id(g)) or self._write(part, g) for g in groups]
+        self._there[part] = list(groups)
 
     def commit(self, **entries: Any) -> None:
         """Makes everything since the last commit count, with further entries of the manifest."""
         self.manifest.update(entries)
-        text = json.dumps(self.manifest, indent=1, allow_nan=False).encode()
-        write_atomically(self.path / MANIFEST, lambda file: file.write(text))
+        write_whole(self.path / MANIFEST, json.dumps(self.manifest, indent=1, allow_nan=False))
         kept = {r["file"] for group in self._groups() for r in group}
         for path in self.path.iterdir():
-            if FILE_NAME.fullmatch(path.name) and path.name not in kept:
+            if PARTIAL.fullmatch(path.name) or (FILE_NAME.fullmatch(path.name) and path.name not in kept):
                 path.unlink()
 
     def read(self, part: str) -> list[dict[str, np.ndarray]]:
@@ -137,7 +143,9 @@ class FitFolder:
             SavedFitError: a file is not what the manifest says.
         """
         groups = self.manifest["files"].get(part, [])
-        return [{n: x for record in group for n, x in self._read(record).items()} for group in groups]
+        found = [{n: x for record in group for n, x in self._read(record).items()} for group in groups]
+        self._there[part] = list(found)
+        return found
 
     def _write(self, part: str, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         batches: list[dict[str, np.ndarray]] = [{}]
@@ -154,7 +162,8 @@ class FitFolder:
             self._count += 1
             name = f"{part}-{self._count:06d}.npz"
             members = {f"a{i}": x for i, x in enumerate(batch.values())}
-            write_atomically(self.path / name, lambda file, m=members: np.savez(file, **m))
+            with whole_file(self.path / name) as partial:
+                np.savez(partial, **members)
             with _regular(self.path / name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             shapes = [{"name": n, "shape": list(x.shape), "dtype": x.dtype.str} for n, x in batch.items()]
@@ -187,22 +196,6 @@ class FitFolder:
                     return _members(path, archive, record["arrays"], size)
             except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
                 raise SavedFitError(f"`path` {path}: not a readable .npz file: {error}") from None
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write` with a file, syncs it and moves it to `path`, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # what a crash left, or a link that leads elsewhere
-    with partial.open("xb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _number(name: str) -> int:

@@ -22,8 +22,8 @@ from pssm._types import ArrayLike
 from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.tree import data_digest
-from pssm.fitting.fit import trace_with
 from pssm.fitting.model_record import describe
+from pssm.fitting.results import trace_with
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows

@@ -12,7 +12,7 @@ import xarray as xr
 
 from pssm import plots
 from pssm._checks import check_choice
-from pssm.fitting.fitted import model_of
+from pssm.fitting.results import model_of
 from pssm.infer import forecast, load, posterior_draws
 from pssm.infer.predict import QUANTILES
 from pssm.study.compare import Study, compare, series_names

@@ -20,8 +20,7 @@ from numpyro.infer.util import initialize_model
 from pssm.diagnostics import to_datatree
 from pssm.diagnostics.bound import elbo_and_khat
 from pssm.distributions import NonCenteredPath, StatePath
-from pssm.fitting.fit import trace_with
-from pssm.fitting.record import run_info
+from pssm.fitting.results import record_of, trace_with
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
@@ -189,7 +188,7 @@ def _fit(
 ) -> MCMC | SVIFit:
     """The fit; Ctrl-C, which the fits survive with what they have, ends the method."""
     fit = _run_fit(name, model, y, settings, checkpoint, **kwargs)
-    if fit.ended == "interrupted" if isinstance(fit, SVIFit) else run_info(fit)["interrupted"]:
+    if record_of(fit).ended == "interrupted":
         raise KeyboardInterrupt
     return fit
 

@@ -6,53 +6,21 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro
-from numpyro.infer import ELBO, MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_uniform
+from numpyro.infer import ELBO, SVI, Trace_ELBO, init_to_median
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIState
 from numpyro.util import not_jax_tracer
 
-from pssm._checks import check_choice, check_count
+from pssm._checks import check_choice
 from pssm._keys import is_key
 from pssm._types import Key
-from pssm.fitting.train import Settings
+from pssm.fitting.training import Settings
 from pssm.guides import AmortizedFrames, AmortizedStateSpace, AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
 from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
 from pssm.objectives.constraint import Constrained
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
-
-
-def build_mcmc(
-    model: Callable[..., Any],
-    *,
-    num_warmup: int,
-    num_samples: int,
-    num_chains: int,
-    chain_method: str,
-    target_accept_prob: float,
-    dense_mass: Any,
-    max_tree_depth: Any,
-    progress_bar: bool,
-) -> MCMC:
-    """NumPyro's `MCMC` with NUTS, from the arguments of `fit_nuts`; not run."""
-    for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
-        check_count(name, value)
-    kernel = NUTS(
-        model,
-        target_accept_prob=target_accept_prob,
-        dense_mass=dense_mass,
-        max_tree_depth=max_tree_depth,
-        init_strategy=init_to_uniform,
-    )
-    return MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method if num_chains > 1 else "sequential",
-        progress_bar=progress_bar,
-    )
 
 
 def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:

@@ -1,0 +1,218 @@
+"""The engine of NUTS: one compiled program takes any number of steps of all chains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import MCMC, NUTS, init_to_uniform
+
+from pssm._checks import check_choice, check_count
+from pssm._types import Array, Key
+from pssm.fitting.chains import SITE, ChainsRun, gather
+from pssm.fitting.loop import Arrays, Parts, check_more
+from pssm.fitting.results import MCMCFit
+from pssm.storage.packing import pack, unpack, unpack_leaves
+
+EXTRA_FIELDS = ("energy", "potential_energy", "num_steps", "accept_prob")
+CHUNK = 100  # steps in a piece, at most
+METHODS = ("vectorized", "sequential", "parallel")
+
+
+class NutsEngine:
+    """NUTS on a model. The kernel's state says what comes next, so pieces and breaks change no draw.
+
+    Args:
+        model: the NumPyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        num_samples: draws of each chain.
+        num_warmup: adaptation steps of each chain.
+        num_chains: number of chains.
+        chain_method: "vectorized"; "parallel" where there are devices enough; else one chain after the other.
+        chunk: most steps in a piece.
+        options: of `numpyro.infer.NUTS`: `target_accept_prob`, `dense_mass`, `max_tree_depth`.
+    """
+
+    kind, counts, pace, save_every = "nuts", ("iterations", "num_samples"), 10.0, 0.0
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        num_samples: int,
+        num_warmup: int,
+        num_chains: int,
+        chain_method: str = "vectorized",
+        chunk: int | None = None,
+        **options: Any,
+    ):
+        for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
+            check_count(name, value)
+        check_choice("chain_method", chain_method, METHODS)
+        self.model, self.args, self.kwargs, self.options = model, args, kwargs, options
+        self.target, self.num_warmup, self.num_chains = num_samples, num_warmup, num_chains
+        self.chain_method = chain_method if num_chains > 1 else "sequential"
+        self.longest = check_count("chunk", CHUNK if chunk is None else chunk)
+        self.total = num_warmup + num_samples
+        self.kernel = self._new_kernel()
+        self._advance: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, fit: MCMC, chunk: int | None = None) -> tuple["NutsEngine", ChainsRun]:
+        """The engine and the run of an `MCMC` that has been run.
+
+        Raises:
+            TypeError: its kernel is not NUTS.
+        """
+        kernel, states = fit.sampler, fit._states
+        if type(kernel) is not NUTS or kernel.model is None:
+            raise TypeError(f"`fit` must be of NUTS with a model; its kernel is {type(kernel).__name__}.")
+        if states is None or fit.last_state is None:
+            raise ValueError("`fit` has not been run: it has no draws.")
+        engine = cls(
+            kernel.model,
+            fit._args,
+            fit._kwargs,
+            num_samples=fit.num_samples,
+            num_warmup=fit.num_warmup,
+            num_chains=fit.num_chains,
+            chain_method=fit.chain_method if isinstance(fit.chain_method, str) else "vectorized",
+            chunk=chunk,
+            target_accept_prob=float(kernel._target_accept_prob),
+            dense_mass=kernel._dense_mass,
+            max_tree_depth=kernel._max_tree_depth,
+        )
+        draws = {SITE + n: np.asarray(x) for n, x in states["z"].items()}
+        draws |= {n: np.asarray(x) for n, x in states.items() if n != "z"}
+        steps = fit.num_warmup + next(iter(draws.values())).shape[1]
+        return engine, ChainsRun(fit.last_state, [draws], steps, getattr(fit, "seconds", float("nan")))
+
+    def mcmc(self, *, num_samples: int | None = None, **options: Any) -> MCMC:
+        """NumPyro's `MCMC` with the same settings, not run; `options` are its own."""
+        return MCMC(
+            self._new_kernel(),
+            num_warmup=self.num_warmup,
+            num_samples=self.target if num_samples is None else num_samples,
+            num_chains=self.num_chains,
+            chain_method=self.chain_method,
+            **options,
+        )
+
+    def start(self, key: Key) -> ChainsRun:
+        """The run before the first step."""
+        return ChainsRun(self._first_state(self.kernel, key), [])
+
+    def advance(self, run: ChainsRun, count: int) -> ChainsRun:
+        """`count` steps more of every chain; draws are kept after the warm-up."""
+        if self._advance is None:
+            self._advance = self._compiled(run.state)
+        state, found = self._advance(run.state, count)
+        return run.moved(state, found, count, skipped=max(self.num_warmup - run.steps, 0))
+
+    def done(self, run: ChainsRun) -> str:
+        """Whether all draws are there."""
+        return "num_samples" if run.steps >= self.total else ""
+
+    def words(self, run: ChainsRun) -> str:
+        """The phase of the run."""
+        return "warm-up" if run.steps < self.num_warmup else "sampling"
+
+    def leaves(self, run: ChainsRun) -> Parts:
+        """State and pieces of draws."""
+        return run.leaves()
+
+    def settings(self) -> tuple[dict[str, Any], Arrays]:
+        """The arguments of `fit_nuts`."""
+        plain = {"num_warmup": self.num_warmup, "num_chains": self.num_chains, "chain_method": self.chain_method}
+        return {"settings": plain | {n: pack(x, {}) for n, x in self.options.items()}}, {}
+
+    @classmethod
+    def reopen(cls, saved: Any) -> "NutsEngine":
+        """The engine of a saved folder."""
+        options = dict(saved.manifest["settings"])
+        options |= {n: unpack(options[n], {}) for n in ("dense_mass", "max_tree_depth")}
+        return cls(saved.model, saved.args, saved.kwargs, num_samples=saved.target(cls.counts), **options)
+
+    def restore(self, parts: Parts, steps: int, seconds: float) -> ChainsRun:
+        """The run that `leaves` was given."""
+        like = self._new_kernel()  # what a kernel keeps of its start under `eval_shape` is of no use to a run
+        shapes = jax.eval_shape(lambda key: self._first_state(like, key), jax.random.key(0))
+        return ChainsRun(unpack_leaves(shapes, parts["state"][0]), parts["draws"], steps, seconds)
+
+    def extended(self, run: ChainsRun, target: int | None) -> "NutsEngine":
+        """The engine for more draws."""
+        target = self.target if target is None else check_count("num_samples", target)
+        check_more("num_samples", target, run.steps - self.num_warmup, "draws there are")
+        plain = {n: getattr(self, n) for n in ("num_warmup", "num_chains", "chain_method")}
+        options = {**plain, "num_samples": target, "chunk": self.longest, **self.options}
+        return NutsEngine(self.model, self.args, self.kwargs, **options)
+
+    def result(self, run: ChainsRun, ended: str, seed: Any) -> MCMCFit:
+        """NumPyro's `MCMC` with the draws."""
+        there = run.steps - self.num_warmup
+        note = f"NUTS was interrupted with {there} of {self.target} draws in each chain."
+        return MCMCFit(
+            self.kernel,
+            run.joined(),
+            run.state,
+            (self.args, self.kwargs),
+            seed=seed,
+            seconds=run.seconds,
+            ended=ended,
+            note=note if ended == "interrupted" else "",
+            num_warmup=self.num_warmup,
+            num_chains=self.num_chains,
+            chain_method="vectorized" if self.chain_method == "vectorized" else "sequential",
+        )
+
+    def _new_kernel(self) -> NUTS:
+        return NUTS(self.model, init_strategy=init_to_uniform, **self.options)
+
+    def _first_state(self, kernel: NUTS, key: Key) -> Any:
+        def init(key: Key) -> Any:
+            return kernel.init(key, self.num_warmup, None, model_args=self.args, model_kwargs=self.kwargs)
+
+        if self.num_chains == 1:
+            return init(key)
+        keys = jax.random.split(key, self.num_chains)
+        return init(keys) if self.chain_method == "vectorized" else _stack([init(k) for k in keys])
+
+    def _compiled(self, state: Any) -> Callable[[Any, int], tuple[Any, dict[str, Array]]]:
+        """`(state, count) -> (state, fields)`, fields `(chain, longest, ...)`; compiled once for every count."""
+        kernel, args, kwargs = self.kernel, self.args, self.kwargs
+        if kernel._sample_fn is None:  # a run from a file: the kernel has not been started
+            self._first_state(kernel, jax.random.key(0))
+        constrain = kernel.postprocess_fn(args, kwargs)
+        together = self.num_chains > 1 and self.chain_method == "vectorized"
+        constrain = jax.vmap(constrain) if together else constrain
+
+        def collect(state: Any) -> dict[str, Array]:
+            fields = {n: getattr(state, n) for n in ("diverging", *EXTRA_FIELDS)}
+            return {**{SITE + n: jnp.asarray(x) for n, x in constrain(state.z).items()}, **fields}
+
+        piece = gather(lambda state: kernel.sample(state, args, kwargs), collect, self.longest)
+        compiled = jax.jit(piece)
+        if self.num_chains == 1:
+            return lambda state, count: _with_fields(compiled(state, count), lambda x: x[None])
+        if together:
+            return lambda state, count: _with_fields(compiled(state, count), lambda x: jnp.swapaxes(x, 0, 1))
+        if self.chain_method == "parallel" and jax.local_device_count() >= self.num_chains:
+            return jax.pmap(piece, in_axes=(0, None))
+
+        def one_by_one(states: Any, count: int) -> Any:
+            chains = range(self.num_chains)
+            return _stack([compiled(jax.tree.map(lambda x, i=i: x[i], states), count) for i in chains])
+
+        return one_by_one
+
+
+def _with_fields(found: tuple[Any, dict[str, Array]], change: Callable[[Array], Array]) -> tuple[Any, dict[str, Array]]:
+    return found[0], {n: change(x) for n, x in found[1].items()}
+
+
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)

@@ -1,0 +1,328 @@
+"""What a fit is: NumPyro's results with how they came about, and one record that stands for any of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro import handlers
+from numpyro.infer import MCMC, SVI, Predictive, Trace_ELBO
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.svi import SVIRunResult
+
+from pssm._keys import as_key
+from pssm._types import Key
+from pssm.fitting.training import Settings, TrainState
+from pssm.guides.paths import BOUND
+
+EXACT = "exact posterior (Markov chain)"
+
+
+class MCMCFit(MCMC):
+    """NumPyro's `MCMC` with its draws, as `fit_nuts`, `load` and `resume` return it.
+
+    Attributes:
+        seed: the random key that it was started with.
+        seconds: time spent.
+        ended: "num_samples" or "interrupted".
+        note: an early end in words; empty where there was none.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        draws: dict[str, Any],
+        last_state: Any,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        seed: Any = None,
+        seconds: float = float("nan"),
+        ended: str = "num_samples",
+        note: str = "",
+        **options: Any,
+    ):
+        sites = {n.removeprefix("z/"): jnp.asarray(x) for n, x in draws.items() if n.startswith("z/")}
+        fields = {n: jnp.asarray(x) for n, x in draws.items() if not n.startswith("z/")}
+        super().__init__(kernel, num_samples=next(iter(sites.values())).shape[1], **options)
+        self._args, self._kwargs = call
+        self._states, self._last_state = {"z": sites, **fields}, last_state
+        self.seed, self.seconds, self.ended, self.note = seed, seconds, ended, note
+
+
+class SVIFit(SVIRunResult):
+    """NumPyro's `SVIRunResult` (`params`, `state`, `losses`) with what made it and whether it converged.
+
+    Attributes:
+        svi: the `SVI` object, with its `model` and `guide`.
+        args: the model's positional arguments.
+        kwargs: the model's keyword arguments.
+        objective: the meaning of minus the loss: a bound or a surrogate.
+        converged: whether the loss had stopped falling.
+        message: the same in words, with the numbers.
+        run: where `fit_svi` stopped: the last state, the best one, validation losses, seconds.
+        settings: how `fit_svi` trained.
+        seed: the random key it was started with.
+        ended: why it stopped: "num_steps", "patience", "interrupted", "loss" or "gradient" (these two: not finite).
+    """
+
+    svi: SVI
+    objective: str = BOUND
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    converged: bool
+    message: str
+    run: TrainState | None = None
+    settings: Settings | None = None
+    seed: Any = None
+    ended: str = "num_steps"
+
+    @classmethod
+    def of(cls, svi: SVI, result: SVIRunResult, *args: Any, **kwargs: Any) -> "SVIFit":
+        """A run of NumPyro's own `svi.run(key, num_steps, *args, **kwargs)` as an `SVIFit`."""
+        fit = cls(*result)
+        fit.svi, fit.args, fit.kwargs = svi, args, kwargs
+        fit.objective = getattr(svi.guide, "objective", BOUND)
+        fit.converged, fit.message = convergence(np.asarray(result.losses))
+        return fit
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether the objective can exceed the log evidence."""
+        return self.objective.startswith("surrogate")
+
+    @property
+    def validation(self) -> np.ndarray:
+        """Rows of (steps taken, validation loss), `(count, 2)`; none without held-out arguments."""
+        return np.zeros((0, 2)) if self.run is None else self.run.validation
+
+
+class TrainingError(FloatingPointError):
+    """The loss or a gradient was not finite; `fit` is an `SVIFit` of the last good state, None where there is none."""
+
+    def __init__(self, message: str, fit: SVIFit | None):
+        super().__init__(message)
+        self.fit = fit
+
+
+def convergence(losses: np.ndarray) -> tuple[bool, str]:
+    """Compares the last tenth of the losses with the second fifth, where the steps were still large.
+
+    Near the end the steps are small, and the loss is flat whether or not it has arrived. Converged: since the second
+    fifth the loss fell by less than 0.1 nats, three standard errors of that fall, or 0.3 of the scatter of the loss.
+    """
+    count = len(losses)
+    if count < 10:
+        return False, f"{count} steps are too few to tell."
+    early, late = losses[count // 5 : 2 * count // 5], losses[-max(count // 10, 2) :]
+    fall = float(early.mean() - late.mean())
+    scatter = [float(np.mean(np.diff(x) ** 2) / 2) for x in (early, late)]  # by differences: without the trend
+    noise = float(np.sqrt(scatter[0] / len(early) + scatter[1] / len(late)))
+    return (
+        abs(fall) < max(0.1, 3 * noise, 0.3 * np.sqrt(scatter[1])),
+        f"between the second fifth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g}).",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FitRecord:
+    """A fit of any method: all that predictions, diagnostics and files need of it.
+
+    Attributes:
+        method: in words: "NUTS", "SVI (AutoNormal)".
+        model: the NumPyro model, its learned parameters not substituted.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        sample: `(num_samples, key, args, kwargs) -> draws` by site, with leading axes `(chain, draw)`; a Markov chain
+            gives all it has, a guide draws for these arguments.
+        objective: the meaning of its numbers: exact, a bound, an estimate, a surrogate.
+        ended: why the run ended; "interrupted" where Ctrl-C did.
+        message: how it ended, in words.
+        warnings: what is wrong with it, in words; spoken where the fit is made.
+        params: values of the model's and the guide's learned parameters.
+        guide: the guide; None for a Markov chain.
+        stats: statistics of the sampler by name, `(chain, draw)`.
+        losses: of each optimisation step.
+        seed: the random key that it was started with.
+        seconds: time spent.
+        run: where the run is, as its engine has it; None for a run of NumPyro's own.
+        engine: the method that can go on with `run`, likewise.
+    """
+
+    method: str
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sample: Callable[..., dict[str, Any]] = field(repr=False)
+    objective: str
+    ended: str = ""
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict, repr=False)
+    guide: Any = field(default=None, repr=False)
+    stats: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    losses: np.ndarray | None = field(default=None, repr=False)
+    seed: Any = field(default=None, repr=False)
+    seconds: float = float("nan")
+    run: Any = field(default=None, repr=False)
+    engine: Any = field(default=None, repr=False)
+
+    @property
+    def fitted_model(self) -> Callable[..., Any]:
+        """The model with its learned parameters at their fitted values."""
+        return handlers.substitute(self.model, data=self.params) if self.params else self.model
+
+    def draws(self, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
+        """Posterior draws of all sites; see `posterior_draws`."""
+        found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
+        return {name: np.asarray(x) for name, x in found.items()}
+
+
+Fit = MCMC | SVIFit | FitRecord
+
+
+def record_of(fit: Any) -> FitRecord:
+    """The record of a fit: from `fit_nuts`, `fit_svi`, another engine, or a run of NumPyro's own `MCMC`.
+
+    Raises:
+        TypeError: it is no fit.
+        ValueError: an `MCMC` that has not been run.
+    """
+    if isinstance(fit, FitRecord):
+        return fit
+    if isinstance(fit, MCMC):
+        return _of_mcmc(fit)
+    if isinstance(fit, SVIFit):
+        return _of_svi(fit)
+    hint = " Wrap NumPyro's result of SVI: `SVIFit.of(svi, result, *args)`." if isinstance(fit, SVIRunResult) else ""
+    raise TypeError(f"`fit` must come from `fit_nuts`, `fit_svi` or `MCMC.run`; got {type(fit).__name__}.{hint}")
+
+
+def _of_mcmc(fit: MCMC) -> FitRecord:
+    if fit.last_state is None:
+        raise ValueError("`fit` has not been run: it has no draws.")
+    stats = {n: np.asarray(x) for n, x in fit.get_extra_fields(group_by_chain=True).items()}
+    diverging = np.asarray(stats.get("diverging", np.zeros(1, bool)))
+    known = {n: getattr(fit, n) for n in ("seed", "seconds", "ended") if isinstance(fit, MCMCFit)}
+    warnings = [fit.note] if isinstance(fit, MCMCFit) and fit.note else []
+    if diverging.any():
+        warnings.append(
+            f"{int(diverging.sum())} of {diverging.size} transitions diverged: parts of the posterior may be missing. "
+            "Raise `target_accept_prob` (0.95), or integrate the states out."
+        )
+    return FitRecord(
+        type(fit.sampler).__name__,
+        fit.sampler.model,
+        fit._args,
+        fit._kwargs,
+        lambda num_samples, key, args, kwargs: fit.get_samples(group_by_chain=True),
+        EXACT,
+        warnings=tuple(warnings),
+        stats=stats,
+        **known,
+    )
+
+
+def _of_svi(fit: SVIFit) -> FitRecord:
+    return FitRecord(
+        f"SVI ({type(fit.svi.guide).__name__})",
+        fit.svi.model,
+        fit.args,
+        fit.kwargs,
+        lambda num_samples, key, args, kwargs: guide_draws(fit, num_samples, key, args, kwargs),
+        fit.objective,
+        ended=fit.ended,
+        message=fit.message,
+        warnings=() if fit.converged else (_unconverged(fit),),
+        params=fit.svi.get_params(fit.state),
+        guide=fit.svi.guide,
+        losses=np.asarray(fit.losses),
+        seed=fit.seed,
+        seconds=float("nan") if fit.run is None else fit.run.seconds,
+        run=fit.run,
+    )
+
+
+def _unconverged(fit: SVIFit) -> str:
+    steps, taken = (len(fit.losses) if fit.settings is None else fit.settings.num_steps), len(fit.losses)
+    if fit.ended in ("loss", "gradient"):
+        trouble = f"The loss became {fit.run.last_loss}" if fit.ended == "loss" else "The gradient was not finite"
+        return (
+            f"{trouble} at step {taken} of {steps}. Lower `learning_rate` (now {fit.settings.learning_rate}), "
+            "or look at the model's priors with numpyro.infer.Predictive. A transition that explodes can be held by "
+            "AmortizedStateSpace's `limit` or by `nets.Saturated`. The error's `.fit` is the fit before it."
+        )
+    advice = "" if fit.ended == "interrupted" else f" Raise `num_steps` (now {steps})."
+    return f"SVI has not converged: {fit.message}{advice}"
+
+
+def guide_draws(
+    fit: SVIFit, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Draws from a fitted guide, of latent and deterministic sites, with axes `(1, draw)`."""
+    params, guide = fit.svi.get_params(fit.state), fit.svi.guide
+    draw_key, _ = jax.random.split(key)
+    if isinstance(guide, AutoGuide):
+        latents = guide.sample_posterior(draw_key, params, *args, sample_shape=(num_samples,), **kwargs)
+    else:
+        latents = Predictive(guide, params=params, num_samples=num_samples)(draw_key, *args, **kwargs)
+    model = handlers.substitute(fit.svi.model, data=params)
+
+    def deterministic(sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        trace = trace_with(model, sample, *args, **kwargs)
+        return {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
+
+    extra = jax.lax.map(deterministic, latents, batch_size=500)
+    return {name: x[None] for name, x in {**latents, **extra}.items()}
+
+
+def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
+    """Posterior draws of every latent and deterministic site, with leading axes `(chain, draw)`.
+
+    A Markov chain gives all its draws. Draws from a guide are independent and come as one chain; the same `key` gives
+    the same draws. Auxiliary sites are left out.
+    """
+    return record_of(fit).draws(num_samples, key)
+
+
+def elbo(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple[float, float]:
+    """The fitted guide's ELBO, a lower bound on the log evidence, by Monte Carlo: `(value, standard error)`.
+
+    The same `key` gives the same draws, and so the same value.
+    """
+    params = fit.svi.get_params(fit.state)
+
+    def one(k: jax.Array) -> jax.Array:
+        loss = Trace_ELBO().loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs)
+        return -jnp.asarray(loss)
+
+    keys = jax.random.split(as_key(key), num_particles)
+    values = np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=500))(keys))
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(num_particles))
+
+
+class Call(NamedTuple):
+    """A model with its arguments."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def model_of(fit: Fit) -> Call:
+    """The model of a fit and the arguments it was run with."""
+    record = record_of(fit)
+    return Call(record.model, record.args, record.kwargs)
+
+
+def trace_with(model: Callable[..., Any], values: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The model's trace with latent sites set to `values`."""
+    seeded = numpyro.handlers.seed(numpyro.handlers.substitute(model, data=values), jax.random.key(0))
+    return numpyro.handlers.trace(seeded).get_trace(*args, **kwargs)
+
+
+def flatten_draws(draws: dict[str, Any]) -> dict[str, jax.Array]:
+    """Merges the `(chain, draw)` axes."""
+    return {name: jnp.asarray(x).reshape(-1, *jnp.shape(x)[2:]) for name, x in draws.items()}
