@@ -259,10 +259,11 @@ def _resume(a: argparse.Namespace) -> int:
         from pssm.study.forecasts import resume_study
 
         return _report(resume_study(folder, progress=not a.quiet), folder)
-    from pssm.infer import SVIFit, resume
+    from pssm.infer import record_of, resume
 
-    fit = resume(folder, progress_bar=not a.quiet)
-    print(f"Done: {len(fit.losses)} steps" if isinstance(fit, SVIFit) else f"Done: {fit.num_samples} draws a chain")
+    fit = record_of(resume(folder, progress_bar=not a.quiet))
+    draws = next(iter(fit.draws(1).values())).shape[1]
+    print(f"Done: {draws} draws a chain" if fit.losses is None else f"Done: {len(fit.losses)} steps")
     return 0
 
 

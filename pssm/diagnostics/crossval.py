@@ -31,11 +31,7 @@ class _Refit(az.SamplingWrapper):
         self.seen = np.flatnonzero(~np.isnan(self.data.reshape(len(self.data), -1)).all(1))  # steps with data
         # Scores are those of the whole series, the future too, under the parameters fitted to the past.
         self.score = pointwise_likelihoods(model, ("y",), args, self.kwargs)
-        # The data are an argument of the compiled program, which so serves every refit.
-        self.mcmc = (
-            None if isinstance(fit, SVIFit) else NutsEngine.of(fit)[0].mcmc(progress_bar=False, jit_model_args=True)
-        )
-        self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else self._run_mcmc
+        self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else _same_nuts(fit, self.rest, self.kwargs)
         super().__init__(model=model, idata_orig=self.get_inference_data(posterior_draws(fit, num_samples=NUM_DRAWS)))
 
     def sel_observations(self, idx: np.ndarray) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from pssm.filters import log_likelihood as log_likelihood_of
 from pssm.learning.texture_em import Numbers, improve, own_autoregressions
 from pssm.linalg.random import standard_normal
 from pssm.ssm import LinearGaussianSSM
+from pssm.storage.files import whole_file
 
 PIECE = 2**25  # numbers read at once, in whole frames
 LARGEST = 0.999  # modulus of an eigenvalue that was 1 or more

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pssm._checks import check_count
+from pssm.storage.files import whole_file
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
