@@ -19,7 +19,7 @@ from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matvec
+from pssm.linalg.small import affine, matvec
 from pssm.observed import log_prob_observed
 from pssm.ssm import LinearGaussianSSM
 
@@ -112,8 +112,8 @@ class NonlinearSSM:
         if ssm.batch_shape or set(ssm.time_varying) - {"chol_Q"}:
             raise ValueError("`ssm` must have no batch axes and no time-varying arrays but `chol_Q`.")
         chol_R = triangularise(ssm.chol_R)
-        transition = jax.tree_util.Partial(_affine, ssm.A, ssm.B, ssm.b)
-        emission = jax.tree_util.Partial(_normal, chol_R, ssm.C, ssm.D, ssm.d)
+        transition = jax.tree_util.Partial(affine, ssm.A, ssm.b, ssm.B)
+        emission = jax.tree_util.Partial(_normal, chol_R, ssm.C, ssm.d, ssm.D)
         model = cls(ssm.m0, ssm.chol_P0, transition, ssm.chol_Q, emission, time_varying=ssm.time_varying)
         model._emission_takes_inputs = True
         return model
@@ -310,16 +310,10 @@ def takes_two(function: Callable[..., Any]) -> bool:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters) >= 2
 
 
-def _affine(A: Array, B: Array | None, b: Array | None, z: Array, u: Array | None) -> Array:
-    mean = matvec(A, z)
-    mean = mean if b is None else mean + b
-    return mean if B is None or u is None else mean + matvec(B, u)
-
-
 def _normal(
-    chol: Array, C: Array, D: Array | None, d: Array | None, z: Array, u: Array | None
+    chol: Array, C: Array, d: Array | None, D: Array | None, z: Array, u: Array | None
 ) -> dist.MultivariateNormal:
-    return dist.MultivariateNormal(_affine(C, D, d, z, u), scale_tril=chol)
+    return dist.MultivariateNormal(affine(C, d, D, z, u), scale_tril=chol)
 
 
 def _emission_at(model: NonlinearSSM, z: Array, u: Array | None) -> dict[str, Array]:

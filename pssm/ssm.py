@@ -18,6 +18,7 @@ import numpy as np
 from pssm._checks import as_float, check_choice, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float
 from pssm.linalg import factor_from_covariance, outer
+from pssm.linalg.small import along_time
 
 # Each field with its axes when it is constant in time; `noise` is the free width of chol_Q.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -239,11 +240,47 @@ class LinearGaussianSSM:
         """The model with its time-varying arrays cut to `start:stop`."""
         fields = {name: getattr(self, name) for name in FIELDS}
         cut = {
-            name: jnp.take(x, jnp.arange(start, stop), axis=-1 - len(FIELDS[name]))
-            for name, x in fields.items()
-            if name in self.time_varying
+            name: jax.lax.slice_in_dim(fields[name], start, stop, axis=fields[name].ndim - 1 - len(FIELDS[name]))
+            for name in self.time_varying
         }
         return rebuild({**fields, **cut}, self.time_varying)
+
+    def with_time_axis(self, name: str) -> Array:
+        """A field with a time axis in front of its own axes, of length 1 where it does not vary: for broadcasting."""
+        x = getattr(self, name)
+        return x if name in self.time_varying else jnp.expand_dims(x, -1 - len(FIELDS[name]))
+
+    def signal(self, z: ArrayLike, u: ArrayLike | None = None) -> Float[Array, "*batch time obs"]:
+        """`C_t z_t + d_t + D_t u_t` for whole paths: what is observed, without the noise.
+
+        Args:
+            z: paths `(..., time, state)`.
+            u: inputs `(..., time, input)`, where the model has `D`.
+
+        Returns:
+            `(..., time, obs)`. Batch axes of model, paths and inputs broadcast against each other.
+
+        Raises:
+            ValueError: `z`, `u` and the time-varying arrays are not of one length, or `u` is absent where it is needed.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> one = jnp.eye(1)
+            >>> trend = LinearGaussianSSM([0.0], one, one, one, one, one, d=[[1.0], [2.0], [3.0]], time_varying=("d",))
+            >>> trend.signal(jnp.zeros((3, 1)))[:, 0].tolist()
+            [1.0, 2.0, 3.0]
+        """
+        path = as_float("z", z)
+        num_steps = path.shape[-2] if path.ndim > 1 else 1
+        check_shape("z", path, (num_steps, self.n_state), "time, state")
+        check_num_steps(self, num_steps, "`z`")
+        mean = along_time(self.C, path, "C" in self.time_varying)
+        if self.d is not None:
+            mean = mean + self.with_time_axis("d")
+        if self.D is None:
+            return mean
+        inputs = check_inputs(self, u, num_steps)
+        return mean + along_time(self.D, inputs, "D" in self.time_varying)
 
     def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
         """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
@@ -331,8 +368,11 @@ def check_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None, num_steps: int, na
     return inputs
 
 
-def check_num_steps(ssm: LinearGaussianSSM, num_steps: int, source: str) -> None:
+def check_num_steps(ssm: LinearGaussianSSM, num_steps: int, source: str, *, or_more: bool = False) -> None:
     """Compares the length of time-varying arrays with the number of steps at hand."""
-    if ssm.num_steps not in (None, num_steps):
-        names = ", ".join(f"`{name}`" for name in ssm.time_varying)
-        raise ValueError(f"{names} must have {num_steps} time steps, as {source} has; got {ssm.num_steps}.")
+    length = ssm.num_steps
+    if length is None or length == num_steps or (or_more and length > num_steps):
+        return
+    names = ", ".join(f"`{name}`" for name in ssm.time_varying)
+    least = "at least " if or_more else ""
+    raise ValueError(f"{names} must have {least}{num_steps} time steps, as {source} has; got {length}.")

@@ -15,6 +15,7 @@ from pssm.batch import map_batch
 from pssm.distributions.posterior import LinearGaussianPosterior
 from pssm.filters import log_likelihood
 from pssm.filters.covariance import update
+from pssm.filters.kalman import emission_mean, transition_mean
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matmul, matvec
@@ -124,16 +125,6 @@ class HistoryMarginal(dist.Distribution):
         differ = {name: x for name, x in found.items() if x is not None and self.bases.batch_dims(name)}
         return {name: jnp.tensordot(w, x, 1) for name, x in differ.items()}
 
-    def _moved(self, ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-        mean = matvec(ssm.A, z)
-        mean = mean if ssm.b is None else mean + ssm.b
-        return mean if ssm.B is None else mean + matvec(ssm.B, u)
-
-    def _seen(self, ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-        mean = matvec(ssm.C, z)
-        mean = mean if ssm.d is None else mean + ssm.d
-        return mean if ssm.D is None else mean + matvec(ssm.D, u)
-
     def _draw(self, x: dict[str, Any]) -> Array:
         bases, weights, u = self.bases, self.weights, x["u"]
         n, p = bases.n_state, bases.n_obs
@@ -143,9 +134,9 @@ class HistoryMarginal(dist.Distribution):
             first, e, u = xs
             state, w = weights.step(state, before)
             now = bases.at(self._mix(w))
-            moved = self._moved(now, z, u) + matvec(bases.chol_Q, e[n:-p])
+            moved = transition_mean(now, z, u) + matvec(bases.chol_Q, e[n:-p])
             z = jnp.where(first, bases.m0 + matvec(bases.chol_P0, e[:n]), moved)
-            a = self._seen(now, z, u) + matvec(bases.chol_R, e[-p:])
+            a = emission_mean(now, z, u) + matvec(bases.chol_R, e[-p:])
             return (state, a, z), a
 
         first = jnp.arange(self.num_steps) == 0
@@ -160,10 +151,10 @@ class HistoryMarginal(dist.Distribution):
             first, a, u = xs
             state, w = weights.step(state, before)
             now = bases.at(self._mix(w))
-            mean = jnp.where(first, bases.m0, self._moved(now, mean, u))
+            mean = jnp.where(first, bases.m0, transition_mean(now, mean, u))
             chol = jnp.where(first, start, triangularise(jnp.concatenate([matmul(now.A, chol), bases.chol_Q], axis=1)))
             observed = ~jnp.isnan(a)
-            expected = self._seen(now, mean, u)
+            expected = emission_mean(now, mean, u)
             filled = jnp.where(observed, a, expected)
             new = update(now, chol, observed)
             mean = mean + matvec(new.gain, matvec(new.root, filled - expected))

@@ -42,7 +42,7 @@ class LinearGaussianMarginal(dist.Distribution):
     NaN entries of a value are missing. Batch axes of `ssm` and `u` are batch axes of the distribution.
 
     Args:
-        ssm: the model.
+        ssm: the model. Time-varying arrays cover `num_steps` steps, or more: those that follow are for `forecast`.
         num_steps: number of time steps, at least 1.
         u: inputs `(..., time, input)`, where the model has `B` or `D`.
 
@@ -62,7 +62,7 @@ class LinearGaussianMarginal(dist.Distribution):
         (5, 1)
     """
 
-    pytree_data_fields = ("ssm", "u")
+    pytree_data_fields = ("whole_ssm", "u")
     pytree_aux_fields = ("num_steps",)
     support = real_or_missing_matrix  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
@@ -79,11 +79,17 @@ class LinearGaussianMarginal(dist.Distribution):
         if not isinstance(ssm, LinearGaussianSSM):
             raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
         self.num_steps = check_count("num_steps", num_steps)
-        check_num_steps(ssm, num_steps, "`num_steps`")
-        self.ssm = ssm
+        check_num_steps(ssm, num_steps, "`num_steps`", or_more=True)
+        self.whole_ssm = ssm
         self.u = check_inputs(ssm, u, num_steps)
         batch = jnp.broadcast_shapes(ssm.batch_shape, () if self.u is None else self.u.shape[:-2])
         super().__init__(batch, (num_steps, ssm.n_obs), validate_args=validate_args)
+
+    @property
+    def ssm(self) -> LinearGaussianSSM:
+        """The model of the `num_steps` steps; `whole_ssm` is the one that was given."""
+        longer = self.whole_ssm.num_steps not in (None, self.num_steps)
+        return self.whole_ssm.steps(0, self.num_steps) if longer else self.whole_ssm
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Series of shape `sample_shape + batch_shape + (time, obs)`."""
@@ -113,7 +119,7 @@ class LinearGaussianMarginal(dist.Distribution):
 
     def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:
         """Moments of the `num_steps` steps after a series."""
-        return forecast(self.ssm, self._with_batch(value), num_steps, self.u, u_future)
+        return forecast(self.whole_ssm, self._with_batch(value), num_steps, self.u, u_future)
 
     @property
     def mean(self) -> Array:
@@ -129,15 +135,8 @@ class LinearGaussianMarginal(dist.Distribution):
         """Prior moments: the predictions of a filter that sees nothing."""
         nothing = jnp.full((*self.batch_shape, *self.event_shape), jnp.nan, self.ssm.dtype)
         prior = kalman_smoother(self.ssm, nothing, self.u)
-        C = self.ssm.C if "C" in self.ssm.time_varying else self.ssm.C[..., None, :, :]
-        R = self.ssm.R if "chol_R" in self.ssm.time_varying else self.ssm.R[..., None, :, :]
-        mean = jnp.squeeze(C @ prior.mean[..., None], -1)
-        if self.ssm.d is not None:
-            mean = mean + (self.ssm.d if "d" in self.ssm.time_varying else self.ssm.d[..., None, :])
-        if self.ssm.D is not None and self.u is not None:
-            D = self.ssm.D if "D" in self.ssm.time_varying else self.ssm.D[..., None, :, :]
-            mean = mean + jnp.squeeze(D @ self.u[..., None], -1)
-        return mean, outer(C @ prior.chol) + R
+        C, R = self.ssm.with_time_axis("C"), outer(self.ssm.with_time_axis("chol_R"))
+        return self.ssm.signal(prior.mean, self.u), outer(C @ prior.chol) + R
 
     def _with_batch(self, value: Array) -> Array:
         return jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), self.batch_shape + self.event_shape))

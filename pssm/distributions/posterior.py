@@ -14,6 +14,7 @@ from pssm.distributions.state_path import StatePath
 from pssm.filters import kalman_smoother, log_likelihood, sample_states
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
+from pssm.linalg.small import along_time
 from pssm.observed import log_prob_observed
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_model, check_num_steps
@@ -78,7 +79,7 @@ class LinearGaussianPosterior(dist.Distribution):
         """Exact log density of paths `(..., time, state)`."""
         steps = self.event_shape[0]
         prior = StatePath.from_ssm(self.ssm, steps, self.u).log_prob(value)
-        noise = dist.MultivariateNormal(_signal(self.ssm, value, self.u), scale_tril=_noise(self.ssm))
+        noise = dist.MultivariateNormal(self.ssm.signal(value, self.u), scale_tril=_noise(self.ssm))
         y = jnp.broadcast_to(self.y, (*value.shape[:-1], self.ssm.n_obs))
         given = log_prob_observed(noise, y).sum(-1)
         return prior + given - log_likelihood(self.ssm, self.y, self.u)
@@ -142,7 +143,7 @@ class ImputedSeries(dist.Distribution):
         ssm = self.system(series)
         path = sample_states(states, ssm, series, self.u)
         e = standard_normal(noise, (*shape[:-1], ssm.chol_R.shape[-1]), self.location.dtype)
-        free = _signal(ssm, path, self.u) + _columns(ssm.chol_R, e, "chol_R" in ssm.time_varying)
+        free = ssm.signal(path, self.u) + along_time(ssm.chol_R, e, "chol_R" in ssm.time_varying)
         return jnp.where(self.seen[..., None], known, free)
 
     @validate_sample
@@ -157,21 +158,6 @@ class ImputedSeries(dist.Distribution):
     def seen_part(self, value: Array) -> Array:
         """A series with NaN where it was not seen."""
         return jnp.where(self.seen[..., None], value, jnp.nan)
-
-
-def _columns(x: Array, v: Array, timed: bool) -> Array:
-    """`x_t v_t` for vectors `(..., time, size)`, the matrices with a time axis or without."""
-    x = x if timed else x[..., None, :, :]
-    return jnp.sum(x * v[..., None, :], axis=-1)
-
-
-def _signal(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`C z + d + D u`, `(..., time, obs)`."""
-    timed = ssm.time_varying
-    mean = _columns(ssm.C, z, "C" in timed)
-    if ssm.d is not None:
-        mean = mean + (ssm.d if "d" in timed else ssm.d[..., None, :])
-    return mean if ssm.D is None or u is None else mean + _columns(ssm.D, u, "D" in timed)
 
 
 def _noise(ssm: LinearGaussianSSM) -> Array:

@@ -19,7 +19,7 @@ from pssm.batch import map_batch
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matvec
+from pssm.linalg.small import affine
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
 
@@ -240,10 +240,7 @@ class StatePath(dist.Distribution):
         """`f(z, u)`, one transition; `a` as `arrays` gives it, with `timed`'s entries of the step in place."""
         if not self.is_linear:
             return self.transition(z, a.get("u"))
-        mean = matvec(a["transition"], z)
-        if "b" in a:
-            mean = mean + a["b"]
-        return mean if "B" not in a else mean + matvec(a["B"], a["u"])
+        return affine(a["transition"], a.get("b"), a.get("B"), z, a.get("u"))
 
     def timed(self, a: dict[str, Any]) -> dict[str, Any]:
         """What differs between steps: the arrays of the steps into `t = 2..T`."""

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pssm._types import Array, Bool
 from pssm.batch import in_all_of_a_batch
-from pssm.linalg.small import SMALL, batch_first
+from pssm.linalg.small import SMALL, along_time, batch_first
 from pssm.missing import split_missing
 from pssm.ssm import FIELDS, LinearGaussianSSM, rebuild
 
@@ -128,5 +128,5 @@ def _whitened(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array,
     if ssm.d is not None:
         filled = filled - ssm.d
     if ssm.D is not None and u is not None:
-        filled = filled - jnp.einsum("tpm,tm->tp", jnp.broadcast_to(ssm.D, (len(y), *ssm.D.shape[-2:])), u)
+        filled = filled - along_time(ssm.D, u, "D" in ssm.time_varying)
     return jnp.where(observed[:, :, None], ssm.C / r[:, :, None], 0.0), jnp.where(observed, filled / r, 0.0)

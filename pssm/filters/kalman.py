@@ -18,7 +18,7 @@ from pssm.batch import apart, for_each, over_batches, side_by_side
 from pssm.filters.covariance import Gains, by_step, over_series, spread_rows, timed_fields
 from pssm.linalg import outer, triangularise
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matmul, matvec, times, unroll
+from pssm.linalg.small import affine, matmul, matvec, times, unroll
 from pssm.missing import split_missing
 from pssm.nonlinear import NonlinearSSM
 from pssm.results import FilterResult, ForecastResult
@@ -127,7 +127,7 @@ def forecast(
     The first row is one full transition after the last observation: `A P A' + Q`, not `P`.
 
     Args:
-        ssm: the model. Time-varying arrays must cover `time + num_steps` steps.
+        ssm: the model. Time-varying arrays must cover `time + num_steps` steps, or more.
         y: observations `(time, obs)`; NaN entries are missing.
         num_steps: the horizon, at least 1.
         u: inputs of the observed steps `(time, input)`, where the model has `B` or `D`.
@@ -148,7 +148,7 @@ def forecast(
     check_count("num_steps", num_steps)
     series = check_series(y, ssm.n_obs)
     length = series.shape[-2]
-    check_num_steps(ssm, length + num_steps, "`y` with the forecast horizon")
+    check_num_steps(ssm, length + num_steps, "`y` with the forecast horizon", or_more=True)
     inputs = check_inputs(ssm, u, length)
     future = check_inputs(ssm, u_future, num_steps, "u_future")
     ssm, series, inputs, future = _common_dtype(ssm, series, inputs, future)
@@ -223,19 +223,12 @@ def shift(u: Array | None) -> Array | None:
 
 def transition_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
     """`A z + b + B u`, at one time, of one state or of states side by side."""
-    return _affine(ssm.A, ssm.b, ssm.B, z, u)
+    return affine(ssm.A, ssm.b, ssm.B, z, u)
 
 
 def emission_mean(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`C z + d + D u`, likewise."""
-    return _affine(ssm.C, ssm.d, ssm.D, z, u)
-
-
-def _affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
-    mean = times(matrix, z)
-    if offset is not None:
-        mean = mean + offset.reshape(-1, *(1,) * (z.ndim - 1))
-    return mean if by_input is None or u is None else mean + times(by_input, u)
+    """`C z + d + D u`, likewise; of whole paths it is the method `signal`."""
+    return affine(ssm.C, ssm.d, ssm.D, z, u)
 
 
 class Means(NamedTuple):

@@ -17,6 +17,7 @@ from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
 from pssm.fitting.results import flatten_draws, trace_with
+from pssm.ssm import check_inputs
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -127,13 +128,8 @@ def smoothed_states(
     def one(d: LinearGaussianMarginal, y: Array) -> tuple[Array, ...]:
         s = kalman_smoother(d.ssm, y, d.u)
         variance = jnp.sum(s.chol**2, -1)
-        C = d.ssm.C if "C" in d.ssm.time_varying else d.ssm.C[None]
-        signal = jnp.einsum("tpn,tn->tp", jnp.broadcast_to(C, (y.shape[0], *C.shape[1:])), s.mean)
-        if d.ssm.d is not None:
-            signal = signal + d.ssm.d
-        if d.ssm.D is not None and d.u is not None:
-            signal = signal + jnp.einsum("...pm,tm->tp", d.ssm.D, d.u)
-        return s.mean, variance, signal, jnp.sum((C @ s.chol) ** 2, -1)
+        factor = d.ssm.with_time_axis("C") @ s.chol
+        return s.mean, variance, d.ssm.signal(s.mean, d.u), jnp.sum(factor**2, -1)
 
     mean, variance, signal, signal_variance = _over_draws(one, model, draws, args, kwargs, most)
     return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
@@ -172,9 +168,9 @@ def forecast(
     check_count("num_steps", num_steps)
 
     def one(d: LinearGaussianMarginal, y: Array, path_key: Array) -> tuple[Array, Array, Array]:
-        f = exact_forecast(d.ssm, y, num_steps, d.u, u_future)
-        inputs = None if u_future is None else jnp.asarray(u_future, y.dtype)
-        path = simulate(path_key, continuation(d.ssm, y, num_steps, d.u, inputs), num_steps, inputs)[1]
+        f = exact_forecast(d.whole_ssm, y, num_steps, d.u, u_future)
+        inputs = check_inputs(d.ssm, u_future, num_steps, "u_future")
+        path = simulate(path_key, continuation(d.whole_ssm, y, num_steps, d.u, inputs), num_steps, inputs)[1]
         return f.mean, jnp.diagonal(f.cov, axis1=-2, axis2=-1), path
 
     mean, variance, paths = (np.asarray(x) for x in _over_draws(one, model, draws, args, kwargs, most, key))
@@ -207,14 +203,9 @@ def one_step_probabilities(
 
     def one(d: LinearGaussianMarginal, y: Array) -> Array:
         f = kalman_filter(d.ssm, y, d.u)
-        ssm = d.ssm
-        C = jnp.broadcast_to(ssm.C, (y.shape[0], *ssm.C.shape[-2:]))
-        mean = jnp.einsum("tpn,tn->tp", C, f.predicted_mean)
-        if ssm.d is not None:
-            mean = mean + ssm.d
-        if ssm.D is not None and d.u is not None:
-            mean = mean + jnp.einsum("...pm,tm->tp", ssm.D, d.u)
-        variance = jnp.sum((C @ f.predicted_chol) ** 2, -1) + jnp.sum(ssm.chol_R**2, -1)
+        mean = d.ssm.signal(f.predicted_mean, d.u)
+        factor, noise = d.ssm.with_time_axis("C") @ f.predicted_chol, d.ssm.with_time_axis("chol_R")
+        variance = jnp.sum(factor**2, -1) + jnp.sum(noise**2, -1)
         return jax.scipy.stats.norm.cdf(y, mean, jnp.sqrt(variance))
 
     return np.asarray(_over_draws(one, model, draws, args, kwargs, most)).mean(0)

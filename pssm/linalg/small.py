@@ -36,6 +36,24 @@ def times(a: Float[Array, "rows cols"], x: Float[Array, "cols *vectors"]) -> Flo
     return jnp.sum(a[:, :, None] * x, axis=1)
 
 
+def affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:
+    """`matrix z + offset + by_input u` at one time, of one state or of states side by side; None adds nothing."""
+    mean = times(matrix, z)
+    if offset is not None:
+        mean = mean + offset.reshape(-1, *(1,) * (z.ndim - 1))
+    return mean if by_input is None or u is None else mean + times(by_input, u)
+
+
+def along_time(
+    a: Float[Array, "... rows cols"], x: Float[Array, "*batch time cols"], timed: bool
+) -> Float[Array, "*batch_out time rows"]:
+    """`a_t x_t` for vectors along a series, with the axes of a batch in front; `timed`: the matrices differ in time."""
+    if a.ndim == 2:
+        return jnp.matmul(x, a.T, precision="highest")
+    a = a if timed else a[..., None, :, :]
+    return jnp.sum(a * x[..., None, :], axis=-1)
+
+
 def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner cols"]) -> Float[Array, "rows cols"]:
     """`a @ b`."""
     if a.size * b.shape[1] > 2 * SMALL**3:

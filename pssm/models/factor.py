@@ -11,7 +11,7 @@ from pssm._types import Array, ArrayLike
 from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.stable import stationary_vector_autoregression
 from pssm.models.components import stationary_autoregression
-from pssm.models.several import look_at, observe_series, sample_path, signal, triangular_loadings
+from pssm.models.several import look_at, observe_series, sample_path, triangular_loadings
 from pssm.models.single import STATES
 from pssm.ssm import LinearGaussianSSM
 
@@ -95,7 +95,7 @@ def dynamic_factor(
         observe_series(_sum(factors, errors), about, states)
         return
     z = sample_path(factors, about)  # given the factors, the series are autoregressions about them
-    given = errors.replace(d=signal(factors, z, about.u), time_varying=("d",))
+    given = errors.replace(d=factors.signal(z, about.u), time_varying=("d",))
     numpyro.sample("y", LinearGaussianMarginal(given, about.num_steps), obs=about.y)
 
 

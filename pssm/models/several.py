@@ -137,11 +137,4 @@ def observe_series(ssm: LinearGaussianSSM, about: About, states: str) -> None:
         numpyro.sample("y", LinearGaussianMarginal(ssm, about.num_steps, inputs), obs=about.y)
         return
     z = sample_path(ssm, about)
-    observe("y", dist.Normal(signal(ssm, z, about.u), jnp.sqrt(jnp.diagonal(ssm.R))).to_event(2), about.y)
-
-
-def signal(ssm: LinearGaussianSSM, z: Array, u: Array | None) -> Array:
-    """`C z + D u + d`."""
-    mean = z @ ssm.C.T
-    mean = mean if ssm.d is None else mean + ssm.d
-    return mean if ssm.D is None or u is None else mean + u @ ssm.D.T
+    observe("y", dist.Normal(ssm.signal(z, about.u), jnp.sqrt(jnp.diagonal(ssm.R))).to_event(2), about.y)

@@ -38,10 +38,7 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
             z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     else:
         z = numpyro.sample("z", path, infer=named)
-    mean = z @ ssm.C.T
-    mean = mean if offset is None else mean + offset
-    mean = mean if effect is None else mean + inputs @ effect.T
-    observe("y", dist.Normal(mean, sigma_obs).to_event(2), data)
+    observe("y", dist.Normal(ssm.signal(z, inputs), sigma_obs).to_event(2), data)
 
 
 def one_series(y: ArrayLike | None, num_steps: int | None, t: ArrayLike | None = None) -> tuple[Array | None, int]:
