@@ -1,4 +1,4 @@
-"""States and forecasts from posterior draws: exact given the parameters, averaged over their posterior."""
+"""States and forecasts from posterior draws, averaged over their posterior: of any fit, or of a model and its draws."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,31 +6,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
+from numpyro import handlers
 
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import LinearGaussianMarginal
-from pssm.filters import forecast as exact_forecast
-from pssm.filters import kalman_filter, kalman_smoother, simulate
-from pssm.filters import sample_states as exact_sample_states
-from pssm.filters.kalman import continuation
-from pssm.fitting.results import flatten_draws, trace_with
-from pssm.ssm import check_inputs
+from pssm.filters import kalman_filter
+from pssm.fitting.results import Fit, FitRecord, flatten_draws, record_of, trace_with
+from pssm.guides.model_run import unwrap
+from pssm.infer.causal import causal_draws
+from pssm.infer.sources import (
+    CodesSource,
+    ExactSource,
+    PathSource,
+    integrated,
+    longer_arguments,
+    plain_model,
+    source_of,
+)
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+FUTURES = 10  # paths for each draw, where a forecast's quantiles are those of paths
 
 
 class MixtureMoments(NamedTuple):
-    """Moments of a mixture of Gaussians over posterior draws, entry by entry: parameter uncertainty included."""
+    """Moments of a mixture over posterior draws, entry by entry: parameter uncertainty included."""
 
     mean: np.ndarray
     sd: np.ndarray
 
 
 class StateMoments(NamedTuple):
-    """Smoothed states and signal: `state` `(time, state)` and `signal` `(time, obs)`, without observation noise."""
+    """Smoothed states `(..., time, state)`, and the signal `(..., time, obs)`: the mean of observations given them."""
 
     state: MixtureMoments
     signal: MixtureMoments
@@ -40,10 +48,10 @@ class ForecastDraws(NamedTuple):
     """A posterior predictive forecast.
 
     Attributes:
-        mean: `(horizon, obs)`.
-        sd: `(horizon, obs)`.
-        quantiles: `(5, horizon, obs)` at 5, 25, 50, 75 and 95 %.
-        draws: `(draw, horizon, obs)`: whole future paths, one for each posterior draw used.
+        mean: `(..., horizon, obs)`.
+        sd: `(..., horizon, obs)`.
+        quantiles: `(5, ..., horizon, obs)` at 5, 25, 50, 75 and 95 %.
+        draws: `(draw, ..., horizon, obs)`: whole future paths.
     """
 
     mean: np.ndarray
@@ -55,14 +63,236 @@ class ForecastDraws(NamedTuple):
 def marginal_site(trace: dict[str, Any]) -> tuple[str, LinearGaussianMarginal, Array] | None:
     """Name, distribution and value of the observed `LinearGaussianMarginal` of a trace, or None if it has none."""
     for name, site in trace.items():
-        if site["type"] != "sample":
-            continue
-        fn = site["fn"]
-        while isinstance(fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
-            fn = fn.base_dist
+        fn = unwrap(site["fn"])[0] if site["type"] == "sample" else None
         if isinstance(fn, LinearGaussianMarginal):
             return name, fn, site["value"]
     return None
+
+
+def smoothed_states(
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 400,
+    site: str | None = None,
+    key: Key | int = 0,
+    **kwargs: Any,
+) -> StateMoments:
+    """Posterior moments of states and signal, averaged over at most `most` posterior draws.
+
+    Where the model integrates its states out they are the exact smoother's for each draw (a Gaussian smoother's for a
+    `GaussianFilterMarginal`); where it samples them, or a guide draws them, they are those of the drawn paths.
+
+    Args:
+        fit: a fit of any method; or a model with a `LinearGaussianMarginal` site, followed by its draws and arguments.
+        draws: posterior draws with leading axes `(chain, draw)`; not with a fit.
+        args: the model's positional arguments, likewise.
+        most: number of draws to use.
+        site: the observed site whose signal is meant, where there are several.
+        key: random key, or a whole number; the same key gives the same draws from a guide.
+        kwargs: the model's keyword arguments, where a model is given.
+
+    Returns:
+        A `StateMoments`.
+
+    Raises:
+        ValueError: the model has no states, or several observed sites.
+    """
+    task = _task(fit, draws, args, kwargs, most, key, site)
+    mean, variance, signal, signal_variance = task.map(task.source.moments)
+    return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
+
+
+def forecast(
+    fit: Fit | Callable[..., Any],
+    draws: Any = None,
+    num_steps: int | None = None,
+    *args: Any,
+    horizon: int | None = None,
+    u_future: ArrayLike | None = None,
+    origin: int | None = None,
+    future: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    site: str | None = None,
+    key: Key | int = 0,
+    most: int = 400,
+    **kwargs: Any,
+) -> ForecastDraws:
+    """Posterior predictive forecast: `forecast(fit, horizon)`, or `forecast(model, draws, num_steps, *args)`.
+
+    Where the model integrates its states out, the forecast is exact for each posterior draw, its moments and quantiles
+    those of the mixture over draws, and `.draws` has one path for each. Elsewhere the path of each posterior draw is
+    continued by the model's own transition and emission, ten times. Parameters keep their posterior given the whole
+    series, also where `origin` says that the states may know its beginning only.
+
+    Args:
+        fit: a fit of any method; or a model with a `LinearGaussianMarginal` site, followed by its draws.
+        draws: the horizon where a fit is given; else posterior draws with leading axes `(chain, draw)`.
+        num_steps: the horizon, after the draws of a model.
+        args: the model's positional arguments (the data), likewise.
+        horizon: the horizon by name.
+        u_future: inputs of the future steps `(horizon, input)`, where the model has an argument `u`.
+        origin: number of observations that are known; all by default. Sampled states need a guide that can be asked
+            given the past alone.
+        future: `(args, kwargs)`, the model's arguments for the steps of series and forecast, data NaN in the future;
+            by default the first argument is taken for the data, and `u` for the inputs.
+        site: the observed site, where there are several.
+        key: random key, or a whole number; the same key gives the same forecast.
+        most: number of posterior draws to use.
+        kwargs: the model's keyword arguments, where a model is given.
+
+    Returns:
+        A `ForecastDraws`.
+
+    Raises:
+        ValueError: the model has no states, inputs for the future are absent, or its longer arguments cannot be told.
+    """
+    name = "num_steps" if callable(fit) and not isinstance(fit, FitRecord) else "horizon"
+    if name == "horizon":
+        horizon, draws = (draws if horizon is None else horizon), None
+    else:
+        horizon = num_steps if horizon is None else horizon
+    check_count(name, horizon)
+    task = _task(fit, draws, args, kwargs, most, key, site)
+    source, steps = task.source, task.source.num_steps
+    known = steps if origin is None else origin
+    if not 0 < known <= steps:
+        raise ValueError(f"`origin` must be from 1 to {steps}, the steps of the series; got {origin}.")
+    try:
+        ahead = longer_arguments(source, known, horizon, u_future, future)
+    except ValueError:
+        if not isinstance(source, ExactSource):
+            raise
+        ahead = longer_arguments(source, known, horizon, u_future, (source.args, source.kwargs))
+    if isinstance(source, CodesSource):
+        task = task.redrawn(ahead.args, ahead.kwargs)
+    elif isinstance(source, PathSource):
+        task = task.given_past(known) if known < steps else task
+    times = 1 if isinstance(source, ExactSource) else FUTURES
+    mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
+    moments = _mixture(mean, variance)
+    if isinstance(source, ExactSource):
+        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
+    return ForecastDraws(moments.mean, moments.sd, np.quantile(paths, QUANTILES, axis=0), paths)
+
+
+def sample_states(
+    fit: Fit | Key | int,
+    model: Callable[..., Any] | None = None,
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 400,
+    key: Key | int = 0,
+    **kwargs: Any,
+) -> np.ndarray:
+    """One whole path of the states for each of at most `most` posterior draws, `(draw, ..., time, state)`.
+
+    `sample_states(fit, key=...)` of any fit; or `sample_states(key, model, draws, *args)`, exact, of a model with a
+    `LinearGaussianMarginal` site. Arguments and errors as in `smoothed_states`; the same key gives the same paths.
+    """
+    if model is None:
+        task = _task(fit, None, (), {}, most, key, None)
+    else:
+        task = _task(model, draws, args, kwargs, most, fit, None)
+    return task.map(task.source.draw)
+
+
+def one_step_probabilities(
+    fit: Fit | Callable[..., Any], draws: dict[str, Any] | None = None, *args: Any, most: int = 400, **kwargs: Any
+) -> np.ndarray:
+    """Predictive distribution function at each observation, `P(Y_t <= y_t | y_{1:t-1})`, `(time, obs)`; NaN if missing.
+
+    Uniform if the model is right. Parameters are drawn from the posterior given the whole series: the past-only
+    posterior would be slightly wider. Arguments and errors as in `smoothed_states`, of models that integrate their
+    states out exactly.
+    """
+    task = _task(fit, draws, args, kwargs, most, 0, None)
+    source = task.source
+    if not isinstance(source, ExactSource):
+        raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
+
+    def one(sample: dict[str, Array], key: Array) -> Array:
+        trace = source.trace(sample)
+        d, y = source.fn(trace), source.series(trace)
+        f = kalman_filter(d.ssm, y, d.u)
+        mean = d.ssm.signal(f.predicted_mean, d.u)
+        factor, noise = d.ssm.with_time_axis("C") @ f.predicted_chol, d.ssm.with_time_axis("chol_R")
+        variance = jnp.sum(factor**2, -1) + jnp.sum(noise**2, -1)
+        return jax.scipy.stats.norm.cdf(y, mean, jnp.sqrt(variance))
+
+    return task.map(one).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """Posterior draws and the source of their states: `draws` are merged over chains and thinned."""
+
+    source: Any
+    draws: dict[str, Array]
+    key: Key
+    fit: Any = None
+
+    @property
+    def count(self) -> int:
+        """Number of draws."""
+        return next(iter(self.draws.values())).shape[0]
+
+    def map(self, one: Callable[..., Any], times: int = 1) -> Any:
+        """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
+        rows = jnp.repeat(jnp.arange(self.count), times)
+        keys = jax.random.split(self.key, len(rows))
+
+        @jax.jit
+        def run(draws: dict[str, Array]) -> Any:
+            def row(xs: tuple[Array, Array]) -> Any:
+                return one({name: x[xs[0]] for name, x in draws.items()}, xs[1])
+
+            return jax.lax.map(row, (rows, keys), batch_size=50)
+
+        return jax.tree.map(np.asarray, run(self.draws))
+
+    def redrawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Task":
+        """Draws from the guide for other arguments."""
+        if self.fit is None or record_of(self.fit).guide is None:
+            raise ValueError("`fit`: the codes of future frames come from a guide, and this fit has none.")
+        found = record_of(self.fit).sample(self.count, self.key, args, kwargs)
+        return self._replace(draws=flatten_draws(found))
+
+    def given_past(self, known: int) -> "_Task":
+        """Draws whose path knows the first observations only."""
+        if self.fit is None or record_of(self.fit).guide is None:
+            raise ValueError(
+                "`origin`: the drawn states know the whole series. Fit the beginning of the series, or use a model "
+                "with its states integrated out, or a guide."
+            )
+        found = causal_draws(self.fit, [known], num_samples=self.count, key=self.key)
+        return self._replace(draws={n: jnp.asarray(x[0]) for n, x in found.items()})
+
+
+def _task(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, key: Any, site: str | None) -> _Task:
+    """From a fit, or from a model with its draws."""
+    key = as_key(key)
+    if draws is not None:
+        thinned = _thin(draws, most)
+        first = {name: x[0] for name, x in thinned.items()}
+        if marginal_site(trace_with(fit, first, *args, **kwargs)) is None:
+            raise ValueError(
+                "`model` has no `LinearGaussianMarginal` site, so its states cannot be integrated out exactly. "
+                'pssm\'s linear models have one with states="marginal".'
+            )
+        return _Task(source_of(fit, first, args, kwargs, site), thinned, key)
+    if args or kwargs:
+        raise TypeError("a fit has its own arguments: `*args` and `**kwargs` go with a model and its draws.")
+    record = record_of(fit)
+    guide_key, key = jax.random.split(key)
+    thinned = _thin(record.draws(most, guide_key), most)
+    first = {name: x[0] for name, x in thinned.items()}
+    model = plain_model(record.model)
+    found = integrated(model, first, record.args, record.kwargs)
+    model, kwargs = (model, record.kwargs) if found is None else found
+    model = handlers.substitute(model, data=record.params) if record.params else model
+    return _Task(source_of(model, first, record.args, kwargs, site), thinned, key, fit)
 
 
 def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
@@ -71,144 +301,6 @@ def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
     total = next(iter(flat.values())).shape[0]
     rows = np.linspace(0, total - 1, min(most, total)).astype(int)
     return {name: x[rows] for name, x in flat.items()}
-
-
-def _over_draws(
-    fn: Callable[..., Any],
-    model: Callable[..., Any],
-    draws: dict[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    most: int,
-    key: Key | int | None = None,
-) -> Any:
-    """`fn(distribution, data)` for posterior draws of a model with a `LinearGaussianMarginal`, in batches.
-
-    With a `key`, `fn` gets a key of its own for every draw as its third argument.
-    """
-    thinned = _thin(draws, most)
-    first = {name: x[0] for name, x in thinned.items()}
-    if marginal_site(trace_with(model, first, *args, **kwargs)) is None:
-        raise ValueError(
-            "`model` has no `LinearGaussianMarginal` site, so its states cannot be integrated out exactly. "
-            'pssm\'s linear models have one with states="marginal".'
-        )
-
-    def one(sample_and_keys: tuple[dict[str, Array], tuple[Array, ...]]) -> Any:
-        sample, own_key = sample_and_keys
-        site = marginal_site(trace_with(model, sample, *args, **kwargs))
-        if site is None:
-            raise ValueError("`model` has a `LinearGaussianMarginal` site for some parameters only.")
-        return fn(site[1], site[2], *own_key)
-
-    count = next(iter(thinned.values())).shape[0]
-    keys = () if key is None else (jax.random.split(as_key(key), count),)
-    return jax.jit(lambda s: jax.lax.map(one, s, batch_size=50))((thinned, keys))
-
-
-def smoothed_states(
-    model: Callable[..., Any], draws: dict[str, Any], *args: Any, most: int = 400, **kwargs: Any
-) -> StateMoments:
-    """Posterior moments of states and signal: the exact smoother, averaged over at most `most` posterior draws.
-
-    Args:
-        model: a model with a `LinearGaussianMarginal` site.
-        draws: posterior draws with leading axes `(chain, draw)`.
-        args: the model's positional arguments.
-        most: how many draws to use.
-        kwargs: the model's keyword arguments.
-
-    Returns:
-        A `StateMoments`.
-
-    Raises:
-        ValueError: the model has no `LinearGaussianMarginal` site.
-    """
-
-    def one(d: LinearGaussianMarginal, y: Array) -> tuple[Array, ...]:
-        s = kalman_smoother(d.ssm, y, d.u)
-        variance = jnp.sum(s.chol**2, -1)
-        factor = d.ssm.with_time_axis("C") @ s.chol
-        return s.mean, variance, d.ssm.signal(s.mean, d.u), jnp.sum(factor**2, -1)
-
-    mean, variance, signal, signal_variance = _over_draws(one, model, draws, args, kwargs, most)
-    return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
-
-
-def forecast(
-    model: Callable[..., Any],
-    draws: dict[str, Any],
-    num_steps: int,
-    *args: Any,
-    u_future: ArrayLike | None = None,
-    key: Key | int = 0,
-    most: int = 400,
-    **kwargs: Any,
-) -> ForecastDraws:
-    """Posterior predictive forecast of the next `num_steps` steps, from the filtered end of the series.
-
-    Given parameters the forecast is exact; the draws mix over the posterior of the parameters.
-
-    Args:
-        model: a model with a `LinearGaussianMarginal` site.
-        draws: posterior draws with leading axes `(chain, draw)`.
-        num_steps: the horizon.
-        args: the model's positional arguments (the data).
-        u_future: inputs of the future steps `(num_steps, input)`, where the model has inputs.
-        key: random key, or a whole number.
-        most: how many posterior draws to use; 20 predictive draws are made of each.
-        kwargs: the model's keyword arguments.
-
-    Returns:
-        A `ForecastDraws`.
-
-    Raises:
-        ValueError: the model has no `LinearGaussianMarginal` site, or inputs for the future are absent.
-    """
-    check_count("num_steps", num_steps)
-
-    def one(d: LinearGaussianMarginal, y: Array, path_key: Array) -> tuple[Array, Array, Array]:
-        f = exact_forecast(d.whole_ssm, y, num_steps, d.u, u_future)
-        inputs = check_inputs(d.ssm, u_future, num_steps, "u_future")
-        path = simulate(path_key, continuation(d.whole_ssm, y, num_steps, d.u, inputs), num_steps, inputs)[1]
-        return f.mean, jnp.diagonal(f.cov, axis1=-2, axis2=-1), path
-
-    mean, variance, paths = (np.asarray(x) for x in _over_draws(one, model, draws, args, kwargs, most, key))
-    moments = _mixture(mean, variance)
-    return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
-
-
-def sample_states(
-    key: Key | int, model: Callable[..., Any], draws: dict[str, Any], *args: Any, most: int = 400, **kwargs: Any
-) -> np.ndarray:
-    """One whole path of the states for each of at most `most` posterior draws, `(draw, time, state)`, exact.
-
-    Arguments and errors as in `smoothed_states`.
-    """
-
-    def one(d: LinearGaussianMarginal, y: Array, path_key: Array) -> Array:
-        return exact_sample_states(path_key, d.ssm, y, d.u)
-
-    return np.asarray(_over_draws(one, model, draws, args, kwargs, most, key))
-
-
-def one_step_probabilities(
-    model: Callable[..., Any], draws: dict[str, Any], *args: Any, most: int = 400, **kwargs: Any
-) -> np.ndarray:
-    """Predictive distribution function at each observation, `P(Y_t <= y_t | y_{1:t-1})`, `(time, obs)`; NaN if missing.
-
-    Uniform if the model is right. Parameters are drawn from the posterior given the whole series: the past-only
-    posterior would be slightly wider. Arguments and errors as in `smoothed_states`.
-    """
-
-    def one(d: LinearGaussianMarginal, y: Array) -> Array:
-        f = kalman_filter(d.ssm, y, d.u)
-        mean = d.ssm.signal(f.predicted_mean, d.u)
-        factor, noise = d.ssm.with_time_axis("C") @ f.predicted_chol, d.ssm.with_time_axis("chol_R")
-        variance = jnp.sum(factor**2, -1) + jnp.sum(noise**2, -1)
-        return jax.scipy.stats.norm.cdf(y, mean, jnp.sqrt(variance))
-
-    return np.asarray(_over_draws(one, model, draws, args, kwargs, most)).mean(0)
 
 
 def _mixture(mean: ArrayLike, variance: ArrayLike) -> MixtureMoments:

@@ -1,0 +1,369 @@
+"""Where the states of a fit come from: integrated out, exactly or by a Gaussian filter, or among its draws.
+
+Each kind of source gives, for one posterior draw, moments of states and signal, a path of the states, and the future.
+All but the exact one is given by draws, so moments are averages over them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+
+from pssm._types import Array, Key
+from pssm.batch import map_batch, over_batches
+from pssm.distributions import GaussianFilterMarginal, HistoryMarginal, LinearGaussianMarginal, StatePath
+from pssm.filters import forecast as exact_forecast
+from pssm.filters import kalman_smoother, simulate
+from pssm.filters import sample_states as exact_sample_states
+from pssm.filters.kalman import continuation
+from pssm.fitting.results import trace_with
+from pssm.guides.model_run import unwrap
+from pssm.linalg.low_rank import apply_factor
+from pssm.linalg.random import standard_normal
+from pssm.ssm import check_inputs
+
+Moments = tuple[Array, Array, Array, Array]  # mean and variance of the state, mean and variance of the signal
+Future = tuple[Array, Array, Array]  # mean and variance of the observations, and one path of them
+
+
+class Horizon(NamedTuple):
+    """What a forecast needs beside a draw.
+
+    Attributes:
+        known: number of observed steps that the forecast may use.
+        num_steps: steps of the forecast.
+        u_future: inputs of these steps, as the user gave them.
+        args: arguments of the model for `known + num_steps` steps or more, the data missing (NaN) from `known` on.
+        kwargs: keyword arguments likewise.
+    """
+
+    known: int
+    num_steps: int
+    u_future: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def rows(self, x: Array, axis: int) -> Array:
+        """The rows of the forecast along an axis of an array over all steps."""
+        return jax.lax.slice_in_dim(x, self.known, self.known + self.num_steps, axis=axis)
+
+
+class Source(NamedTuple):
+    """A model with the sites that matter; see the functions of the subclasses.
+
+    Attributes:
+        model: the model, learned parameters at their fitted values, paths as plain sites.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        site: the observed site.
+        path: the latent site; None where the states are integrated out.
+        num_steps: steps of the series.
+        batch: batch shape of the path.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    site: str
+    path: str | None
+    num_steps: int
+    batch: tuple[int, ...]
+
+    def trace(self, sample: dict[str, Array], longer: Horizon | None = None) -> dict[str, Any]:
+        """The model's trace at a draw, for the fit's own arguments or longer ones."""
+        args, kwargs = (self.args, self.kwargs) if longer is None else (longer.args, longer.kwargs)
+        return trace_with(self.model, sample, *args, **kwargs)
+
+    def fn(self, trace: dict[str, Any], name: str | None = None) -> Any:
+        """The distribution of a site, unwrapped."""
+        return unwrap(trace[name or self.site]["fn"])[0]
+
+
+class ExactSource(Source):
+    """States that a `LinearGaussianMarginal` has integrated out."""
+
+    exact = True
+
+    def series(self, trace: dict[str, Any]) -> Array:
+        """The observed series with all batch axes."""
+        return self.fn(trace)._with_batch(trace[self.site]["value"])
+
+    def moments(self, sample: dict[str, Array], key: Key) -> Moments:
+        """Of the exact smoother."""
+        trace = self.trace(sample)
+        d, y = self.fn(trace), self.series(trace)
+        s = kalman_smoother(d.ssm, y, d.u)
+        factor = d.ssm.with_time_axis("C") @ s.chol
+        return s.mean, jnp.sum(s.chol**2, -1), d.ssm.signal(s.mean, d.u), jnp.sum(factor**2, -1)
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """A path by forward filtering and backward sampling."""
+        trace = self.trace(sample)
+        d = self.fn(trace)
+        return exact_sample_states(key, d.ssm, self.series(trace), d.u)
+
+    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
+        """Exact moments, and a path from the predicted state on."""
+        trace = self.trace(sample)
+        d, y, known = self.fn(trace), self.series(trace)[..., : ahead.known, :], ahead.known
+        ssm, u, u_future, stop = d.whole_ssm, d.u, ahead.u_future, known + ahead.num_steps
+        if ssm.num_steps is not None and ssm.num_steps < stop:
+            longer = self.fn(self.trace(sample, ahead))
+            ssm, u = longer.whole_ssm, longer.u
+        if u is not None and u.shape[-2] >= stop and u_future is None:
+            u_future = u[..., known:stop, :]
+        u = None if u is None else u[..., :known, :]
+        ssm = ssm if ssm.num_steps is None else ssm.steps(0, stop)
+        found = exact_forecast(ssm, y, ahead.num_steps, u, u_future)
+        inputs = check_inputs(ssm, u_future, ahead.num_steps, "u_future")
+        after = over_batches(lambda *a: continuation(a[0], a[1], ahead.num_steps, *a[2:]), ssm, (y, 2), (u, 2),
+                             (inputs, 2))  # fmt: skip
+        path = simulate(key, after, ahead.num_steps, inputs)[1]
+        return found.mean, jnp.diagonal(found.cov, axis1=-2, axis2=-1), path
+
+
+class PathSource(Source):
+    """States that are a `StatePath` site among the draws."""
+
+    exact = False
+
+    def moments(self, sample: dict[str, Array], key: Key) -> Moments:
+        """Of the draw itself: without a variance of its own."""
+        z = self.draw(sample, key)
+        signal = _mean_of(self.trace(sample)[self.site])
+        return z, jnp.zeros_like(z), signal, jnp.zeros_like(signal)
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """The draw's own path."""
+        return sample[self.path]
+
+    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
+        """The model's own transition and emission from the last known state on."""
+        path_key, key = jax.random.split(key)
+        others = {name: x for name, x in sample.items() if name != self.path}
+        prior = self.fn(self.trace(others, ahead), self.path)
+        z = continued(prior, sample[self.path][..., : ahead.known, :], path_key)
+        return _observed(self.trace({**others, self.path: z}, ahead)[self.site], key, ahead, len(self.batch))
+
+
+class FilterSource(Source):
+    """States that a `GaussianFilterMarginal` has integrated out, approximately."""
+
+    exact = False
+
+    def moments(self, sample: dict[str, Array], key: Key) -> Moments:
+        """Of the Gaussian smoother; the signal of a draw from it at each step."""
+        trace = self.trace(sample)
+        d = self.fn(trace)
+        s = d.smooth(trace[self.site]["value"])
+        z = s.mean + jnp.einsum("...ij,...j->...i", s.chol, standard_normal(key, s.mean.shape, s.mean.dtype))
+        signal = jax.vmap(lambda z, u: jnp.atleast_1d(d.model.emission(z, u).mean))(z, d.u)
+        return s.mean, jnp.sum(s.chol**2, -1), signal, jnp.zeros_like(signal)
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """There is none: the smoother has moments only."""
+        raise ValueError(
+            f"`fit` has integrated its states out approximately (site `{self.site}`), and a Gaussian smoother has no "
+            'joint draws of them. Fit the model with states="sampled", or use `particle_smoother`.'
+        )
+
+    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
+        """The model's own transition and emission from a draw of the filtered state on."""
+        first, later, last = jax.random.split(key, 3)
+        y = self.trace(sample)[self.site]["value"]
+        d = self.fn(self.trace(sample, ahead))
+        y = jnp.concatenate([y[: ahead.known], jnp.full((d.num_steps - ahead.known, y.shape[-1]), jnp.nan, y.dtype)])
+        found = d.filter(y)
+        row = ahead.known - 1
+        z = found.mean[row] + found.chol[row] @ standard_normal(first, found.mean[row].shape, y.dtype)
+        prior = StatePath.from_ssm(d.model, d.num_steps, d.u)
+        path = continued(prior, jnp.broadcast_to(z, (ahead.known, *z.shape)), later)
+        rows, inputs = ahead.rows(path, 0), None if d.u is None else ahead.rows(d.u, 0)
+
+        def emit(key: Key, z: Array, u: Array | None) -> Future:
+            e = d.model.emission(z, u)
+            return jnp.atleast_1d(e.mean), jnp.atleast_1d(e.variance), jnp.atleast_1d(e.sample(key))
+
+        return jax.vmap(emit)(jax.random.split(last, ahead.num_steps), rows, inputs)
+
+
+class CodesSource(Source):
+    """Codes of frames in a `HistoryMarginal`: their states are integrated out, the frames follow from the codes."""
+
+    exact = False
+
+    def moments(self, sample: dict[str, Array], key: Key) -> Moments:
+        """Of the exact smoother given the draw's codes."""
+        trace = self.trace(sample)
+        states = self.fn(trace, self.path).states(sample[self.path]).moments()
+        signal = _mean_of(trace[self.site])
+        return states.mean, jnp.sum(states.chol**2, -1), signal, jnp.zeros_like(signal)
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """A path given the draw's codes."""
+        return self.fn(self.trace(sample), self.path).states(sample[self.path]).sample(key)
+
+    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
+        """The frames of codes that the guide has drawn for the longer series."""
+        return _observed(self.trace(sample, ahead)[self.site], key, ahead, len(self.batch))
+
+
+def continued(prior: StatePath, path: Array, key: Key) -> Array:
+    """A path of all steps of `prior` that begins with `path` `(..., known, state)` and goes on by its transition."""
+    known, batch = path.shape[-2], jnp.broadcast_shapes(path.shape[:-2], prior.batch_shape)
+    if not known:
+        return prior.sample(key)
+    steps = prior.num_steps - known
+
+    def one(a: dict[str, Any]) -> Array:
+        def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+            noise, timed = xs
+            now = {**a, **timed}
+            z = prior.step(now, z) + apply_factor(now["chol_Q"], noise)
+            return z, z
+
+        later = jax.tree.map(lambda x: x[known - 1 :], prior.timed(a))
+        return jnp.concatenate([a["z"], jax.lax.scan(step, a["z"][-1], (a["noise"], later), length=steps)[1]])
+
+    arrays, cores = prior.arrays()
+    noise = standard_normal(key, (*batch, steps, prior.chol_Q.shape[-1]), path.dtype)
+    return map_batch(one, batch, {**arrays, "z": path, "noise": noise}, {**cores, "z": 2, "noise": 2})
+
+
+def _mean_of(site: dict[str, Any]) -> Array:
+    try:
+        return site["fn"].mean
+    except NotImplementedError:
+        name = type(unwrap(site["fn"])[0]).__name__
+        raise ValueError(f"`site`: the distribution of `{site['name']}` ({name}) has no mean, so no signal.") from None
+
+
+def _observed(site: dict[str, Any], key: Key, ahead: Horizon, axis: int) -> Future:
+    """Moments and a draw of the forecast's rows of an observed site."""
+    y = site["fn"].sample(key)
+    try:
+        mean, variance = site["fn"].mean, site["fn"].variance
+    except NotImplementedError:  # then the moments are those of the draws
+        mean, variance = y, jnp.zeros(jnp.shape(y))
+    return tuple(ahead.rows(jnp.broadcast_to(x, jnp.shape(y)), axis) for x in (mean, variance, y))
+
+
+# ------------------------------------------------------------------------------------------------ which source it is
+
+
+def source_of(
+    model: Callable[..., Any], first: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: str | None
+) -> Source:
+    """The source of the states of a model's draws, the first of which is given.
+
+    Raises:
+        ValueError: the model has no path of states, or several observed sites and none is named by `site`.
+    """
+    trace = trace_with(model, first, *args, **kwargs)
+    observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+    latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    for kind, core, sites in (
+        (ExactSource, LinearGaussianMarginal, observed),
+        (FilterSource, GaussianFilterMarginal, observed),
+        (PathSource, StatePath, latent),
+        (CodesSource, HistoryMarginal, latent),
+    ):
+        found = {n: s for n, s in sites.items() if isinstance(unwrap(s["fn"])[0], core)}
+        if sites is observed and site is not None:
+            found = {n: s for n, s in found.items() if n == site}
+        if not found:
+            continue
+        if len(found) > 1:
+            raise ValueError(f"`site` must name one of the observed sites {', '.join(found)}.")
+        name, of_path = next(iter(found.items()))
+        batch, steps = of_path["fn"].batch_shape, of_path["fn"].event_shape[0]
+        if sites is observed:
+            return kind(model, args, kwargs, name, None, steps, batch)
+        lead = (*batch, steps)
+        along = [n for n, s in observed.items() if jnp.shape(s["value"])[: len(lead)] == lead]
+        if site is None and len(along) != 1:
+            raise ValueError(f"`site` must name the observed site; those along `{name}` are {along or 'none'}.")
+        if site is not None and site not in along:
+            raise ValueError(f"`site` must be one of {along}, which are observed along `{name}`; got {site!r}.")
+        return kind(model, args, kwargs, site or along[0], name, steps, batch)
+    raise ValueError(
+        "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; its "
+        f"latent sites are {', '.join(latent) or '(none)'}."
+    )
+
+
+def plain_model(model: Any) -> Callable[..., Any]:
+    """The model before its paths were reparametrised (`NonCenteredPath`, `transport_reparam`)."""
+    while isinstance(model, handlers.reparam) or hasattr(model, "__wrapped__"):
+        model = model.fn if isinstance(model, handlers.reparam) else model.__wrapped__
+    return model
+
+
+def integrated(
+    model: Callable[..., Any], first: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """A linear model of pssm whose states were sampled, with the states integrated out; None for others."""
+    try:
+        option = inspect.signature(model).parameters.get("states")
+    except (TypeError, ValueError):
+        return None
+    if option is None or kwargs.get("states", option.default) != "sampled":
+        return None
+    exact = functools.partial(model, states="marginal")
+    rest = {name: x for name, x in kwargs.items() if name != "states"}
+    try:
+        trace = trace_with(exact, first, *args, **rest)
+    except (ValueError, TypeError):  # a model that has no such form
+        return None
+    sites = [s for s in trace.values() if s["type"] == "sample" and s["is_observed"]]
+    return (exact, rest) if any(isinstance(unwrap(s["fn"])[0], LinearGaussianMarginal) for s in sites) else None
+
+
+def longer_arguments(
+    source: Source, known: int, num_steps: int, u_future: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> Horizon:
+    """The model's arguments for a series that goes on: data missing from `known` on, inputs with their future.
+
+    Raises:
+        ValueError: the data or inputs cannot be told.
+    """
+    if given is not None:
+        args, kwargs = given
+        return Horizon(known, num_steps, u_future, tuple(args), dict(kwargs))
+    stop = max(source.num_steps, known + num_steps)
+    more, lead = stop - source.num_steps, source.batch
+
+    def data(y: Any) -> np.ndarray:
+        y = np.asarray(y, float if np.asarray(y).dtype.kind in "iub" else None)
+        axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
+        if y.ndim <= axis or y.shape[axis] != source.num_steps:
+            raise ValueError(
+                f"`future` is needed: no axis of the model's first argument, of shape {y.shape}, has the "
+                f"{source.num_steps} steps of the path. Give `future=(args, kwargs)`, the model's arguments with the "
+                "steps of the forecast, their data NaN."
+            )
+        y = np.concatenate([y, np.full((*y.shape[:axis], more, *y.shape[axis + 1 :]), np.nan, y.dtype)], axis)
+        y[(slice(None),) * axis + (slice(known, None),)] = np.nan
+        return y
+
+    args, kwargs = list(source.args), dict(source.kwargs)
+    if args and args[0] is not None:
+        args[0] = jax.tree.map(data, args[0])
+    elif kwargs.get("y") is not None:
+        kwargs["y"] = jax.tree.map(data, kwargs["y"])
+    if kwargs.get("num_steps") is not None:
+        kwargs["num_steps"] = stop
+    if kwargs.get("u") is not None and more:
+        u = np.asarray(kwargs["u"])
+        if u_future is None:
+            raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
+        u_future = np.asarray(u_future).reshape(-1, *u.shape[1:]) if u.ndim == 1 else np.asarray(u_future)
+        kwargs["u"] = np.concatenate(
+            [u, u_future[..., -more:, :] if u.ndim > 1 else u_future[-more:]], axis=max(u.ndim - 2, 0)
+        )
+    return Horizon(known, num_steps, u_future, tuple(args), kwargs)
