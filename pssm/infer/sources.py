@@ -338,8 +338,9 @@ def longer_arguments(
     stop = max(source.num_steps, known + num_steps)
     more, lead = stop - source.num_steps, source.batch
 
-    def data(y: Any) -> np.ndarray:
-        y = np.asarray(y, float if np.asarray(y).dtype.kind in "iub" else None)
+    def data(given: Any) -> Any:
+        y = np.asarray(given)
+        y = y if y.dtype.kind == "f" else y.astype(float)
         axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
         if y.ndim <= axis or y.shape[axis] != source.num_steps:
             raise ValueError(
@@ -349,7 +350,7 @@ def longer_arguments(
             )
         y = np.concatenate([y, np.full((*y.shape[:axis], more, *y.shape[axis + 1 :]), np.nan, y.dtype)], axis)
         y[(slice(None),) * axis + (slice(known, None),)] = np.nan
-        return y
+        return jnp.asarray(y) if isinstance(given, jax.Array) else y
 
     args, kwargs = list(source.args), dict(source.kwargs)
     if args and args[0] is not None:
