@@ -8,7 +8,7 @@ from jax.extend.core import Literal
 
 import pssm
 from pssm.distributions import LowRankChain, StatePath
-from pssm.guides import mode
+from pssm.modes import mode
 from pssm.linalg import Diagonal
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 

@@ -111,11 +111,13 @@ class ConditionedPath(dist.Distribution):
         batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
         return map_batch(one, batch, {"h": self.h, "z": value}, {"h": 2, "z": 2})
 
-    def kl_given(self, value: Array, prior: StatePath) -> Array:
+    def kl_given(self, value: Array, prior: dist.Distribution | None) -> Array:
         """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`, for regular noise of `p`.
 
         Its expectation under `q` is `KL(q || prior)`.
         """
+        if not isinstance(prior, StatePath):
+            raise NotImplementedError(f"no divergence in closed form from a {type(prior).__name__}")
 
         def one(a: dict[str, Any]) -> Array:
             mean, sd = self._conditionals(a)

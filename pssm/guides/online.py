@@ -106,7 +106,7 @@ def online_filter(
 
     def chain(factor: Factor, means: Array, p: dict[str, Array], noise: Array) -> Belief:
         update = condition(factor, Potential(p["K"], p["k"], p.get("diag"), p.get("center"), p.get("b")))
-        width, columns = factor.shape[-1], update.b.shape[-1]
+        width, columns = factor.shape[-1], update.columns
         e, w = noise[:, :width], noise[:, max(widths) : max(widths) + columns]
         z = jax.vmap(lambda mu, e, w: posterior_sample(update, factor, mu, e, w))(means, e, w)
         centres = jax.vmap(lambda mu: posterior_mean(update, mu))(means)

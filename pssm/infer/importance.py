@@ -228,7 +228,7 @@ def guided_filter(
         def draw(key: Array, update: Update, factor: Factor, mu: Array) -> tuple[Array, Array]:
             e_key, w_key = jax.random.split(key)
             noise = standard_normal(e_key, factor.shape[-1:], mu.dtype)
-            z = posterior_sample(update, factor, mu, noise, standard_normal(w_key, update.b.shape, mu.dtype))
+            z = posterior_sample(update, factor, mu, noise, standard_normal(w_key, (update.columns,), mu.dtype))
             return z, -log_ratio(update, factor, mu, z)
 
         def ahead(update: Update, now: dict[str, Any], z: Array) -> Array:
