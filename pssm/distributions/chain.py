@@ -199,9 +199,10 @@ class LowRankChain(dist.Distribution):
         """Exact log density of paths `(..., time, state)`; no scan."""
         return self.prior.log_prob(value) + self.log_ratio(value)
 
-    def log_ratio(self, value: Array) -> Array:
-        """`log q(z) - log p(z)` of paths `(..., time, state)`, without cancellation."""
-        return self._over_steps(log_ratio, value, use_value=True)
+    def log_ratio(self, value: Array, prior: dist.Distribution | None = None) -> Array:
+        """`log q(z) - log p(z)` of paths `(..., time, state)`, without cancellation for the chain's own prior."""
+        own = self._over_steps(log_ratio, value, use_value=True)
+        return own if prior is None else own + self.prior.log_prob(value) - prior.log_prob(value)
 
     def kl_given(self, value: Array, prior: dist.Distribution | None = None) -> Array:
         """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`.

@@ -245,7 +245,10 @@ def _check_backward(backward: Any, *shape: Any) -> Potential:
         if not isinstance(backward, tuple | list) or len(backward) != 2:
             raise TypeError(f"`backward` must be a pair (k, K) or a Potential; got {type(backward).__name__}.")
         backward = Potential(backward[1], slope=backward[0])
-    return as_potential(backward, *shape, prefix="backward.")
+    try:
+        return as_potential(backward, *shape)
+    except ValueError as error:
+        raise ValueError(f"`backward`: {error}") from error
 
 
 class Updated(NamedTuple):
