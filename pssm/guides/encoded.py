@@ -94,7 +94,9 @@ class Conditionals(Posterior):
     data: Data
     trainable: Any
 
-    family = "chain"
+    @property
+    def family(self) -> str:  # noqa: D102
+        return "chain"
 
     def distribution(self, site: PathSite) -> ConditionedPath:  # noqa: D102
         encode = site.network("encoder", self.encoder, self.trainable)

@@ -91,7 +91,8 @@ class PathGuide(DrawnGuide):
 
     @property
     def _latent(self) -> list[str]:
-        return [n for n, s in self.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
+        sites: Any = self.prototype_trace
+        return [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         numpyro.prng_key()  # a key is taken, as by NumPyro's guides
