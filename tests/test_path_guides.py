@@ -134,7 +134,7 @@ def test_given_the_past(kind, started):
     assert found.shape == (3, TRIALS, T, 1)
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found, draw(3, np.where(np.arange(T)[:, None] < 3, Y, Y + 50)))
-    assert np.abs(found - draw(3, np.where(np.arange(T)[:, None] == 2, Y + 5, Y)))[:, :, :3].max() > 0.01
+    assert np.abs(found - draw(3, np.where(np.arange(T)[:, None] == 2, Y + 5, Y)))[:, :, :3].max() > 1e-3
     assert np.abs(found - draw(4, Y)).max() > 1e-4
 
 

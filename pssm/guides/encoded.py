@@ -14,7 +14,7 @@ from pssm.batch import map_batch
 from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.model_run import PathSite
 from pssm.guides.online import Clipped
-from pssm.guides.posteriors import Form, Posterior
+from pssm.guides.posteriors import FromPotentials, Posterior
 from pssm.linalg.potential import Potential
 from pssm.modes.mode import noise_scale
 from pssm.nets.encoders import SmoothingEncoder
@@ -24,10 +24,9 @@ Data = str | tuple[str, ...] | Callable[..., Array] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded(Posterior):
+class Encoded(FromPotentials):
     """Potentials that an encoder makes from a path's data. Attributes are as in `AmortizedStateSpace`."""
 
-    form: Form
     encoder: Any
     causal: bool
     refine: int
@@ -36,10 +35,6 @@ class Encoded(Posterior):
     data: Data
     masking: Callable[[Key, Array], Array] | None
     trainable: Any
-
-    @property
-    def family(self) -> str:  # noqa: D102
-        return self.form.family
 
     def distribution(self, site: PathSite) -> LowRankChain | LowRankMomentMatched:  # noqa: D102
         encode = site.network("encoder", self.encoder, self.trainable)

@@ -176,8 +176,12 @@ class PathSite(NamedTuple):
 
     def param(self, part: str, init: Callable[[Key], Array], constraint: Any = constraints.real) -> Array:
         """A parameter of the path, `{site}_{prefix}_{part}`, with axes of time, state and, for "K", rank."""
-        name, core = f"{self.name}_{self.prefix}_{part}", 3 if part == "K" else 2
-        return jnp.asarray(numpyro.param(name, init, constraint=constraint, event_dim=core))
+        value = jnp.asarray(numpyro.param(f"{self.name}_{self.prefix}_{part}", init, constraint=constraint))
+        for plate, dim, size, full in self.plates:  # as NumPyro does it, but without its check of the size
+            axis = dim - (3 if part == "K" else 2)
+            if size != full and value.ndim >= -axis and value.shape[axis] == full:
+                value = jnp.take(value, self.run.indices[plate], axis=axis)
+        return value
 
     def network(self, part: str, given: Any, trainable: Any) -> Any:
         """A network of the path, with its parameters; `given` may be a dict by path."""

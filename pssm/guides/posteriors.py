@@ -77,23 +77,32 @@ class Form:
 
 
 @dataclass(frozen=True)
-class AtMode(Posterior):
-    """Potentials found again at the mode of the path, at every evaluation, for the current values of the other sites.
+class FromPotentials(Posterior):
+    """A posterior made from potentials, in one of the forms.
 
     Attributes:
         form: the form.
+    """
+
+    form: Form
+
+    @property
+    def family(self) -> str:  # noqa: D102
+        return self.form.family
+
+
+@dataclass(frozen=True)
+class AtMode(FromPotentials):
+    """Potentials found again at the mode of the path, at every evaluation, for the current values of the other sites.
+
+    Attributes:
         num_iters: Gauss-Newton steps from the path that is stored.
         stored: the search begins at a path from the start of the fit, a parameter; else, and for data of another shape,
             at the prior's.
     """
 
-    form: Form
     num_iters: int = 4
     stored: bool = True
-
-    @property
-    def family(self) -> str:  # noqa: D102
-        return self.form.family
 
     def distribution(self, site: PathSite) -> LowRankChain | LowRankMomentMatched:  # noqa: D102
         start, num_iters = None, START_ITERS
@@ -109,22 +118,14 @@ class AtMode(Posterior):
 
 
 @dataclass(frozen=True)
-class Free(Posterior):
+class Free(FromPotentials):
     """Potentials that are parameters, started at the mode.
 
     Slope and factor are trained in units of the posterior's conditional scale at the start; that scale and the center
     are parameters too, so that a fit's `params` hold all there is, but no gradient reaches them.
-
-    Attributes:
-        form: the form.
     """
 
-    form: Form
     needs_values: ClassVar[bool] = False
-
-    @property
-    def family(self) -> str:  # noqa: D102
-        return self.form.family
 
     def distribution(self, site: PathSite) -> LowRankChain | LowRankMomentMatched:  # noqa: D102
         made: list[Potential] = []

@@ -1,4 +1,4 @@
-"""Where a guide starts: the mode of the path, and potentials that approximate the backward messages there.
+"""The mode of a path, and potentials that approximate the backward messages there: where guides start.
 
 The observations enter through one function only, their log-likelihood as a function of the whole path; its gradient and
 its Hessian, block by block in time, come from automatic differentiation. With the transition linearised along a path
