@@ -11,6 +11,7 @@ from numpyro.infer.autoguide import AutoGuide
 from pssm._checks import as_float
 from pssm._types import Array, ArrayLike, Key
 from pssm.guides.model_run import structure
+from pssm.guides.others import OtherSites
 
 CHUNK = 500  # draws at once
 
@@ -23,6 +24,7 @@ class DrawnGuide(AutoGuide):
 
     _series: str = ""  # name of a site with the axes (..., time, state)
     _bare = False  # whether the first call had no arguments
+    _others: OtherSites | None = None  # what has a guide of its own
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.prototype_trace = structure(self.model, args, kwargs)
@@ -37,7 +39,7 @@ class DrawnGuide(AutoGuide):
         with handlers.block(), handlers.seed(rng_seed=key):
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
-        return True
+            return self._others is None or self._others.prepare(args, kwargs)
 
     def evaluated(self) -> "DrawnGuide":
         """The guide outside of training."""

@@ -12,7 +12,7 @@ from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import Messenger
 
-from pssm._types import Array, Key
+from pssm._types import Array
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.drawn import DrawnGuide
 from pssm.guides.model_run import ModelRun, PathSite, plates_of, structure
@@ -61,7 +61,6 @@ class PathGuide(DrawnGuide):
         super().__init__(model, prefix=prefix, init_loc_fn=init, create_plates=create_plates)
         self.posterior = posterior
         self._global_guide, self._own_site = global_guide, own_site
-        self._others: OtherSites | None = None
         self._paths: list[str] = []
         self._params: set[str] = set()  # names of the paths' own parameters
 
@@ -108,13 +107,6 @@ class PathGuide(DrawnGuide):
         if len(self._latent) > len(self._paths):
             self._others = OtherSites(self.model, self._paths, self._global_guide, self.prefix, self.init_loc_fn)
 
-    def prepare(self, key: Key, *args: Any, **kwargs: Any) -> bool:
-        """See `DrawnGuide.prepare`."""
-        with handlers.block(), handlers.seed(rng_seed=key):
-            if self.prototype_trace is None:
-                self._setup_prototype(*args, **kwargs)
-            return self._others is None or self._others.prepare(args, kwargs)
-
     def plates(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, numpyro.plate]:
         """The plates of the model's latent sites for these arguments, whose sizes may be new."""
         if self.prototype_trace is None:
@@ -134,20 +126,13 @@ class PathGuide(DrawnGuide):
         values = {**run.expose_params(result), **result}
         for name in self._paths:
             own = run.trace(values)[name]
-            frames = own["cond_indep_stack"]
             prior, mask = unwrap(own["fn"])
-            site = PathSite(
-                name,
-                self.prefix,
-                run,
-                values,
-                prior,
-                own["fn"].shape(),
-                tuple((f.name, f.dim, f.size, plates[f.name].size) for f in frames),
-            )
+            frames = {frame.name: frame for frame in own["cond_indep_stack"]}
+            around = tuple((n, f.dim, f.size, plates[n].size) for n, f in frames.items())
+            site = PathSite(name, self.prefix, run, values, prior, own["fn"].shape(), around)
             with ExitStack() as stack:
-                for frame in frames:
-                    stack.enter_context(plates[frame.name])
+                for plate in frames:
+                    stack.enter_context(plates[plate])
                 with _Params(self._params):
                     q = self.posterior.distribution(site)
                 values[name] = result[name] = self._sample(name, q, mask, prior)
