@@ -46,6 +46,8 @@ class LowRankChain(dist.Distribution):
     linear-Gaussian model that message has this form, with rank `state`. A `diag` beside a small rank is much sharper
     than the rank alone.
 
+    `LowRankChain.from_potential(prior, potential)` takes the same as one `Potential`.
+
     Cost of a draw or a density: `O(time (state rank + rank^2))` and one transition per step, where the prior's noise
     is a `Diagonal`; with a general `chol_Q`, `O(time state^2 (state + rank))`.
 

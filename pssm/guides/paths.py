@@ -10,7 +10,6 @@ import numpyro
 from numpyro import handlers
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
-from numpyro.primitives import Messenger
 
 from pssm._types import Array
 from pssm.distributions.unwrap import unwrap
@@ -133,8 +132,9 @@ class PathGuide(DrawnGuide):
             with ExitStack() as stack:
                 for plate in frames:
                     stack.enter_context(plates[plate])
-                with _Params(self._params):
+                with handlers.trace() as made:
                     q = self.posterior.distribution(site)
+                self._params |= {n for n, s in made.items() if s["type"] == "param"}
                 values[name] = result[name] = self._sample(name, q, mask, prior)
             if self._own_site is not None:
                 result[name] = numpyro.sample(name, self._own_site(result[name], *args, **kwargs))
@@ -168,37 +168,4 @@ class PathGuide(DrawnGuide):
         Raises:
             ValueError: the guide has no density, or has not been run; or its parameters are not there.
         """
-        if self.family == "moment_matched":
-            raise ValueError('`guide` is of the family "moment_matched", which has no density; fit family="chain".')
-        if self.prototype_trace is None:
-            raise ValueError("`guide` has not been run: fit it to the model first (`fit_svi`, or `SVI.run`).")
-        params = _substituted(model) if params is None else params
-        missing = sorted(self._params - params.keys())
-        if missing:
-            raise ValueError(f"`params` must hold the guide's own parameters; there is no {', '.join(missing)}.")
-        others = [name for name in self._latent if name not in self._paths]
-        names = {"paths": self._paths, "others": others}
-        names["hidden"] = [name for name in self.prototype_trace if name not in others]
-        return transported(model, self.posterior.evaluated(), params, **names, prefix=self.prefix)
-
-
-class _Params(Messenger):
-    """Adds the names of parameters to a set."""
-
-    def __init__(self, names: set[str]):
-        super().__init__(None)
-        self.names = names
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "param":
-            self.names.add(msg["name"])
-
-
-def _substituted(model: Any) -> dict[str, Any]:
-    """The values that handlers around the model put into it."""
-    found: dict[str, Any] = {}
-    while isinstance(model, Messenger):
-        if isinstance(model, handlers.substitute):
-            found = {**(model.data or {}), **found}
-        model = model.fn
-    return found
+        return transported(self, model, params)

@@ -8,38 +8,30 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
+from numpyro.primitives import Messenger
 
 from pssm._types import Array
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun, PathSite
-from pssm.guides.posteriors import Posterior
 
 
-def transported(
-    model: Callable[..., Any],
-    posterior: Posterior,
-    params: dict[str, Any],
-    *,
-    paths: list[str],
-    others: list[str],
-    hidden: list[str],
-    prefix: str,
-) -> Callable[..., Any]:
-    """The model with these paths transported.
-
-    Args:
-        model: a NumPyro model.
-        posterior: of the paths.
-        params: the guide's parameters.
-        paths: names of the path sites.
-        others: names of the other latent sites.
-        hidden: names of all sites that are not among `others`.
-        prefix: of the guide's parameters.
-    """
+def transported(guide: Any, model: Callable[..., Any], params: dict[str, Any] | None) -> Callable[..., Any]:
+    """The model with the paths of a `PathGuide` transported; see `PathGuide.transport`."""
+    if guide.family == "moment_matched":
+        raise ValueError('`guide` is of the family "moment_matched", which has no density; fit family="chain".')
+    if guide.prototype_trace is None:
+        raise ValueError("`guide` has not been run: fit it to the model first (`fit_svi`, or `SVI.run`).")
+    given = _substituted(model) if params is None else params
+    missing = sorted(guide._params - given.keys())
+    if missing:
+        raise ValueError(f"`params` must hold the guide's own parameters; there is no {', '.join(missing)}.")
+    posterior, prefix, paths = guide.posterior.evaluated(), guide.prefix, guide._paths
+    others = [name for name in guide._latent if name not in paths]
+    hidden = [name for name in guide.prototype_trace if name not in others]
 
     def of_site(site: PathSite) -> Any:
-        with handlers.block(), handlers.substitute(data=params):
+        with handlers.block(), handlers.substitute(data=given):
             return posterior.distribution(site)
 
     def run_model(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +48,7 @@ def transported(
         def still(site: dict[str, Any]) -> Any:
             if site["name"] not in paths or site["type"] != "sample":
                 return None
-            prior, stored = unwrap(site["fn"])[0], params.get(f"{site['name']}_{prefix}_center")
+            prior, stored = unwrap(site["fn"])[0], given.get(f"{site['name']}_{prefix}_center")
             shape = site["fn"].shape()
             if stored is not None and jnp.shape(stored) == shape:
                 return stored
@@ -98,3 +90,13 @@ class Transport(Reparam):
         z = q.path_from_noise(numpyro.sample(f"{name}_base", base))
         numpyro.factor(f"{name}_ratio", -q.log_ratio(z, None if self.own_prior else prior))
         return None, z
+
+
+def _substituted(model: Any) -> dict[str, Any]:
+    """The values that handlers around the model put into it."""
+    found: dict[str, Any] = {}
+    while isinstance(model, Messenger):
+        if isinstance(model, handlers.substitute):
+            found = {**(model.data or {}), **found}
+        model = model.fn
+    return found
