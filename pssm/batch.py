@@ -68,28 +68,30 @@ def for_each(batch: tuple[int, ...], tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), tree)
 
 
-def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, int]) -> Any:
+def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, Any]) -> Any:
     """Calls `fn(one)` for every element of `batch`, `one` holding the unbatched arrays of `xs`, by `vmap`.
 
     Args:
         fn: takes the dictionary; its results get the batch axes in front.
         batch: the batch shape that all arrays broadcast to.
         xs: arrays (or pytrees of arrays, or None) by name. What has no batch axes is shared, not copied.
-        cores: number of core axes of each.
+        cores: number of core axes of each; of a pytree one number, or a pytree of numbers.
     """
     if not batch:
         return jax.jit(fn)(xs)
-    axes, flat = {}, {}
-    for name, x in xs.items():
-        core = cores[name]
-        own = any(leaf.ndim > core for leaf in jax.tree.leaves(x))
-        axes[name] = 0 if own else None
 
-        def flatten(leaf: Array, core: int = core) -> Array:
-            trailing = leaf.shape[leaf.ndim - core :]
-            return jnp.broadcast_to(leaf, batch + trailing).reshape(math.prod(batch), *trailing)
+    def flatten(leaf: Array, core: int) -> Array:
+        if leaf.ndim <= core:
+            return leaf
+        trailing = leaf.shape[leaf.ndim - core :]
+        return jnp.broadcast_to(leaf, batch + trailing).reshape(math.prod(batch), *trailing)
 
-        flat[name] = jax.tree.map(flatten, x) if own else x
+    each = {
+        name: jax.tree.map(lambda _, core=cores[name]: core, x) if isinstance(cores[name], int) else cores[name]
+        for name, x in xs.items()
+    }
+    axes = jax.tree.map(lambda leaf, core: 0 if leaf.ndim > core else None, xs, each)
+    flat = jax.tree.map(flatten, xs, each)
     out = jax.jit(jax.vmap(fn, in_axes=(axes,)))(flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), out)
 

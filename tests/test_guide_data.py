@@ -186,7 +186,9 @@ def test_draws_medians_and_quantiles(x64):
     assert draws.shape == (50, 100, T, 2)
     assert (np.abs(draws.mean((0, 1)) - mean) < 5 * sd / np.sqrt(5000)).all()
     np.testing.assert_allclose(draws.std((0, 1)), sd, rtol=0.06)
-    assert np.abs((guide.median(params)["z"] - mean) / sd).max() < 0.1  # of the first call's data
+    assert np.abs((guide.median(params, Y[0])["z"] - mean) / sd).max() < 0.1
+    with pytest.raises(ValueError, match="a guide keeps no data"):
+        guide.median(params)
     low, high = guide.quantiles(params, [0.1, 0.9], Y[0])["z"]
     np.testing.assert_allclose((high - mean) / sd, 1.2816, atol=0.15)
     np.testing.assert_allclose((low - mean) / sd, -1.2816, atol=0.15)

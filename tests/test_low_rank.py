@@ -1,5 +1,7 @@
 """Diagonal-plus-low-rank conditioning against dense algebra, its gradients, float32, and what it never builds."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,13 +44,14 @@ def draw_potential(rng, form, rank, n=N, size=1.0):
 
 
 def dense(mu, matrix, potential):
-    return oracles.conditioned(mu, matrix, *(None if x is None else np.asarray(x, float) for x in potential))
+    parts = (getattr(potential, name) for name in ("factor", "slope", "diagonal", "center", "factor_slope"))
+    return oracles.conditioned(mu, matrix, *(None if x is None else np.asarray(x, float) for x in parts))
 
 
 @jax.jit
 def evaluate(factor, potential, mu, z):
     update = low_rank.condition(factor, potential)
-    noise = jnp.zeros(factor.shape[-1], mu.dtype), jnp.zeros(update.b.shape[-1], mu.dtype)
+    noise = jnp.zeros(factor.shape[-1], mu.dtype), jnp.zeros(update.columns, mu.dtype)
     draw = lambda e: low_rank.posterior_sample(update, factor, mu, *e)  # noqa: E731
     mapped = lambda e: low_rank.posterior_map(update, low_rank.map_gain(update), factor, mu, e)  # noqa: E731
     root = jax.jacfwd(mapped)(noise[0])
@@ -149,7 +152,7 @@ def test_gradients_are_finite_differences(kind, zero):
     factor, _ = draw_factor(rng, kind)
     potential = draw_potential(rng, "all", 2)
     if zero:
-        potential = potential._replace(delta=np.zeros(N))
+        potential = replace(potential, diagonal=np.zeros(N))
     mu, z = rng.normal(size=(2, N))
     point = jax.tree.map(jnp.asarray, (factor, potential, mu, z))
     for name, gradient in gradients(*point).items():
@@ -181,13 +184,15 @@ def draw_large(seed, rank, size, form, near=None):
     if near is not None:
         K = K[:, :1] + near * K
     K = size * K / np.linalg.norm(K, axis=0)
-    potential = potential._replace(K=K)
+    potential = replace(potential, factor=K)
     mu = rng.normal(size=LARGE)
     if potential.b is not None:  # pseudo-observations near what is predicted, as an encoder gives them
         c = 0.0 if potential.c is None else potential.c
-        potential = potential._replace(b=K.T @ (mu - c) + 0.3 * size * rng.normal(size=rank))
+        potential = replace(potential, factor_slope=K.T @ (mu - c) + 0.3 * size * rng.normal(size=rank))
     if potential.c is not None:
-        potential = potential._replace(c=mu + 0.1 * rng.normal(size=LARGE), b=0.3 * size * rng.normal(size=rank))
+        potential = replace(
+            potential, center=mu + 0.1 * rng.normal(size=LARGE), factor_slope=0.3 * size * rng.normal(size=rank)
+        )
     case = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (scale, potential, mu))
     scale, potential, mu = case
     matrix = np.diag(np.asarray(scale, float))

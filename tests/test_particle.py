@@ -341,8 +341,20 @@ def test_bad_inputs_are_named(key):
         particle_smoother(key, MODELS["counts"], found._asdict(), num_paths=5)
     with pytest.raises(ValueError, match="`reference`"):
         conditional_smc(key, MODELS["counts"], y, jnp.ones((3, 1)), num_particles=5)
-    with pytest.raises(ValueError, match="`proposal` must be None or potentials"):
-        conditional_smc(key, MODELS["counts"], y, jnp.ones((8, 1)), num_particles=5, proposal="ekf")
+    for proposal in ("guide", "bootstrp"):
+        with pytest.raises(ValueError, match="`proposal`.*'bootstrap', 'guided', 'ekf'"):
+            conditional_smc(key, MODELS["counts"], y, jnp.ones((8, 1)), num_particles=5, proposal=proposal)
+        with pytest.raises(ValueError, match="`proposal`.*'bootstrap', 'guided', 'ekf'"):
+            particle_gibbs(level_ssm, y, num_particles=5, proposal=proposal)
+
+
+def test_guided_by_name_is_guided_by_the_potentials():
+    y = jnp.asarray([1.0, 0.0, jnp.nan, 2.0])
+    run = partial(particle_filter, jax.random.key(0), MODELS["counts"], y, num_particles=20)
+    given, named = run(proposal=guided_proposal(MODELS["counts"], y)), run(proposal="guided")
+    np.testing.assert_allclose(given.log_likelihood, named.log_likelihood, rtol=1e-5)
+    assert float(named.ess.min()) > 15
+    assert run(proposal="bootstrap").log_likelihood == run().log_likelihood
 
 
 # Whole paths ----------------------------------------------------------------------------------------------------------
@@ -372,9 +384,9 @@ def test_backward_simulation_gives_the_smoother(guided):
     assert_moments(paths, ssm, y, u, slack=0.1)  # the filter's own error
 
 
-@jax.jit
-def swept(keys, paths, ssm, y, u, potentials, sweeps):
-    guide = None if potentials is None else SimpleNamespace(**potentials)
+@partial(jax.jit, static_argnames="name")
+def swept(keys, paths, ssm, y, u, potentials, sweeps, name=None):
+    guide = name if potentials is None else SimpleNamespace(**potentials)
 
     def one(key, path):
         def body(i, path):
@@ -386,14 +398,14 @@ def swept(keys, paths, ssm, y, u, potentials, sweeps):
     return jax.vmap(one)(keys, paths)
 
 
-@pytest.mark.parametrize("guided", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_conditional_smc_leaves_the_posterior_as_it_is(guided):
+@pytest.mark.parametrize("proposal", [None, "ekf", pytest.param("messages", marks=pytest.mark.slow)])
+def test_conditional_smc_leaves_the_posterior_as_it_is(proposal):
     """From exact draws eight particles keep the law; from one path, far off, a few sweeps find it."""
     ssm, y, u, _ = linear_case()
-    potentials = vars(messages(ssm, y, u, scale=0.6)) if guided else None
+    potentials = vars(messages(ssm, y, u, scale=0.6)) if proposal == "messages" else None
     exact = pssm.sample_states(jax.random.key(3), ssm, y, u, sample_shape=(2000,))
     keys = jax.random.split(jax.random.key(4), 2000)
-    run = partial(swept, keys, ssm=ssm, y=y, u=u, potentials=potentials)
+    run = partial(swept, keys, ssm=ssm, y=y, u=u, potentials=potentials, name=proposal)
     after = run(exact, sweeps=3)
     assert np.mean(np.asarray(after == exact).all(-1)) < 0.5
     assert_moments(after, ssm, y, u)

@@ -13,9 +13,9 @@ from pssm._keys import as_key
 from pssm._types import Key
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
+from pssm.distributions.unwrap import unwrap
 from pssm.fitting.results import SVIFit, elbo, posterior_draws, trace_with
 from pssm.guides import AutoStateSpace
-from pssm.guides.model_run import unwrap
 from pssm.infer.importance import importance_bound, log_weights
 from pssm.infer.predict import marginal_site
 from pssm.modes.mode import DENSE

@@ -10,6 +10,7 @@ from pssm.distributions.moment_matched import LowRankMomentMatched
 from pssm.distributions.posterior import ImputedSeries, LinearGaussianPosterior
 from pssm.distributions.stable import StableMatrixNormal, StableMatrixTransform, stable_matrix
 from pssm.distributions.state_path import NonCenteredPath, StatePath
+from pssm.linalg.potential import Potential
 from pssm.observed import WithMissing, observe
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LowRankChain",
     "LowRankMomentMatched",
     "NonCenteredPath",
+    "Potential",
     "StableMatrixNormal",
     "StableMatrixTransform",
     "StatePath",

@@ -10,14 +10,13 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
-from pssm._checks import as_float, check_shape, is_traced
+from pssm._checks import is_traced
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.state_path import StatePath
 from pssm.linalg.low_rank import (
     Diagonal,
     Factor,
-    Potential,
     Update,
     condition,
     gaussian_entropy,
@@ -31,10 +30,9 @@ from pssm.linalg.low_rank import (
     posterior_transition,
     posterior_variance,
 )
+from pssm.linalg.potential import Potential, as_potential
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul
-
-_CORE = {"K": 3, "k": 2, "diag": 2, "center": 2, "b": 2}
 
 
 class LowRankChain(dist.Distribution):
@@ -48,12 +46,14 @@ class LowRankChain(dist.Distribution):
     linear-Gaussian model that message has this form, with rank `state`. A `diag` beside a small rank is much sharper
     than the rank alone.
 
+    `LowRankChain.from_potential(prior, potential)` takes the same as one `Potential`.
+
     Cost of a draw or a density: `O(time (state rank + rank^2))` and one transition per step, where the prior's noise
     is a `Diagonal`; with a general `chol_Q`, `O(time state^2 (state + rank))`.
 
     Args:
         prior: the path prior, linear or not.
-        k: slopes, `(..., time, state)`.
+        k: slopes, `(..., time, state)`; None for zero.
         K: factors, `(..., time, state, rank)`; rank 0 is allowed.
         diag: diagonal precisions, `(..., time, state)`, not negative; None for none (the published family).
         center: points that the potentials are written around, `(..., time, state)`; None for zero. A centre near the
@@ -72,21 +72,17 @@ class LowRankChain(dist.Distribution):
         ((10,), (10,), ())
     """
 
-    pytree_data_fields = ("prior", "k", "K", "diag", "center", "b")
+    pytree_data_fields = ("prior", "potential")
     support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
 
     prior: StatePath
-    k: Array
-    K: Array
-    diag: Array | None
-    center: Array | None
-    b: Array | None
+    potential: Potential
 
     def __init__(
         self,
         prior: StatePath,
-        k: ArrayLike,
+        k: ArrayLike | None,
         K: ArrayLike,
         *,
         diag: ArrayLike | None = None,
@@ -97,12 +93,32 @@ class LowRankChain(dist.Distribution):
         if not isinstance(prior, StatePath):
             raise TypeError(f"`prior` must be a StatePath; got {type(prior).__name__}.")
         self.prior = prior
-        given = {"k": k, "K": K, "diag": diag, "center": center, "b": b}
-        arrays = {name: as_float(name, x) for name, x in given.items() if x is not None}
-        batch = check_potentials(prior, arrays)
-        for name in given:
-            setattr(self, name, arrays[name].astype(prior.m0.dtype) if name in arrays else None)
-        super().__init__(jnp.broadcast_shapes(prior.batch_shape, batch), prior.event_shape, validate_args=validate_args)
+        given = Potential(K, diag, b, center, k)
+        self.potential = as_potential(given, prior.num_steps, prior.n_state, prior.m0.dtype)
+        diagonal = self.potential.diagonal
+        if diagonal is not None and not is_traced(diagonal):
+            least = np.asarray(diagonal).min(initial=0.0)
+            if least < 0:
+                raise ValueError(f"`diag` must not be negative; its smallest entry is {least:.3g}.")
+        batch = jnp.broadcast_shapes(prior.batch_shape, self.potential.batch_shape)
+        super().__init__(batch, prior.event_shape, validate_args=validate_args)
+
+    @classmethod
+    def from_potential(cls, prior: StatePath, potential: Potential, **options: Any) -> "LowRankChain":
+        """The chain of a prior and a `Potential`, in the units of the state."""
+        p = potential.psi()
+        return cls(prior, p.slope, p.factor, diag=p.diagonal, center=p.center, b=p.factor_slope, **options)
+
+    K = property(lambda self: self.potential.factor)
+    diag = property(lambda self: self.potential.diagonal)
+    center = property(lambda self: self.potential.center)
+    b = property(lambda self: self.potential.factor_slope)
+
+    @property
+    def k(self) -> Array:
+        """Slopes, `(..., time, state)`."""
+        p = self.potential
+        return jnp.zeros(p.factor.shape[:-1], p.factor.dtype) if p.slope is None else p.slope
 
     @property
     def rank(self) -> int:
@@ -119,15 +135,15 @@ class LowRankChain(dist.Distribution):
         num = math.prod(sample_shape)
         steps, factors = self.prior.num_steps, (self.prior.chol_P0, self.prior.chol_Q)
         shape = (*self.batch_shape, steps, num)
-        noise = standard_normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.k.dtype)
-        pulls = standard_normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.k.dtype)
+        noise = standard_normal(noise_key, (*shape, max(f.shape[-1] for f in factors)), self.K.dtype)
+        pulls = standard_normal(pull_key, (*shape, max(self._columns(f) for f in factors)), self.K.dtype)
 
         def one(a: dict[str, Any]) -> tuple[Array, Array]:
             first, later = self._updates(a)
             e, w = a["noise"], a["pulls"]
 
             def draw(update: Update, factor: Factor, mu: Array, e: Array, w: Array) -> Array:
-                return posterior_sample(update, factor, mu, e[: factor.shape[-1]], w[: update.b.shape[-1]])
+                return posterior_sample(update, factor, mu, e[: factor.shape[-1]], w[: update.columns])
 
             z1 = jax.vmap(lambda e, w: draw(first, a["chol_P0"], a["m0"], e, w))(e[0], w[0])
             start_kl = kl(first, a["chol_P0"], a["m0"])
@@ -185,16 +201,19 @@ class LowRankChain(dist.Distribution):
         """Exact log density of paths `(..., time, state)`; no scan."""
         return self.prior.log_prob(value) + self.log_ratio(value)
 
-    def log_ratio(self, value: Array) -> Array:
-        """`log q(z) - log p(z)` of paths `(..., time, state)`, without cancellation."""
-        return self._over_steps(log_ratio, value, use_value=True)
+    def log_ratio(self, value: Array, prior: dist.Distribution | None = None) -> Array:
+        """`log q(z) - log p(z)` of paths `(..., time, state)`, without cancellation for the chain's own prior."""
+        own = self._over_steps(log_ratio, value, use_value=True)
+        return own if prior is None else own + self.prior.log_prob(value) - prior.log_prob(value)
 
-    def kl_given(self, value: Array) -> Array:
+    def kl_given(self, value: Array, prior: dist.Distribution | None = None) -> Array:
         """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`.
 
-        Its expectation under the chain is `KL(q || prior)`.
+        Its expectation under the chain is `KL(q || prior)`. For another `prior` than the chain's own, the log ratio of
+        the two at the path is added: the same expectation.
         """
-        return self._over_steps(kl, value, use_value=False)
+        own = self._over_steps(kl, value, use_value=False)
+        return own if prior is None else own + self.prior.log_prob(value) - prior.log_prob(value)
 
     def entropy(self) -> Array:
         """Entropy, exact. Directions without noise, of a singular `chol_P0` or `chol_Q`, are left out."""
@@ -273,17 +292,15 @@ class LowRankChain(dist.Distribution):
 
     def _map(self, fn: Any, values: dict[str, Array] | None = None, core: int = 0, batch: tuple | None = None) -> Any:
         arrays, cores = self.prior.arrays()
-        for name, own in _CORE.items():
-            arrays[f"psi_{name}"], cores[f"psi_{name}"] = getattr(self, name), own
+        arrays, cores = {**arrays, "psi": self.potential}, {**cores, "psi": self.potential.cores}
         values = values or {}
         batch = self.batch_shape if batch is None else batch
         return map_batch(fn, batch, {**arrays, **values}, {**cores, **dict.fromkeys(values, core)})
 
     def _updates(self, a: dict[str, Any]) -> tuple[Update, Update]:
         """The updates of the first step and, stacked, of the later ones: all at once, before any scan."""
-        potentials = Potential(*(a[f"psi_{name}"] for name in _CORE))
-        first = condition(a["chol_P0"], jax.tree.map(lambda x: x[0], potentials))
-        rest = jax.tree.map(lambda x: x[1:], potentials)
+        first = condition(a["chol_P0"], jax.tree.map(lambda x: x[0], a["psi"]))
+        rest = jax.tree.map(lambda x: x[1:], a["psi"])
         timed = "chol_Q" in self.prior.time_varying
         factor = jax.tree.map(lambda x: x[1:], a["chol_Q"]) if timed else a["chol_Q"]
         return first, jax.vmap(condition, in_axes=(0 if timed else None, 0))(factor, rest)
@@ -336,20 +353,3 @@ class LowRankChain(dist.Distribution):
             return jnp.concatenate([start[0][None], mean]), jnp.concatenate([start[1][None], cov])
 
         return self._map(one)
-
-
-def check_potentials(prior: StatePath, arrays: dict[str, Array]) -> tuple[int, ...]:
-    """Shapes of potentials for a prior; returns their batch shape."""
-    steps, n = prior.event_shape
-    K = arrays["K"]
-    if K.ndim < 3 or K.shape[-3:-1] != (steps, n):
-        raise ValueError(f"`K` must have shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
-    expected = {"k": (steps, n), "diag": (steps, n), "center": (steps, n), "b": (steps, K.shape[-1])}
-    for name, shape in expected.items():
-        if name in arrays:
-            check_shape(name, arrays[name], shape, "time, rank" if name == "b" else "time, state")
-    if "diag" in arrays and not is_traced(arrays["diag"]):
-        least = np.asarray(arrays["diag"]).min(initial=0.0)
-        if least < 0:
-            raise ValueError(f"`diag` must not be negative; its smallest entry is {least:.3g}.")
-    return jnp.broadcast_shapes(*(x.shape[: x.ndim - _CORE[name]] for name, x in arrays.items()))

@@ -1,5 +1,6 @@
 """A path whose conditionals a network makes from what it has read: the structured posterior of deep Kalman filters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,12 @@ class ConditionedPath(dist.Distribution):
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""
         batch = (*sample_shape, *self.batch_shape)
-        noise = standard_normal(key, (*batch, *self.event_shape), self.start.dtype)
+        return self.path_from_noise(standard_normal(key, (*batch, math.prod(self.event_shape)), self.start.dtype))
+
+    def path_from_noise(self, noise: Array) -> Array:
+        """The path driven by standard normal `noise (..., time * state)`: one to one."""
+        noise = noise.reshape(*noise.shape[:-1], *self.event_shape)
+        batch = jnp.broadcast_shapes(noise.shape[:-2], self.batch_shape)
         conditional = self.conditional
 
         def one(a: dict[str, Array]) -> Array:
@@ -111,11 +117,17 @@ class ConditionedPath(dist.Distribution):
         batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
         return map_batch(one, batch, {"h": self.h, "z": value}, {"h": 2, "z": 2})
 
-    def kl_given(self, value: Array, prior: StatePath) -> Array:
+    def log_ratio(self, value: Array, prior: dist.Distribution) -> Array:
+        """`log q(z) - log p(z)` of paths `(..., time, state)`."""
+        return self.log_prob(value) - prior.log_prob(value)
+
+    def kl_given(self, value: Array, prior: dist.Distribution | None) -> Array:
         """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`, for regular noise of `p`.
 
         Its expectation under `q` is `KL(q || prior)`.
         """
+        if not isinstance(prior, StatePath):
+            raise NotImplementedError(f"no divergence in closed form from a {type(prior).__name__}")
 
         def one(a: dict[str, Any]) -> Array:
             mean, sd = self._conditionals(a)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from pssm._checks import as_float, check_count, check_shape
+from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
-from pssm.distributions.chain import check_potentials
 from pssm.distributions.state_path import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose, as_matrix
+from pssm.linalg.potential import Potential, as_potential
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import outer, solve_lower, triangularise
@@ -61,7 +61,8 @@ class LowRankMomentMatched(dist.Distribution):
         num_samples: number of particles, at least 2.
         center: points that the potentials are written around, `(..., time, state)`.
         b: slopes along the columns of `K`, `(..., time, rank)`.
-        backward: `(k, K)` of the backward potentials, for the causal form; around the same centres.
+        backward: the backward potentials, `(k, K)` or a `Potential`, for the causal form; around the same centres
+            unless it has its own.
 
     Raises:
         ValueError, TypeError: a shape does not fit; the message names the argument.
@@ -86,58 +87,62 @@ class LowRankMomentMatched(dist.Distribution):
     def __init__(
         self,
         prior: StatePath,
-        k: ArrayLike,
+        k: ArrayLike | None,
         K: ArrayLike,
         key: Key,
         num_samples: int,
         *,
         center: ArrayLike | None = None,
         b: ArrayLike | None = None,
-        backward: tuple[ArrayLike, ArrayLike] | None = None,
+        backward: tuple[ArrayLike, ArrayLike] | Potential | None = None,
         validate_args: bool | None = None,
     ):
         if not isinstance(prior, StatePath):
             raise TypeError(f"`prior` must be a StatePath; got {type(prior).__name__}.")
         self.prior, self.num_samples = prior, check_count("num_samples", num_samples, least=2)
-        given = {"k": k, "K": K, "center": center, "b": b}
-        arrays = {n: as_float(n, x).astype(prior.m0.dtype) for n, x in given.items() if x is not None}
-        batch = jnp.broadcast_shapes(prior.batch_shape, check_potentials(prior, arrays))
-        if backward is not None:
-            back = _check_backward(prior, backward)
-            batch = jnp.broadcast_shapes(batch, back["k_back"].shape[:-2], back["K_back"].shape[:-3])
-            arrays |= back
-        cores = {"k": 2, "K": 3, "center": 2, "b": 2, "k_back": 2, "K_back": 3}
-        own, own_cores = prior.arrays()
-        sizes = max(prior.chol_P0.shape[-1], prior.chol_Q.shape[-1]), arrays["K"].shape[-1]
-        sizes = (*sizes, arrays["K_back"].shape[-1] if backward is not None else 0)
+        shape = prior.num_steps, prior.n_state, prior.m0.dtype
+        psi = as_potential(Potential(K, None, b, center, k), *shape)
+        back = None if backward is None else _check_backward(backward, *shape)
+        batch = jnp.broadcast_shapes(prior.batch_shape, psi.batch_shape, () if back is None else back.batch_shape)
+        arrays, cores = prior.arrays()
+        sizes = max(prior.chol_P0.shape[-1], prior.chol_Q.shape[-1]), psi.rank, 0 if back is None else back.rank
         noise = standard_normal(key, (*batch, prior.num_steps, num_samples, num_samples + sum(sizes)), prior.m0.dtype)
-        psi = {f"psi_{n}": x for n, x in arrays.items()}
-        psi_cores = {f"psi_{n}": cores[n] for n in arrays}
-        self.moments: Moments = map_batch(
-            self._filter, batch, {**own, **psi, "noise": noise}, {**own_cores, **psi_cores, "noise": 3}
-        )
+        arrays, cores = {**arrays, "psi": psi, "noise": noise}, {**cores, "psi": psi.cores, "noise": 3}
+        if back is not None:
+            arrays, cores = {**arrays, "back": back}, {**cores, "back": back.cores}
+        self.moments: Moments = map_batch(self._filter, batch, arrays, cores)
         super().__init__(batch, prior.event_shape, validate_args=validate_args)
+
+    @classmethod
+    def from_potential(
+        cls, prior: StatePath, potential: Potential, key: Key, num_samples: int, **options: Any
+    ) -> "LowRankMomentMatched":
+        """The posterior of a prior and a `Potential` without a diagonal; `options` such as `backward`."""
+        p = potential.psi()
+        if p.diagonal is not None:
+            raise ValueError("`potential` must have no `diagonal`: the published recursion knows none.")
+        return cls(prior, p.slope, p.factor, key, num_samples, center=p.center, b=p.factor_slope, **options)
 
     def _filter(self, a: dict[str, Any]) -> Moments:
         prior = self.prior
-        psi = {n.removeprefix("psi_"): x for n, x in a.items() if n.startswith("psi_")}
-        causal = "K_back" in psi
+        psi = a["psi"], a.get("back")
         still = jnp.zeros((prior.n_state, self.num_samples), a["m0"].dtype)
 
         def step(particles: tuple[Array, Array] | None, xs: tuple) -> tuple[tuple[Array, Array], Moments]:
-            p, noise, t = xs
+            (p, back), noise, t = xs
             now = {**a, **t}
             factor = now["chol_P0"] if particles is None else now["chol_Q"]
 
             mean, spread = (a["m0"], still) if particles is None else predict(prior, now, particles[0])
             z, first = assimilate(factor, mean, spread, p, noise)
-            c, width, rank = p.get("center", jnp.zeros_like(mean)), factor.shape[-1], p["K"].shape[1]
-            if not causal:
+            if back is None:
                 return (z, z), Moments(z, first.mean, spread, first.cut, first.kl)
-            zero = jnp.zeros(p["K_back"].shape[1], mean.dtype)
-            second = _update(factor, spread, first.cut, first.mean, p["K_back"], p["k_back"], zero, c)
-            rest = noise[:, width + rank : width + rank + p["K_back"].shape[1]]
-            smoothed = _draws(second, first.mean, z - first.mean, p["K_back"], rest)
+            width = factor.shape[-1] + p.rank
+            center = p.center if back.center is None else back.center
+            around = Potential(back.factor, None, back.factor_slope, center, back.slope)
+            second = _update(factor, spread, first.cut, first.mean, around)
+            rest = noise[:, width : width + back.rank]
+            smoothed = _draws(second, first.mean, z - first.mean, back.factor, rest)
             cut = jnp.concatenate([first.cut, second.cut], axis=1)
             target_mean, target_spread = (mean, spread) if particles is None else predict(prior, now, particles[1])
             logdet = first.logdet + second.logdet
@@ -197,6 +202,12 @@ class LowRankMomentMatched(dist.Distribution):
         particles = jnp.moveaxis(self.moments.particles, -3, 0)
         return particles[chosen]
 
+    def kl_given(self, value: Array, prior: dist.Distribution | None = None) -> Array:
+        """The surrogate's term, for a path whose shape alone counts: the sum over steps of `kl`, made with `prior`."""
+        if not isinstance(prior, StatePath | None):
+            raise TypeError(f"A LowRankMomentMatched guide needs a StatePath in the model; got {type(prior).__name__}.")
+        return jnp.broadcast_to(self.kl.sum(-1), jnp.broadcast_shapes(value.shape[:-2], self.batch_shape))
+
     def log_prob(self, value: Array) -> Array:
         """Raises `NotImplementedError`: the recursion defines marginals, not a joint density."""
         raise NotImplementedError(
@@ -212,36 +223,32 @@ def predict(prior: StatePath, now: dict[str, Any], particles: Array) -> tuple[Ar
     return mean, (image - mean).T / jnp.sqrt(jnp.asarray(len(particles), mean.dtype))
 
 
-def assimilate(
-    factor: Factor, mean: Array, spread: Array, p: dict[str, Array], noise: Array
-) -> tuple[Array, "Updated"]:
+def assimilate(factor: Factor, mean: Array, spread: Array, p: Potential, noise: Array) -> tuple[Array, "Updated"]:
     """Draws from `N(mean, F F' + spread spread')` times a potential, and that Gaussian.
 
     Args:
         factor: `F`.
         mean: `(state,)`.
         spread: `(state, num_samples)`.
-        p: `k`, `K` and perhaps `b` and `center` of the potential.
+        p: a potential without a diagonal.
         noise: standard normal, `(num_samples, noise + rank + ... + num_samples)`.
     """
-    c = p.get("center", jnp.zeros_like(mean))
-    b = p.get("b", jnp.zeros(p["K"].shape[1], mean.dtype))
-    width, rank = factor.shape[-1], p["K"].shape[1]
+    width = factor.shape[-1]
     centred = _prior_draws(factor, spread, noise[:, :width], noise[:, -spread.shape[1] :])
-    found = _update(factor, spread, None, mean, p["K"], p["k"], b, c)
-    return _draws(found, mean, centred, p["K"], noise[:, width : width + rank]), found
+    found = _update(factor, spread, None, mean, p)
+    return _draws(found, mean, centred, p.factor, noise[:, width : width + p.rank]), found
 
 
-def _check_backward(prior: StatePath, backward: Any) -> dict[str, Array]:
-    """The backward potentials by name, their shapes checked."""
-    if not isinstance(backward, tuple | list) or len(backward) != 2:
-        raise TypeError(f"`backward` must be a pair (k, K); got {type(backward).__name__}.")
-    k, K = (as_float("backward", x).astype(prior.m0.dtype) for x in backward)
-    check_shape("backward", k, prior.event_shape, "time, state")
-    if K.ndim < 3 or K.shape[-3:-1] != prior.event_shape:
-        steps, n = prior.event_shape
-        raise ValueError(f"`backward` must hold a K of shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
-    return {"k_back": k, "K_back": K}
+def _check_backward(backward: Any, *shape: Any) -> Potential:
+    """The backward potentials, their shapes checked."""
+    if not isinstance(backward, Potential):
+        if not isinstance(backward, tuple | list) or len(backward) != 2:
+            raise TypeError(f"`backward` must be a pair (k, K) or a Potential; got {type(backward).__name__}.")
+        backward = Potential(backward[1], slope=backward[0])
+    try:
+        return as_potential(backward, *shape)
+    except ValueError as error:
+        raise ValueError(f"`backward`: {error}") from error
 
 
 class Updated(NamedTuple):
@@ -254,24 +261,26 @@ class Updated(NamedTuple):
     logdet: Array
 
 
-def _update(
-    factor: Factor, spread: Array, cut: Array | None, mean: Array, K: Array, k: Array, b: Array, c: Array
-) -> Updated:
+def _update(factor: Factor, spread: Array, cut: Array | None, mean: Array, p: Potential) -> Updated:
     """`N(mean, P)`, `P = F F' + spread spread' - cut cut'`, times a potential; `logdet` is `log |P'| - log |P|`."""
+    K = p.factor
     by_noise, by_spread = apply_transpose(factor, K), matmul(spread.T, K)
     loaded = _apply_columns(factor, by_noise) + matmul(spread, by_spread)  # P K
     gram = matmul(by_noise.T, by_noise) + matmul(by_spread.T, by_spread)
     if cut is not None:
         by_cut = matmul(cut.T, K)
         loaded, gram = loaded - matmul(cut, by_cut), gram - matmul(by_cut.T, by_cut)
-    root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + gram)
+    root = cholesky(jnp.eye(p.rank, dtype=K.dtype) + gram)
     inverse = invert_lower(root)
     # P k, then the tied part; the slope of the update is w with step = P w.
+    k = jnp.zeros_like(mean) if p.slope is None else p.slope
     moved = _apply_covariance(factor, spread, cut, k)
-    a = matvec(inverse.T, matvec(inverse, b - matvec(K.T, mean + moved - c)))
+    pull = -matvec(K.T, mean + moved if p.center is None else mean + moved - p.center)
+    pull = pull if p.factor_slope is None else p.factor_slope + pull
+    a = matvec(inverse.T, matvec(inverse, pull))
     step = moved + matvec(loaded, a)
     log_root = jnp.sum(jnp.log(jnp.diagonal(root)))
-    kl = log_root + 0.5 * (jnp.sum(inverse**2) - K.shape[1] + jnp.vdot(step, k + matvec(K, a)))
+    kl = log_root + 0.5 * (jnp.sum(inverse**2) - p.rank + jnp.vdot(step, k + matvec(K, a)))
     cut = matmul(loaded, inverse.T)
     return Updated(mean + step, cut, matmul(cut, inverse), kl, -2 * log_root)
 

@@ -24,8 +24,7 @@ import jax
 
 from pssm._checks import check_choice
 from pssm._types import Array, ArrayLike, Key
-from pssm.filters.linearize import Linearize
-from pssm.filters.particle_sweep import ParticleResult, Potentials, Task, prepare, sweep
+from pssm.filters.particle_sweep import ParticleResult, Proposal, Task, prepare, sweep
 from pssm.filters.resampling import RESAMPLERS
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
@@ -38,7 +37,7 @@ def particle_filter(
     u: ArrayLike | None = None,
     *,
     num_particles: int,
-    proposal: str | Linearize | Potentials | None = None,
+    proposal: Proposal = None,
     resample: str = "systematic",
     ess_threshold: float = 0.5,
 ) -> ParticleResult:
@@ -50,11 +49,12 @@ def particle_filter(
         y: observations `(time, obs)`, or `(time,)` for one variable; NaN entries are missing.
         u: inputs `(time, input)`, which `transition` and `emission` get row by row.
         num_particles: number of particles.
-        proposal: None for the bootstrap filter (particles move by the transition alone); "ekf", "ukf", "cubature",
-            "gauss_hermite" or a function as in `gaussian_filter` for the Gaussian that takes the next observation in,
+        proposal: how particles move. "bootstrap" (or None): by the transition alone. "ekf", "ukf", "cubature",
+            "gauss_hermite" or a function as in `gaussian_filter`: by the Gaussian that takes the next observation in,
             linearised for each particle by itself (of use where the observation's mean tells something about the
-            state); or potentials for the guided filter: a `LowRankChain`, or `guided_proposal(model, y, u)` from
-            `pssm.guides`.
+            state). "guided": by potentials that stand for all later observations, those of
+            `pssm.guides.guided_proposal(model, y, u)`; or potentials of your own: a `LowRankChain`, what
+            `guided_proposal` gives, or any object with attributes `k`, `K`, `diag` and `center`.
         resample: "systematic", "stratified", "multinomial" or "residual".
         ess_threshold: particles are resampled where their effective number is below this share of `num_particles`; 0
             for never, 1 for (almost) always.

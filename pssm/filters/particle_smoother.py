@@ -16,7 +16,7 @@ import numpy as np
 
 from pssm._checks import as_float, check_count, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float, Key
-from pssm.filters.particle_sweep import ParticleResult, Potentials, Task, follow_density, prepare, sweep
+from pssm.filters.particle_sweep import ParticleResult, Proposal, Task, follow_density, prepare, sweep
 from pssm.filters.resampling import multinomial, positions_to_indices
 from pssm.linalg.low_rank import as_factor
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
@@ -110,7 +110,7 @@ def conditional_smc(
     u: ArrayLike | None = None,
     *,
     num_particles: int,
-    proposal: Potentials | None = None,
+    proposal: Proposal = None,
 ) -> Float[Array, "time state"]:
     """A new path given an old one, so that `p(z_{1:T} | y_{1:T})` stays as it is: a step of MCMC over whole paths.
 
@@ -126,13 +126,14 @@ def conditional_smc(
         reference: the path before, `(time, state)`.
         u: inputs `(time, input)`.
         num_particles: number of particles, the reference among them.
-        proposal: None or potentials, as in `particle_filter`. They must not depend on `reference`.
+        proposal: as in `particle_filter`. Potentials must not depend on `reference`.
 
     Returns:
         A path `(time, state)`.
 
     Raises:
-        ValueError: `chol_Q` is singular, a shape does not fit, or `proposal` is a linearisation.
+        ValueError: `chol_Q` is singular, or a shape does not fit.
+        TypeError: `proposal` is none of these.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -143,19 +144,17 @@ def conditional_smc(
     """
     check_count("num_particles", num_particles, least=2)
     task, linearize = prepare(model, y, u, num_particles, proposal)
-    if linearize is not None:
-        raise ValueError("`proposal` must be None or potentials here; linearised proposals are for `particle_filter`.")
     check_regular(task.model)
     path = as_float("reference", reference).astype(task.y.dtype)
     check_shape("reference", path, (len(task.y), task.model.n_state), "time, state")
     check_finite("reference", path)
-    return _conditional_path(key, task, path, num_particles=num_particles)
+    return _conditional_path(key, task, path, num_particles=num_particles, linearize=linearize)
 
 
-@partial(jax.jit, static_argnames="num_particles")
-def _conditional_path(key: Array, task: Task, reference: Array, *, num_particles: int) -> Array:
+@partial(jax.jit, static_argnames=("num_particles", "linearize"))
+def _conditional_path(key: Array, task: Task, reference: Array, *, num_particles: int, linearize: Any) -> Array:
     sweep_key, last_key = jax.random.split(key)
-    found = sweep(sweep_key, task, num_particles, None, multinomial, 1.0, reference)
+    found = sweep(sweep_key, task, num_particles, linearize, multinomial, 1.0, reference)
     last = multinomial(last_key, found.log_weights[-1])[0]
 
     def step(i: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:

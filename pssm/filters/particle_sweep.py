@@ -6,12 +6,12 @@ what that is), normalised; the sums that normalise them make the estimate of the
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pssm._checks import as_float, check_choice, check_count, check_shape
+from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.filters.gaussian import condition_on
 from pssm.filters.linearize import NAMES, Linearize, rule
@@ -19,7 +19,6 @@ from pssm.filters.resampling import ess, multinomial, normalise
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.low_rank import (
     Factor,
-    Potential,
     Update,
     apply_factor,
     as_factor,
@@ -29,32 +28,13 @@ from pssm.linalg.low_rank import (
     log_potential,
     posterior_sample,
 )
+from pssm.linalg.potential import Potential, as_potential
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 
-
-class Potentials(Protocol):
-    """Potentials of the states, one per step: a `LowRankChain`, what `pssm.guides.guided_proposal` gives, or your own.
-
-    `psi_t(z) = exp(k_t'x - x'(diag(diag_t) + K_t K_t')x / 2)` with `x = z - center_t`. An attribute `b` `(time, rank)`,
-    where there is one, adds `(K_t b_t)'x`.
-
-    Attributes:
-        k: slopes, `(time, state)`.
-        K: factors, `(time, state, rank)`.
-        diag: diagonal precisions, `(time, state)`, or None.
-        center: `(time, state)`, or None for zero.
-    """
-
-    @property
-    def k(self) -> Array: ...  # noqa: D102
-    @property
-    def K(self) -> Array: ...  # noqa: D102
-    @property
-    def diag(self) -> Array | None: ...  # noqa: D102
-    @property
-    def center(self) -> Array | None: ...  # noqa: D102
+Proposal = str | Linearize | Potential | None  # or any object with attributes `k`, `K`, `diag` and `center`
+MAKERS: dict[str, Callable[..., Potential]] = {}  # names of potentials made for a model and its data; rooms above add
 
 
 class ParticleResult(NamedTuple):
@@ -105,48 +85,40 @@ class Task(NamedTuple):
         return jax.tree.map(lambda x: x[t], self.chol_Q) if self.model.time_varying else self.chol_Q
 
 
+def check_proposal(proposal: Any) -> None:
+    """Refuses what is no `proposal` of a particle method; all of them take the same."""
+    if isinstance(proposal, str):
+        check_choice("proposal", proposal, ("bootstrap", *MAKERS, *NAMES))
+    elif not (proposal is None or _is_potential(proposal) or callable(proposal)):
+        raise TypeError(
+            "`proposal` must be a name, None, a rule of linearisation, or potentials with attributes k, K, diag and "
+            f"center (`pssm.guides.guided_proposal`); got {type(proposal).__name__}."
+        )
+
+
+def _is_potential(given: Any) -> bool:
+    return isinstance(given, Potential) or all(hasattr(given, name) for name in ("k", "K", "diag", "center"))
+
+
 def prepare(
     model: Any, y: ArrayLike, u: ArrayLike | None, num_particles: int, proposal: Any
 ) -> tuple[Task, str | Linearize | None]:
     """The checked task, and what linearises (a name, a function or None); the dtype is the model's."""
     check_count("num_particles", num_particles)
+    check_proposal(proposal)
     model = check_nonlinear(model)
     series, inputs = model.check_series(y, u)
     dtype = model.m0.dtype
+    proposal = MAKERS[proposal](model, y, u) if isinstance(proposal, str) and proposal in MAKERS else proposal
     potentials = None
-    linearize = None
-    if all(hasattr(proposal, name) for name in ("k", "K", "diag", "center")):
-        potentials = _check_potentials(proposal, len(series), model.n_state, dtype)
-    elif isinstance(proposal, str):
-        check_choice("proposal", proposal, NAMES)
-        linearize = proposal
-    elif callable(proposal):
-        linearize = proposal
-    elif proposal is not None:
-        raise TypeError(
-            "`proposal` must be None, a name, a rule of linearisation, or potentials with attributes k, K, diag and "
-            f"center (`pssm.guides.guided_proposal`); got {type(proposal).__name__}."
-        )
+    if _is_potential(proposal):
+        potentials = as_potential(proposal, len(series), model.n_state, dtype, "proposal.")
+        if potentials.batch_shape:
+            raise ValueError(f"`proposal.K` must have no batch axes; got shape {potentials.factor.shape}.")
+    linearize = None if potentials is not None or proposal == "bootstrap" else proposal
     factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
     inputs = None if inputs is None else inputs.astype(dtype)
     return Task(model, series.astype(dtype), inputs, *factors, potentials), linearize
-
-
-def _check_potentials(given: Any, steps: int, n: int, dtype: Any) -> Potential:
-    K = as_float("proposal.K", given.K).astype(dtype)
-    if K.ndim != 3 or K.shape[:2] != (steps, n):
-        raise ValueError(f"`proposal.K` must have shape ({steps}, {n}, rank) (time, state, rank); got {K.shape}.")
-    found: dict[str, Array | None] = {}
-    for name in ("k", "diag", "center", "b"):
-        x = getattr(given, name, None)
-        if x is None and name != "k":
-            found[name] = None
-            continue
-        array = as_float(f"proposal.{name}", x).astype(dtype)
-        shape, meaning = ((steps, K.shape[2]), "time, rank") if name == "b" else ((steps, n), "time, state")
-        check_shape(f"proposal.{name}", array, shape, meaning)
-        found[name] = array
-    return Potential(K, found["k"], found["diag"], found["center"], found["b"])
 
 
 class _Now(NamedTuple):
@@ -208,8 +180,6 @@ def sweep(
     def visit(now: _Now, factor: Factor, mu: Array, log_weights: Array) -> tuple[_Cloud, tuple]:
         """Moves the particles from their means `mu`, and weighs them."""
         z, gain = _move(model, linearize, now, factor, mu)
-        if now.reference is not None:
-            z = jnp.concatenate([z[:-1], now.reference[None]])
         gain = gain + jax.vmap(lambda z: model.log_prob(now.y, z, now.u))(z)
         ahead = jax.vmap(lambda z: model.transition(z, now.u_next))(z).astype(y.dtype)
         look = jnp.zeros(N, y.dtype)
@@ -288,10 +258,17 @@ def _move(
         return _move_linearised(model, rule(linearize), now, factor, mu)
     noise = standard_normal(draw_key, (N, factor.shape[-1]), mu.dtype)
     if now.update is None:
-        return mu + jax.vmap(lambda e: apply_factor(factor, e))(noise), jnp.zeros(N, mu.dtype)
-    pulls = standard_normal(pull_key, (N, *now.update.b.shape), mu.dtype)
+        z = _with_reference(now, mu + jax.vmap(lambda e: apply_factor(factor, e))(noise))
+        return z, jnp.zeros(N, mu.dtype)
+    pulls = standard_normal(pull_key, (N, now.update.columns), mu.dtype)
     z = jax.vmap(lambda mu, e, w: posterior_sample(now.update, factor, mu, e, w))(mu, noise, pulls)
+    z = _with_reference(now, z)
     return z, -jax.vmap(lambda z: log_potential(now.potential, z))(z)
+
+
+def _with_reference(now: _Now, z: Array) -> Array:
+    """The particles, the last one at the reference where there is one."""
+    return z if now.reference is None else jnp.concatenate([z[:-1], now.reference[None]])
 
 
 def _move_linearised(
@@ -301,14 +278,20 @@ def _move_linearised(
     root = triangularise(as_matrix(factor))
     noise = standard_normal(now.key, mu.shape, mu.dtype)
 
-    def one(mu: Array, e: Array) -> tuple[Array, Array]:
+    def one(mu: Array) -> tuple[Array, Array]:
         update = condition_on(model, mu, root, now.statistic, now.u, linearize, 1)
-        x = update.x + matvec(update.chol_x, e)
-        pivots = jnp.diagonal(update.chol_x)
-        logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)))
-        return mu + matvec(root, x), 0.5 * jnp.sum(e**2 - x**2) + logdet
+        return update.x, update.chol_x
 
-    return jax.vmap(one)(mu, noise)
+    centre, chol = jax.vmap(one)(mu)
+    x = centre + jax.vmap(matvec)(chol, noise)
+    if now.reference is not None:  # the noise that leads there; `F` is regular then
+        own = solve_lower(root, (now.reference - mu[-1])[:, None])[:, 0]
+        e = solve_lower(chol[-1], (own - centre[-1])[:, None])[:, 0]
+        x, noise = jnp.concatenate([x[:-1], own[None]]), jnp.concatenate([noise[:-1], e[None]])
+    pivots = jnp.diagonal(chol, axis1=-2, axis2=-1)
+    logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)), axis=-1)
+    z = _with_reference(now, mu + jax.vmap(lambda x: matvec(root, x))(x))
+    return z, 0.5 * jnp.sum(noise**2 - x**2, axis=-1) + logdet
 
 
 def _conditional(key: Array, task: Task, now: _Now, cloud: _Cloud) -> Array:

@@ -15,7 +15,7 @@ from pssm._checks import check_choice
 from pssm._keys import is_key
 from pssm._types import Key
 from pssm.fitting.training import Settings
-from pssm.guides import AmortizedFrames, AmortizedStateSpace, AutoStateSpace
+from pssm.guides import AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
 from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
 from pssm.objectives.constraint import Constrained
@@ -96,18 +96,13 @@ def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Makes what a known guide keeps of its first call, so that the start can be compiled; False for other guides."""
-    if type(guide) is AmortizedFrames:  # keeps nothing
-        return True
-    if type(guide) not in (*GUIDES.values(), AutoStateSpace, AmortizedStateSpace):
+    if hasattr(guide, "prepare"):
+        return guide.prepare(jax.random.split(key, 3)[2], *args, **kwargs)
+    if type(guide) not in GUIDES.values():
         return False
     with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=jax.random.split(key, 3)[2]):
         if guide.prototype_trace is None:
             guide._setup_prototype(*args, **kwargs)
-        inner = guide._globals if isinstance(guide, PathGuide) else None
-        if inner is not None and type(inner) not in GUIDES.values():
-            return False
-        if inner is not None and inner.prototype_trace is None:
-            inner._setup_prototype(*args, **kwargs)
     return True
 
 

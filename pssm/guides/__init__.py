@@ -4,6 +4,7 @@ from pssm.guides.amortized import AmortizedStateSpace
 from pssm.guides.auto import AutoStateSpace
 from pssm.guides.deep_kalman import DeepKalmanGuide
 from pssm.guides.frames import AmortizedFrames
+from pssm.guides.paths import PathGuide
 from pssm.guides.scan_adapter import AutoScanStateSpace, scan_path
 from pssm.modes.guided import guided_proposal
 from pssm.modes.laplace import laplace_path
@@ -14,6 +15,7 @@ __all__ = [
     "AutoScanStateSpace",
     "AutoStateSpace",
     "DeepKalmanGuide",
+    "PathGuide",
     "guided_proposal",
     "laplace_path",
     "scan_path",

@@ -1,32 +1,30 @@
 """`AmortizedStateSpace`: the structured posterior with potentials from a network that reads the data."""
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._checks import as_float, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
-from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.encoded import EncodedGuide
-from pssm.guides.model_run import ModelRun, unwrap
-from pssm.guides.online import Clipped, OnlineFilter, online_filter
+from pssm.distributions.unwrap import unwrap
+from pssm.guides.encoded import Encoded
+from pssm.guides.model_run import ModelRun, PathSite
+from pssm.guides.online import OnlineFilter, online_filter
 from pssm.guides.paths import PathGuide
-from pssm.modes.mode import noise_scale
+from pssm.guides.posteriors import Form
 from pssm.nets.encoders import SmoothingEncoder
-from pssm.nets.potentials import as_pseudo_observation
 from pssm.register import is_trainable
 
 OPTIONS = ("masking", "refine", "refine_rank", "limit", "num_samples")
 
 
-class AmortizedStateSpace(EncodedGuide):
+class AmortizedStateSpace(PathGuide):
     """A guide like `AutoStateSpace` whose potentials an encoder makes from the data, for any number of trials.
 
     The encoder is trained with the bound, on all trials or on minibatches of them (`plate(subsample_size)`). A trial
@@ -93,6 +91,8 @@ class AmortizedStateSpace(EncodedGuide):
         The potentials: Dowling, Zhao & Park 2024. Semi-amortised: Kim, Wiseman, Miller, Sontag & Rush 2018.
     """
 
+    posterior: Encoded
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -113,50 +113,33 @@ class AmortizedStateSpace(EncodedGuide):
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
     ):
-        super().__init__(
-            model,
-            rank=rank,
-            diagonal=diagonal,
-            family=family,
-            global_guide=global_guide,
-            num_samples=num_samples,
-            prefix=prefix,
-            init_loc_fn=init_loc_fn,
-        )
-        self.causal, self.data, self.masking, self.trainable = causal, data, masking, trainable
-        self.refine, self.refine_rank = check_count("refine", refine, least=0), refine_rank
-        self.limit = limit
-        self.encoder = encoder
         for own in encoder.values() if isinstance(encoder, dict) else (encoder,):
             if not callable(own):
                 raise TypeError(f"`encoder` must be a function (y, u); got {type(own).__name__}.")
-            if causal and getattr(own, "causal", True) is False and not self._published_causal(own):
-                raise ValueError("`causal` is True, but `encoder` sees the future (its `causal` is False).")
-        if causal and refine:
+        if check_count("refine", refine, least=0) and causal:
             raise ValueError("`refine` uses all data, so it cannot go with `causal=True`.")
+        form = Form.of(family, rank, diagonal, num_samples)
+        posterior = Encoded(form, encoder, causal, refine, refine_rank, limit, data, masking, trainable)
+        for own in encoder.values() if isinstance(encoder, dict) else (encoder,):
+            if causal and getattr(own, "causal", True) is False and not posterior.is_published_causal(own):
+                raise ValueError("`causal` is True, but `encoder` sees the future (its `causal` is False).")
+        super().__init__(model, posterior, global_guide=global_guide, prefix=prefix, init_loc_fn=init_loc_fn)
 
     def replace(self, **options: Any) -> "AmortizedStateSpace":
         """This guide with other values of `masking`, `refine`, `limit` and so on, and the same parameters."""
         for name in options:
             if name not in OPTIONS:
                 raise ValueError(f"`replace` changes {', '.join(OPTIONS)}; got {name!r}.")
-        guide = copy.copy(self)
-        for name, value in options.items():
-            setattr(guide, name, value)
-        return guide
-
-    def sample_posterior(
-        self, rng_key: Key, params: dict[str, Array], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
-    ) -> dict[str, Array]:
-        """Draws of every latent site, for the trials in `args`, trained on or not; see `AutoStateSpace`."""
-        guide = self if self.masking is None else self.replace(masking=None)
-        return PathGuide.sample_posterior(guide, rng_key, params, *args, sample_shape=sample_shape, **kwargs)
+        if "num_samples" in options:
+            options["form"] = replace(self.posterior.form, num_samples=options.pop("num_samples"))
+        return self.with_posterior(replace(self.posterior, **options))
 
     def exploded(
         self, rng_key: Key, params: dict[str, Array], *args: Any, num_samples: int = 20, **kwargs: Any
     ) -> float:
         """Share of drawn paths that are not finite, or whose transition reached the `limit` somewhere."""
-        guide = self if self.masking is None else self.replace(masking=None)
+        guide, limit = self.evaluated(), self.posterior.limit
+        limit = jnp.inf if limit is None else as_float("limit", limit)
 
         def one(key: Key) -> Array:
             with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
@@ -168,7 +151,6 @@ class AmortizedStateSpace(EncodedGuide):
                 arrays, cores = prior.arrays()
                 xs, own = {**arrays, "z": z}, {**cores, "z": 2}
                 mean = map_batch(lambda a, p=prior: p.means(a, a["z"]), z.shape[:-2], xs, own)
-                limit = jnp.inf if self.limit is None else as_float("limit", self.limit)
                 ok = jnp.isfinite(z).all((-2, -1)) & (jnp.abs(mean) < limit).all((-2, -1))
                 bad.append(1.0 - ok.mean())
             return jnp.max(jnp.stack(bad))
@@ -192,88 +174,23 @@ class AmortizedStateSpace(EncodedGuide):
         Raises:
             ValueError: the guide is not causal, or the model's path is not the same at every step.
         """
-        if not self.causal:
+        posterior, form = self.posterior, self.posterior.form
+        if not posterior.causal:
             raise ValueError("`causal=True` is needed to filter online: this guide's potentials know the future.")
         with handlers.block(), handlers.seed(rng_seed=jax.random.key(0)), handlers.substitute(data=params):
-            if self.prototype_trace is None:
-                self._setup_prototype(*args, **kwargs)
+            plates = self.plates(args, kwargs)
             if len(self._paths) > 1:
                 raise ValueError(f"`model` must have one path to filter online; it has {', '.join(self._paths)}.")
             (name,) = self._paths
             given = dict(values or {})
-            if self._globals is not None and not given:
-                given = dict(self._globals.median(params))
-            plates = self._create_plates(*args, **kwargs)
+            if self._others is not None and not given:
+                given = self._others.median(params, args, kwargs)
             run = ModelRun(self.model, args, kwargs, {n: p._indices for n, p in plates.items()})
             given = {**run.expose_params(given), **given}
-            prior = self._limited(run.path_prior(name, given))
-            encode = self._network(name, "encoder", self.encoder)
-        rank = self.rank
+            prior = run.path_prior(name, given)
+            site = PathSite(name, self.prefix, run, given, prior, prior.shape())
+            encode, rank = site.network("encoder", posterior.encoder, posterior.trainable), form.rank
         if isinstance(encode, SmoothingEncoder):  # the published causal form filters with the local part
             encode = encode.local
             rank = encode.head.rank
-        return online_filter(encode, prior, self.family, rank, self.diagonal, self.num_samples)
-
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
-        encode = self._network(name, "encoder", self.encoder)
-        arrays, cores, batch = self._data(name, run, values, prior)
-        arrays["sd"], cores["sd"] = noise_units(prior), 2
-        key = numpyro.prng_key() if self.masking is not None else None
-        if key is not None:
-            arrays["key"], cores["key"] = jax.random.split(key, batch) if batch else key, jnp.ndim(key)
-
-        def one(a: dict[str, Any]) -> dict[str, Array]:
-            seen = self.masking(a["key"], a["y"]) if "key" in a and self.masking is not None else a["y"]
-            found = encode(seen, a.get("u"))
-            if self._published_causal(encode):
-                alpha, beta = (as_pseudo_observation(p, a["sd"], p.K.shape[-1], False).arguments() for p in found)
-                slope = beta["k"] + jnp.einsum("tnr,tr->tn", beta["K"], beta["b"]) if "b" in beta else beta["k"]
-                return {**alpha, "k_back": slope, "K_back": beta["K"]}
-            return as_pseudo_observation(found, a["sd"], self.rank, self.diagonal).arguments()
-
-        found = map_batch(one, batch, arrays, cores)
-        if not self.refine:
-            return found
-        chain = LowRankChain(self._limited(prior), found["k"], found["K"], **_rest(found, "diag", "center", "b"))
-        start = jax.lax.stop_gradient(chain.central_path())
-        return self._at_mode(name, run, values, start, self.refine - 1, self.refine_rank)._asdict()
-
-    def _posterior(self, prior: StatePath, given: dict[str, Array]) -> LowRankChain | LowRankMomentMatched:
-        prior = self._limited(prior)
-        if "K_back" not in given:
-            return super()._posterior(prior, given)
-        back, key = (given["k_back"], given["K_back"]), numpyro.prng_key()
-        options = _rest(given, "center", "b")
-        return LowRankMomentMatched(prior, given["k"], given["K"], key, self.num_samples, backward=back, **options)
-
-    def _published_causal(self, encode: Any) -> bool:
-        return self.causal and self.family == "moment_matched" and isinstance(encode, SmoothingEncoder)
-
-    def _limited(self, prior: StatePath) -> StatePath:
-        if self.limit is None or prior.is_linear:
-            return prior
-        transition = Clipped(prior.transition, as_float("limit", self.limit).astype(prior.m0.dtype))
-        return StatePath(
-            prior.m0,
-            prior.chol_P0,
-            transition,
-            prior.chol_Q,
-            prior.num_steps,
-            prior.u,
-            time_varying=prior.time_varying,
-        )
-
-
-def _rest(given: dict[str, Array], *names: str) -> dict[str, Array]:
-    return {name: given[name] for name in names if name in given}
-
-
-def noise_units(prior: StatePath) -> Array:
-    """Units of relative potentials `(..., time, state)`: the transition noise's scale, at the first step the second's.
-
-    An encoder need not know which step is the first.
-    """
-    sd = jax.lax.stop_gradient(noise_scale(prior))
-    return sd if prior.num_steps == 1 else jnp.concatenate([sd[..., 1:2, :], sd[..., 1:, :]], axis=-2)
+        return online_filter(encode, posterior.limited(prior), form.family, rank, form.diagonal, form.num_samples)

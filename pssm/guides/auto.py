@@ -1,21 +1,13 @@
 """`AutoStateSpace`: a guide for any NumPyro model that has `StatePath` sites."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpyro
-from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._checks import check_choice
-from pssm._types import Array, Key
-from pssm.distributions import StatePath
-from pssm.guides.model_run import ModelRun, unwrap
 from pssm.guides.paths import PathGuide
-from pssm.modes.mode import PotentialsAtMode, noise_scale
+from pssm.guides.posteriors import AtMode, Form, Free
 
 
 class AutoStateSpace(PathGuide):
@@ -42,6 +34,8 @@ class AutoStateSpace(PathGuide):
         mode_iters: Gauss-Newton steps at every evaluation with `potentials="mode"`.
         prefix: as in NumPyro's guides; parameters are called `{site}_{prefix}_K` and so on.
         init_loc_fn: start of the other sites.
+        create_plates: as in NumPyro's guides.
+        own_site: as in `PathGuide`.
 
     Raises:
         ValueError: an unknown family, or a model without a `StatePath`.
@@ -74,103 +68,16 @@ class AutoStateSpace(PathGuide):
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
+        own_site: Callable[..., Any] | None = None,
     ):
         check_choice("potentials", potentials, ("free", "mode"))
-        self.potentials, self.mode_iters = potentials, mode_iters
+        form = Form.of(family, rank, diagonal, num_samples)
         super().__init__(
             model,
-            rank=rank,
-            diagonal=diagonal,
-            family=family,
+            Free(form) if potentials == "free" else AtMode(form, mode_iters),
             global_guide=global_guide,
-            num_samples=num_samples,
             prefix=prefix,
             init_loc_fn=init_loc_fn,
             create_plates=create_plates,
+            own_site=own_site,
         )
-
-    @property
-    def path_params(self) -> set[str]:
-        """Names of the paths' own parameters."""
-        return {
-            f"{name}_{self.prefix}_{part}" for name in self._paths for part in ("center", "scale", "k", "K", "diag")
-        }
-
-    def at_mode(self) -> "AutoStateSpace":
-        """This guide, once run, with a chain whose potentials are found at the mode for whatever it is called with."""
-        guide = copy.copy(self)
-        guide.family, guide.potentials, guide.mode_iters = "chain", "mode", 1
-        return guide
-
-    def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
-        given = self._parameters(name, run, values)
-        if self.potentials == "mode":
-            return self._at_mode(name, run, values, given["center"], self.mode_iters)._asdict()
-        return given
-
-    def _parameters(self, name: str, run: ModelRun, values: dict[str, Array]) -> dict[str, Array]:
-        """The potentials of a path site from their parameters.
-
-        `k` and `K` are trained in units of the posterior's conditional scale at the start; that scale and the centre
-        are parameters too, so that a fit's `params` hold all there is, but no gradient reaches them.
-        """
-        made: list[dict[str, Array]] = []
-
-        def param(part: str, constraint: Any = constraints.real) -> Array:
-            def init(_: Key) -> Array:
-                if not made:
-                    made.append(self._initial(name, run, values))
-                return made[0][part]
-
-            event_dim = 3 if part == "K" else 2
-            value = numpyro.param(f"{name}_{self.prefix}_{part}", init, constraint=constraint, event_dim=event_dim)
-            return jnp.asarray(value)
-
-        given = {"center": jax.lax.stop_gradient(param("center"))}
-        if self.potentials == "mode":
-            return given
-        scale = jax.lax.stop_gradient(param("scale"))
-        given |= {"k": param("k") / scale, "K": param("K") / scale[..., None]}
-        if self.diagonal:
-            given["diag"] = param("diag", constraints.positive)
-        return given
-
-    def _initial(self, name: str, run: ModelRun, values: dict[str, Array]) -> dict[str, Array]:
-        """Start of the parameters, for all trials of a plate, the subsampled ones in turn."""
-        sizes = {f.name: (f.size, self._prototype_frame_full_sizes[f.name]) for f in self._frames(name)}
-        small = {n: both for n, both in sizes.items() if both[0] != both[1]}
-        if len(small) > 1:
-            raise ValueError(f"`model` subsamples `{name}` in more than one plate: {', '.join(small)}.")
-
-        @jax.jit  # one program: piece by piece it would be hundreds
-        def at_mode(values: dict[str, Array], indices: dict[str, Array]) -> dict[str, Array]:
-            # Values of other sites in the same plate belong to the first minibatch: a start only.
-            own = run.with_indices(indices)
-            return self._scaled(self._at_mode(name, own, values, None, 30), unwrap(own.trace(values)[name]["fn"])[0])
-
-        if not small:
-            return at_mode(values, {})
-        (plate, (size, full)), dim = (
-            next(iter(small.items())),
-            next(f.dim for f in self._frames(name) if f.name in small),
-        )
-        rows = [jnp.arange(first, first + size) % full for first in range(0, full, size)]
-        parts = [at_mode(values, {plate: indices}) for indices in rows]
-
-        def join(part_name: str) -> Array:
-            axis = dim - (3 if part_name == "K" else 2)
-            joined = jnp.concatenate([p[part_name] for p in parts], axis=axis)
-            return jax.lax.slice_in_dim(joined, 0, full, axis=axis)
-
-        return {part_name: join(part_name) for part_name in parts[0]}
-
-    def _scaled(self, found: PotentialsAtMode, prior: StatePath) -> dict[str, Array]:
-        parts = {"center": found.center}
-        if self.potentials == "mode":
-            return parts
-        floor = 1e-6 / jnp.broadcast_to(noise_scale(prior), found.scale.shape) ** 2
-        scale = jnp.where(found.scale > 0, found.scale, 1.0)
-        parts |= {"scale": scale, "k": found.k * scale, "K": found.K * scale[..., None]}
-        if self.diagonal:
-            parts["diag"] = jnp.maximum(found.diag, floor)
-        return parts

@@ -3,18 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._types import Array
-from pssm.batch import map_batch
-from pssm.distributions import ConditionedPath, StatePath
-from pssm.guides.encoded import EncodedGuide
-from pssm.guides.model_run import ModelRun
+from pssm.guides.encoded import Conditionals
+from pssm.guides.paths import PathGuide
 from pssm.register import is_trainable
 
 
-class DeepKalmanGuide(EncodedGuide):
+class DeepKalmanGuide(PathGuide):
     """A guide `q(z) = prod_t N(z_t; m(z_{t-1}, h_t), diag s^2(z_{t-1}, h_t))`, `h_t` features of the data from t on.
 
     As in deep Kalman filters (deep Markov models). A true bound, for any number of trials and minibatches of them. It
@@ -40,7 +37,7 @@ class DeepKalmanGuide(EncodedGuide):
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
         >>> from numpyro.infer import SVI
         >>> from pssm import nets
-        >>> from pssm.distributions import observe
+        >>> from pssm.distributions import StatePath, observe
         >>> from pssm.infer import TraceConditionalKL_ELBO
         >>> def model(y, batch_size=None):
         ...     with numpyro.plate("trials", len(y), subsample_size=batch_size) as index:
@@ -70,27 +67,9 @@ class DeepKalmanGuide(EncodedGuide):
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
     ):
-        super().__init__(
-            model, rank=0, family="diagonal", global_guide=global_guide, prefix=prefix, init_loc_fn=init_loc_fn
-        )
-        self.encoder, self.combiner, self.data, self.trainable = encoder, combiner, data, trainable
         for name, given in (("encoder", encoder), ("combiner", combiner)):
             for own in given.values() if isinstance(given, dict) else (given,):
                 if not callable(own):
                     raise TypeError(f"`{name}` must be a function; got {type(own).__name__}.")
-
-    def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Any]:
-        encode, combine = self._network(name, "encoder", self.encoder), self._network(name, "combiner", self.combiner)
-
-        def one(a: dict[str, Any]) -> Array:
-            h = encode(a["y"], a.get("u"))
-            if jnp.ndim(h) != 2 or len(h) != prior.num_steps:
-                raise ValueError(f"`encoder` must give features of shape ({prior.num_steps}, size); got {h.shape}.")
-            return h
-
-        arrays, cores, batch = self._data(name, run, values, prior)
-        return {"h": map_batch(one, batch, arrays, cores), "conditional": combine}
-
-    def _posterior(self, prior: StatePath, given: dict[str, Any]) -> ConditionedPath:
-        start = getattr(given["conditional"], "start", jnp.zeros(prior.n_state, prior.m0.dtype))
-        return ConditionedPath(given["conditional"], given["h"], start)
+        posterior = Conditionals(encoder, combiner, data, trainable)
+        super().__init__(model, posterior, global_guide=global_guide, prefix=prefix, init_loc_fn=init_loc_fn)

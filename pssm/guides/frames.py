@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax.tree_util import Partial
-from numpyro import handlers
 from numpyro.distributions import constraints
 
 from pssm._checks import as_float, check_choice
 from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
-from pssm.guides.model_run import ModelRun, unwrap
+from pssm.distributions.unwrap import unwrap
+from pssm.guides.drawn import DrawnGuide
+from pssm.guides.model_run import ModelRun, plates_of, structure
 from pssm.linalg import Diagonal, outer
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul, matvec
@@ -28,7 +29,7 @@ from pssm.ssm import LinearGaussianSSM
 LINEARIZATIONS = ("local", "jacobian")
 
 
-class AmortizedFrames:
+class AmortizedFrames(DrawnGuide):
     """Guide of `models.kalman_vae` and `models.extended_kalman_vae`, or of models with the same latent sites.
 
         q(a, z) = prod_t q(a_t | y_t)  q(z_{1:T} | a_{1:T})
@@ -64,13 +65,15 @@ class AmortizedFrames:
         >>> frames = jnp.zeros((20, 7, 9)).at[:, 3].set(jnp.nan)  # (trial, time, pixel), one frame missing
         >>> svi = SVI(models.extended_kalman_vae, guide, optax.adam(1e-3), Trace_ELBO())
         >>> result = svi.run(jax.random.key(1), 2, frames, batch_size=5, progress_bar=False)
-        >>> draws = numpyro.infer.Predictive(guide, params=result.params, num_samples=3)(jax.random.key(2), frames)
+        >>> draws = guide.sample_posterior(jax.random.key(2), result.params, frames, sample_shape=(3,))
         >>> draws["z"].shape, draws["a"].shape
         ((3, 20, 7, 4), (3, 20, 7, 2))
 
     Source:
         Fraccaro, Kamronn, Paquet & Winther 2017; Klushyn, Kurle, Soelch, Cseke & van der Smagt 2021.
     """
+
+    _series = "a"
 
     def __init__(
         self,
@@ -85,33 +88,27 @@ class AmortizedFrames:
         check_choice("linearization", linearization, LINEARIZATIONS)
         if not callable(encoder):
             raise TypeError(f"`encoder` must be a function of a frame; got {type(encoder).__name__}.")
-        self.model, self.encoder, self.gaps, self.linearization = model, encoder, gaps, linearization
-        self.trainable, self.prefix = trainable, prefix
+        super().__init__(model, prefix=prefix)
+        self.encoder, self.gaps, self.linearization, self.trainable = encoder, gaps, linearization, trainable
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Runs the guide; returns a value for every latent site."""
-        with handlers.block():
-            seeded = handlers.seed(self.model, jax.random.key(0))
-            trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-        self._check(trace)
-        with ExitStack() as stack:
-            plates = {}
-            for frame in trace["a"]["cond_indep_stack"]:
-                full = trace[frame.name]["args"][0]
-                plates[frame.name] = numpyro.plate(frame.name, full, dim=frame.dim, subsample_size=frame.size)
-            run = ModelRun(self.model, args, kwargs, {name: p._indices for name, p in plates.items()})
-            values = run.expose_params({})
-            for p in plates.values():
-                stack.enter_context(p)
-            return self._sample(run, values)
-
-    def _check(self, trace: dict[str, Any]) -> None:
-        latent = [n for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]]
+        sites = structure(self.model, args, kwargs)
+        latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
         if "a" not in latent or set(latent) - {"a", "z", "zeta"}:
             raise ValueError(
                 "`model` must have the latent sites `a` (codes) and perhaps `z` (states) and `zeta`, and no others; it "
                 f"has {', '.join(latent) or 'none'}. Make other unknowns parameters (`numpyro.param`)."
             )
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        with ExitStack() as stack:
+            plates = plates_of(sites, ["a"])
+            run = ModelRun(self.model, args, kwargs, {name: p._indices for name, p in plates.items()})
+            values = run.expose_params({})
+            for frame in sites["a"]["cond_indep_stack"]:
+                stack.enter_context(plates[frame.name])
+            return self._sample(run, values)
 
     def _sample(self, run: ModelRun, values: dict[str, Array]) -> dict[str, Array]:
         trace = run.trace(values)

@@ -1,16 +1,56 @@
-"""A model run inside a guide: its path priors, its likelihood as a function of the paths, its data."""
+"""A model run inside a guide: its structure, its path priors, its likelihood as a function of the paths, its data."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
+import numpyro
 from numpyro import handlers
+from numpyro.distributions import constraints
 
 from pssm._checks import check_choice
-from pssm._types import Array
+from pssm._types import Array, Key
 from pssm.distributions import StatePath
+from pssm.distributions.unwrap import unwrap
+from pssm.linalg.potential import Potential
+from pssm.modes.mode import mode_path, potentials_at
+from pssm.register import register
+
+
+def structure(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The model's trace without values and distributions: kinds, shapes and plates of its sites. Nothing is computed.
+
+    Of a plate `args` is kept: its size and that of a subsample. `is_path` marks the `StatePath` sites.
+    """
+    found = {}
+
+    def run(key: Key) -> int:
+        with handlers.block():
+            trace = handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
+        for name, site in trace.items():
+            kept = {part: site.get(part) for part in ("type", "name", "is_observed", "cond_indep_stack")}
+            if site["type"] == "plate":
+                kept["args"] = site["args"]
+            if site["type"] == "sample":
+                kept["shape"] = jnp.shape(site["value"])
+                kept["is_path"] = isinstance(unwrap(site["fn"])[0], StatePath)
+            found[name] = kept
+        return 0
+
+    jax.eval_shape(run, jax.random.key(0))
+    return found
+
+
+def plates_of(sites: dict[str, dict[str, Any]], names: list[str], given: Any = ()) -> dict[str, numpyro.plate]:
+    """The plates that these sites of a `structure` stand in, new ones beside the `given`; to be entered by name."""
+    given = [given] if isinstance(given, numpyro.plate) else given
+    plates = {plate.name: plate for plate in given}
+    frames = {frame.name: frame for name in names if name in sites for frame in sites[name]["cond_indep_stack"]}
+    for name, frame in sorted(frames.items()):
+        if name not in plates:
+            plates[name] = numpyro.plate(name, sites[name]["args"][0], dim=frame.dim, subsample_size=frame.size)
+    return plates
 
 
 class ModelRun:
@@ -113,11 +153,54 @@ class ModelRun:
         return handlers.seed(model, jax.random.key(0))
 
 
-def unwrap(fn: dist.Distribution) -> tuple[Any, Array | bool | None]:
-    """The distribution inside batches and masks, and its mask."""
-    mask = None
-    while isinstance(fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else jnp.logical_and(mask, fn._mask)
-        fn = fn.base_dist
-    return fn, mask
+class PathSite(NamedTuple):
+    """A path's site in a run of a guide: what a posterior may use to make the path's distribution.
+
+    Attributes:
+        name: of the site.
+        prefix: of the guide's parameters.
+        run: the model at the guide's arguments.
+        values: of the model's parameters and of the latent sites that come before.
+        prior: the path's prior at these values.
+        shape: of the path, `(*batch, time, state)`.
+        plates: for each plate its name, dim, size and full size.
+    """
+
+    name: str
+    prefix: str
+    run: ModelRun
+    values: dict[str, Array]
+    prior: StatePath
+    shape: tuple[int, ...]
+    plates: tuple[tuple[str, int, int, int], ...] = ()
+
+    def param(self, part: str, init: Callable[[Key], Array], constraint: Any = constraints.real) -> Array:
+        """A parameter of the path, `{site}_{prefix}_{part}`, with axes of time, state and, for "K", rank."""
+        value = jnp.asarray(numpyro.param(f"{self.name}_{self.prefix}_{part}", init, constraint=constraint))
+        for plate, dim, size, full in self.plates:  # as NumPyro does it, but without its check of the size
+            axis = dim - (3 if part == "K" else 2)
+            if size != full and value.ndim >= -axis and value.shape[axis] == full:
+                value = jnp.take(value, self.run.indices[plate], axis=axis)
+        return value
+
+    def network(self, part: str, given: Any, trainable: Any) -> Any:
+        """A network of the path, with its parameters; `given` may be a dict by path."""
+        own = given[self.name] if isinstance(given, dict) else given
+        return register(f"{self.name}_{self.prefix}_{part}", own, trainable=trainable)
+
+    def data(self, sites: Any) -> tuple[dict[str, Any], dict[str, int], tuple[int, ...]]:
+        """For `map_batch`: the data `y` and, where there are some, the inputs `u`; their core axes; the batch shape."""
+        y, batch = self.run.data(self.name, self.values, sites)
+        cores = {"y": y.ndim - len(batch), "u": 2}
+        return ({"y": y} if self.prior.u is None else {"y": y, "u": self.prior.u}), cores, batch
+
+    def at_mode(self, rank: int, diagonal: bool, *, start: Array | None, num_iters: int) -> Potential:
+        """Potentials at the mode of the path, for the current values."""
+        options = {"rank": rank, "diagonal": diagonal}
+
+        def parts(values: dict[str, Array]) -> tuple[StatePath, Callable[[Array], Array]]:
+            return self.run.path_prior(self.name, values), self.run.log_lik(self.name, values)
+
+        # The search itself has no gradient; the last step, at the mode, has the mode's.
+        path = mode_path(*parts(jax.lax.stop_gradient(self.values)), start=start, num_iters=num_iters, **options)
+        return potentials_at(*parts(self.values), jax.lax.stop_gradient(path), **options)

@@ -13,13 +13,13 @@ from pssm.distributions.moment_matched import assimilate, predict
 from pssm.linalg.low_rank import (
     Diagonal,
     Factor,
-    Potential,
     as_matrix,
     condition,
     posterior_mean,
     posterior_sample,
     posterior_variance,
 )
+from pssm.linalg.potential import Potential
 from pssm.linalg.random import standard_normal
 from pssm.modes.mode import noise_scale
 from pssm.nets.potentials import as_pseudo_observation
@@ -98,21 +98,20 @@ def online_filter(
         plain = isinstance(prior.chol_P0, Diagonal) and isinstance(prior.chol_Q, Diagonal)
         noise_size = max(widths) + rank + (prior.n_state if diagonal and not plain else 0)
 
-    def potential(state: Any, y: Array, u: Array | None) -> tuple[Any, dict[str, Array]]:
+    def potential(state: Any, y: Array, u: Array | None) -> tuple[Any, Potential]:
         state, found = encode.step(state, y, u)
-        found = jax.tree.map(lambda x: x[None], found)
-        given = as_pseudo_observation(found, sd, rank, diagonal).arguments()
-        return state, {name: x[0] for name, x in given.items()}
+        found = as_pseudo_observation(jax.tree.map(lambda x: x[None], found), sd, rank, diagonal).psi()
+        return state, jax.tree.map(lambda x: x[0], found)
 
-    def chain(factor: Factor, means: Array, p: dict[str, Array], noise: Array) -> Belief:
-        update = condition(factor, Potential(p["K"], p["k"], p.get("diag"), p.get("center"), p.get("b")))
-        width, columns = factor.shape[-1], update.b.shape[-1]
+    def chain(factor: Factor, means: Array, p: Potential, noise: Array) -> Belief:
+        update = condition(factor, p)
+        width, columns = factor.shape[-1], update.columns
         e, w = noise[:, :width], noise[:, max(widths) : max(widths) + columns]
         z = jax.vmap(lambda mu, e, w: posterior_sample(update, factor, mu, e, w))(means, e, w)
         centres = jax.vmap(lambda mu: posterior_mean(update, mu))(means)
         return Belief(centres.mean(0), centres.var(0) + posterior_variance(update, factor), z)
 
-    def gaussian(factor: Factor, mean: Array, spread: Array, p: dict[str, Array], noise: Array) -> Belief:
+    def gaussian(factor: Factor, mean: Array, spread: Array, p: Potential, noise: Array) -> Belief:
         z, found = assimilate(factor, mean, spread, p, noise)
         own = jnp.sum(as_matrix(factor) ** 2, axis=1)
         return Belief(found.mean, own + jnp.sum(spread**2, 1) - jnp.sum(found.cut**2, 1), z)

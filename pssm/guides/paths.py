@@ -1,201 +1,171 @@
-"""`PathGuide`: what all guides of models with `StatePath` sites share; where their potentials come from differs."""
+"""`PathGuide`: the guide of models with `StatePath` sites, made of a posterior for the paths and one for the rest."""
 
-import math
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpyro
 from numpyro import handlers
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
-from pssm._checks import check_choice, check_count
-from pssm._types import Array, Key
-from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.model_run import ModelRun, unwrap
-from pssm.modes.mode import PotentialsAtMode, mode_path, potentials_at
+from pssm._types import Array
+from pssm.distributions.unwrap import unwrap
+from pssm.guides.drawn import DrawnGuide
+from pssm.guides.model_run import ModelRun, PathSite, plates_of, structure
+from pssm.guides.others import OtherSites
+from pssm.guides.posteriors import FAMILIES, Posterior
+from pssm.guides.transport import transported
 
-PathPosterior = LowRankChain | LowRankMomentMatched | ConditionedPath
-FAMILIES = ("chain", "moment_matched", "diagonal")
 BOUND = "lower bound on the log evidence (ELBO)"
 SURROGATE = "surrogate: the published moment-matched objective, which can exceed the log evidence"
 
+__all__ = ["BOUND", "FAMILIES", "SURROGATE", "PathGuide"]
 
-class PathGuide(AutoGuide):
-    """A guide whose state paths follow a low-rank posterior given the other latent sites, which get a guide of theirs.
 
-    A subclass says where a path's potentials come from (`_potentials`). Arguments as in `AutoStateSpace`.
+class PathGuide(DrawnGuide):
+    """A guide whose state paths follow a posterior given the other latent sites, which get a guide of theirs.
+
+    `AutoStateSpace`, `AmortizedStateSpace` and `DeepKalmanGuide` are this guide with a posterior made from their
+    arguments. A posterior of your own needs one method, see `pssm.guides.posteriors.Posterior`.
+
+    Args:
+        model: a NumPyro model with at least one unobserved `StatePath` site.
+        posterior: where the distribution of a path comes from.
+        global_guide: makes the guide of the other latent sites, from a model: an AutoGuide class or a function.
+        prefix: as in NumPyro's guides.
+        init_loc_fn: start of the other sites.
+        create_plates: as in NumPyro's guides.
+        own_site: for a model that samples its path in another way: a function `(path, *args, **kwargs)` to the
+            distribution of the model's own site. The path is then an auxiliary site, `{site}_path`.
+
+    Raises:
+        ValueError: when first run, if the model has no `StatePath`.
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
+        posterior: Posterior,
         *,
-        rank: int,
-        diagonal: bool = True,
-        family: str = "chain",
         global_guide: Callable[..., AutoGuide] = AutoNormal,
-        num_samples: int = 25,
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
+        own_site: Callable[..., Any] | None = None,
     ):
-        check_choice("family", family, FAMILIES)
-        self.rank = 0 if family == "diagonal" else check_count("rank", rank, least=0)
-        self.family = family
-        self.diagonal = family == "diagonal" or (diagonal and family == "chain")
-        if self.rank == 0 and not self.diagonal:
-            raise ValueError("`rank` must be at least 1 where there is no diagonal.")
-        self.num_samples = num_samples
         init = init_to_median(num_samples=50) if init_loc_fn is None else init_loc_fn
         super().__init__(model, prefix=prefix, init_loc_fn=init, create_plates=create_plates)
-        self._global_guide = global_guide
-        self._globals: AutoGuide | None = None
+        self.posterior = posterior
+        self._global_guide, self._own_site = global_guide, own_site
         self._paths: list[str] = []
-        self._call: tuple[tuple, dict] = ((), {})
+        self._params: set[str] = set()  # names of the paths' own parameters
 
-    def _potentials(self, name: str, run: ModelRun, values: dict[str, Array], prior: StatePath) -> dict[str, Array]:
-        """Arguments of the path's posterior beside its prior, such as `k`, `K`, `diag`, `center`, `b`."""
-        raise NotImplementedError(f"{type(self).__name__} must define `_potentials`.")
+    @property
+    def family(self) -> str:
+        """The family of the paths' posterior."""
+        return self.posterior.family
 
     @property
     def objective(self) -> str:
         """What an ELBO with this guide is, in words."""
         return SURROGATE if self.family == "moment_matched" else BOUND
 
+    def with_posterior(self, posterior: Posterior) -> Any:
+        """This guide with another posterior of the paths and the same parameters."""
+        guide = copy.copy(self)
+        guide.posterior = posterior
+        return guide
+
+    def evaluated(self) -> "PathGuide":
+        """The guide outside of training."""
+        return self.with_posterior(self.posterior.evaluated())
+
+    def of_the_past(self) -> "PathGuide":
+        """The guide for data whose end is missing; nothing in it comes from the whole series of the fit."""
+        return self.with_posterior(self.posterior.given_past())
+
+    @property
+    def _latent(self) -> list[str]:
+        sites: Any = self.prototype_trace
+        return [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        key = numpyro.prng_key()
-        with handlers.block():
-            seeded = handlers.seed(self.model, jax.random.key(0) if key is None else key)
-            self.prototype_trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-        latent = {n: s for n, s in self.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]}
-        self._paths = [n for n, s in latent.items() if isinstance(unwrap(s["fn"])[0], StatePath)]
+        numpyro.prng_key()  # a key is taken, as by NumPyro's guides
+        super()._setup_prototype(*args, **kwargs)
+        self._paths = [name for name in self._latent if self.prototype_trace[name]["is_path"]]
         if not self._paths:
+            latent, self.prototype_trace = self._latent, None
             raise ValueError(
                 "`model` has no unobserved `StatePath` site, so there is no path for this guide; its latent sites are "
                 f"{', '.join(latent) or '(none)'}. Use a NumPyro AutoGuide, or sample the states with StatePath."
             )
-        for site in latent.values():
-            for frame in site["cond_indep_stack"]:
-                self._prototype_frames[frame.name] = frame
-        for name, site in self.prototype_trace.items():
-            if site["type"] == "plate":
-                self._prototype_frame_full_sizes[name] = site["args"][0]
-        self._call = (args, kwargs)
-        if len(latent) > len(self._paths):
-            paths = set(self._paths)
+        self._series = self._paths[0]
+        if len(self._latent) > len(self._paths):
+            self._others = OtherSites(self.model, self._paths, self._global_guide, self.prefix, self.init_loc_fn)
 
-            def hide(site: dict[str, Any]) -> bool:
-                return site["type"] == "sample" and (site["name"] in paths or site.get("is_observed", False))
-
-            rest = handlers.block(handlers.seed(self.model, jax.random.key(0)), hide_fn=hide)
-            self._globals = self._global_guide(rest, prefix=self.prefix, init_loc_fn=self.init_loc_fn)
+    def plates(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, numpyro.plate]:
+        """The plates of the model's latent sites for these arguments, whose sizes may be new."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        given = () if self.create_plates is None else self.create_plates(*args, **kwargs)
+        return plates_of(structure(self.model, args, kwargs), self._latent, given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Runs the guide; returns a value for every latent site."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = self.plates(args, kwargs)
+        indices = {name: plate._indices for name, plate in plates.items()}
         result: dict[str, Array] = {}
-        if self._globals is not None:
-            self._globals.create_plates = lambda *a, **k: list(plates.values())
-            found = self._globals(*args, **kwargs)
+        if self._others is not None:
+            found = self._others(args, kwargs, indices)
             result = {name: found[name] for name in self._latent if name in found}
-        run = ModelRun(self.model, args, kwargs, {n: p._indices for n, p in plates.items()})
+        run = ModelRun(self.model, args, kwargs, indices)
         values = {**run.expose_params(result), **result}
         for name in self._paths:
+            own = run.trace(values)[name]
+            prior, mask = unwrap(own["fn"])
+            frames = {frame.name: frame for frame in own["cond_indep_stack"]}
+            around = tuple((n, f.dim, f.size, plates[n].size) for n, f in frames.items())
+            site = PathSite(name, self.prefix, run, values, prior, own["fn"].shape(), around)
             with ExitStack() as stack:
-                for frame in self.prototype_trace[name]["cond_indep_stack"]:
-                    stack.enter_context(plates[frame.name])
-                prior, mask = unwrap(run.trace(values)[name]["fn"])
-                q = self._posterior(prior, self._potentials(name, run, values, prior))
-                own_prior = getattr(q, "prior", None) is prior
-                values[name] = result[name] = _sample_path(name, q, mask, own_prior=own_prior)
+                for plate in frames:
+                    stack.enter_context(plates[plate])
+                with handlers.trace() as made:
+                    q = self.posterior.distribution(site)
+                self._params |= {n for n, s in made.items() if s["type"] == "param"}
+                values[name] = result[name] = self._sample(name, q, mask, prior)
+            if self._own_site is not None:
+                result[name] = numpyro.sample(name, self._own_site(result[name], *args, **kwargs))
         return result
 
-    @property
-    def _latent(self) -> list[str]:
-        return [n for n, s in self.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
+    def _sample(self, name: str, q: Any, mask: Any, prior: Any) -> Array:
+        """Samples the path; where it is cheap the draw's KL divergence comes along, for `TraceConditionalKL_ELBO`."""
+        masked = q if mask is None else q.mask(mask)
+        infer: dict[str, Any] = {"prior_from_model": getattr(q, "prior", None) is prior}
+        if self._own_site is not None:
+            name, infer["is_auxiliary"] = f"{name}_path", True
+        key = numpyro.prng_key() if hasattr(q, "sample_with_kl") else None
+        if key is None:
+            return numpyro.sample(name, masked, infer=infer)
+        z, kl = jax.jit(q.sample_with_kl)(key)
+        if infer["prior_from_model"]:
+            infer["draw"] = z, kl
+        with handlers.substitute(data={name: z}):
+            return numpyro.sample(name, masked, infer=infer)
 
-    def _posterior(self, prior: StatePath, given: dict[str, Array]) -> PathPosterior:
-        k, K = given["k"], given["K"]
-        options = {name: given[name] for name in ("center", "b") if name in given}
-        if self.family == "moment_matched":
-            return LowRankMomentMatched(prior, k, K, numpyro.prng_key(), self.num_samples, **options)
-        return LowRankChain(prior, k, K, diag=given.get("diag"), **options)
-
-    def _at_mode(
-        self,
-        name: str,
-        run: ModelRun,
-        values: dict[str, Array],
-        start: Array | None,
-        num_iters: int,
-        rank: int | None = None,
-    ) -> PotentialsAtMode:
-        options = {"rank": self.rank if rank is None else rank, "diagonal": self.diagonal}
-
-        def parts(values: dict[str, Array]) -> tuple[StatePath, Callable[[Array], Array]]:
-            return unwrap(run.trace(values)[name]["fn"])[0], run.log_lik(name, values)
-
-        # The search itself has no gradient; the last step, at the mode, has the mode's.
-        path = mode_path(*parts(jax.lax.stop_gradient(values)), start=start, num_iters=num_iters, **options)
-        return potentials_at(*parts(values), jax.lax.stop_gradient(path), **options)
-
-    def _frames(self, name: str) -> list[Any]:
-        return self.prototype_trace[name]["cond_indep_stack"]
-
-    def sample_posterior(
-        self, rng_key: Key, params: dict[str, Array], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
-    ) -> dict[str, Array]:
-        """Draws of every latent site; paths are whole trajectories.
+    def transport(self, model: Callable[..., Any], params: dict[str, Any] | None = None) -> Callable[..., Any]:
+        """The model with its paths sampled through this guide's map from standard normals: `infer.transport_reparam`.
 
         Args:
-            rng_key: random key.
-            params: from `SVI.get_params`.
-            args: the model's arguments; those of the first call where none are given.
-            sample_shape: leading shape of the draws.
-            kwargs: the model's keyword arguments.
+            model: a NumPyro model.
+            params: the fit's parameters; by default those that `model` was substituted with.
+
+        Returns:
+            A NumPyro model with the same arguments.
+
+        Raises:
+            ValueError: the guide has no density, or has not been run; or its parameters are not there.
         """
-        if not args and not kwargs:
-            args, kwargs = self._call
-
-        def one(key: Key) -> dict[str, Array]:
-            with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
-                return self(*args, **kwargs)
-
-        draws = jax.jit(jax.vmap(one))(jax.random.split(rng_key, math.prod(sample_shape)))
-        return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in draws.items()}
-
-    def median(self, params: dict[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """Posterior medians; see `quantiles`."""
-        return {name: x[0] for name, x in self.quantiles(params, [0.5], *args, **kwargs).items()}
-
-    def quantiles(
-        self, params: dict[str, Array], quantiles: list[float], *args: Any, num_samples: int = 4000, **kwargs: Any
-    ) -> dict[str, Array]:
-        """Quantiles of every latent site, from `num_samples` draws: marginals of a chain have no closed form.
-
-        Arrays have shape `(len(quantiles), ...)`.
-        """
-        draws = self.sample_posterior(jax.random.key(0), params, *args, sample_shape=(num_samples,), **kwargs)
-        return {name: jnp.quantile(x, jnp.asarray(quantiles), axis=0) for name, x in draws.items()}
-
-
-def _sample_path(name: str, q: PathPosterior, mask: Any, *, own_prior: bool) -> Array:
-    """Samples the site; a chain's KL of the draw comes with it, for `TraceConditionalKL_ELBO`.
-
-    `own_prior`: the guide's prior is the model's, so that nothing is left of their ratio.
-    """
-    infer: dict[str, Any] = {"prior_from_model": own_prior}
-    key = numpyro.prng_key() if isinstance(q, LowRankChain) else None
-    masked = q if mask is None else q.mask(mask)
-    if key is None or not isinstance(q, LowRankChain):
-        return numpyro.sample(name, masked, infer=infer)
-    z, kl = jax.jit(q.sample_with_kl)(key)
-    infer["draw"] = z, kl
-    with handlers.substitute(data={name: z}):
-        return numpyro.sample(name, masked, infer=infer)
+        return transported(self, model, params)

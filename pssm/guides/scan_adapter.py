@@ -237,33 +237,22 @@ class AutoScanStateSpace(AutoStateSpace):
     def __init__(self, model: Callable[..., Any], *, site: str, rank: int, **options: Any):
         if options.get("family") == "moment_matched":
             raise ValueError('`family`: "moment_matched" has no joint density, so it cannot be an auxiliary site.')
-        self.site, self._scan_model = site, model
-        self._axes: tuple[int, int] | None = None
-        super().__init__(scan_path(model, site), rank=rank, **options)
+        own_site = _OwnSite(model, site)
+        super().__init__(scan_path(model, site), rank=rank, own_site=own_site, **options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """Runs the guide; returns a value for every latent site, the states' as the model has them."""
+
+class _OwnSite:
+    """The model's own site at a path: a `Delta` of the shape that the site has in the model."""
+
+    def __init__(self, model: Callable[..., Any], site: str):
+        self.model, self.site = model, site
+        self._axes: tuple[int, int] | None = None
+
+    def __call__(self, path: Array, *args: Any, **kwargs: Any) -> dist.Delta:
         if self._axes is None:
             with handlers.block():
-                seeded = handlers.seed(self._scan_model, jax.random.key(0))
+                seeded = handlers.seed(self.model, jax.random.key(0))
                 own = handlers.trace(seeded).get_trace(*args, **kwargs)[self.site]
             self._axes = jnp.ndim(own["value"]), own["fn"].event_dim
         ndim, event_dim = self._axes
-        with _Auxiliary(self.site):
-            result = super().__call__(*args, **kwargs)
-        path = result[self.site] if ndim == 2 else result[self.site][..., 0]
-        result[self.site] = numpyro.sample(self.site, dist.Delta(path, event_dim=event_dim))
-        return result
-
-
-class _Auxiliary(Messenger):
-    """Renames the path's site and marks it as auxiliary."""
-
-    def __init__(self, site: str):
-        super().__init__(None)
-        self.site = site
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["name"] == self.site:
-            msg["name"] = f"{self.site}_path"
-            msg["infer"] = {"is_auxiliary": True}
+        return dist.Delta(path if ndim == 2 else path[..., 0], event_dim=event_dim)

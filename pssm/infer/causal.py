@@ -1,14 +1,14 @@
 """Filter mode of a guide: the states given the observations up to some step, and nothing of what comes after."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._checks import as_float
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
 from pssm.fitting.results import SVIFit
-from pssm.guides import AutoStateSpace
 
 
 def causal_draws(
@@ -16,14 +16,15 @@ def causal_draws(
 ) -> dict[str, np.ndarray]:
     """Draws of the latent sites given `y[:origin]` only, for every origin.
 
-    The observations from `origin` on are made NaN and the path's potentials are found again at the mode, so nothing of
-    the future can reach them: in the path `(time, state)` of a draw, row `origin - 1` is a filtered state, and the rows
-    from `origin` on are a forecast by the model's own transition. (The rows of a smoothed path are neither: they have
-    seen all observations.) The other latent sites keep the fit's posterior, given the whole series.
+    The observations from `origin` on are made NaN, and the path's potentials are those of what is left: found again at
+    the mode, or made by the guide's networks. Nothing of the future can reach them: in the path of a draw, row
+    `origin - 1` is a filtered state, and the rows from `origin` on are a forecast (by the model's own transition, where
+    the potentials say nothing of steps without data). The rows of a smoothed path are neither: they have seen all
+    observations. The other latent sites keep the fit's posterior, given the whole series.
 
     Args:
-        fit: from `fit_svi`, with an `AutoStateSpace` guide; the model's first argument is the data, `(time, ...)` with
-            NaN for missing.
+        fit: from `fit_svi`, with a guide of `pssm.guides`; the model's first argument is the data, `(time, ...)` or,
+            for a path in plates, `(*batch, time, ...)`, with NaN for missing.
         origins: how many observations are known, each from 0 to `time`.
         num_samples: draws for every origin.
         key: random key, or a whole number.
@@ -33,8 +34,9 @@ def causal_draws(
         Arrays by site, `(origin, draw, ...)`.
 
     Raises:
-        TypeError: the guide is not an `AutoStateSpace`.
-        ValueError: an origin outside of the series, or a model whose first argument is no data array.
+        TypeError: the guide is none of `pssm.guides`.
+        ValueError: an origin outside of the series, or a model whose first argument is no data array, or
+            a guide of which it is not known what of its arguments is the future.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -47,27 +49,25 @@ def causal_draws(
         >>> causal_draws(fit, [5, 10])["z"].shape
         (2, 200, 20, 1)
     """
-    guide = fit.svi.guide
-    if not isinstance(guide, AutoStateSpace):
-        raise TypeError(f"`fit` must have an AutoStateSpace guide; got {type(guide).__name__}.")
-    if not fit.args or jnp.ndim(fit.args[0]) == 0:
-        raise ValueError("`fit`: the model's first argument must be the data, an array with a time axis in front.")
-    y = as_float("y", fit.args[0])
-    steps = y.shape[0]
-    known = np.asarray(origins)
+    guide: Any = fit.svi.guide
+    if not hasattr(guide, "given_past"):
+        raise TypeError(
+            f"`fit` must have an AutoStateSpace or another guide of `pssm.guides`; got {type(guide).__name__}."
+        )
+    guide.prepare(jax.random.key(0), *fit.args, **fit.kwargs)
+    axis = guide.time_axis
+    if not fit.args or jnp.ndim(fit.args[0]) <= axis:
+        raise ValueError(f"`fit`: the model's first argument must be the data, an array whose axis {axis} is time.")
+    steps, known = jnp.shape(fit.args[0])[axis], np.asarray(origins)
     if known.ndim != 1 or known.size == 0 or known.min() < 0 or known.max() > steps:
         raise ValueError(
             f"`origins` must be a list of numbers from 0 to {steps} (the steps of the data); got {origins}."
         )
-    at_mode = guide.at_mode()
-    params = {n: x for n, x in fit.svi.get_params(fit.state).items() if n not in guide.path_params}
+    params = fit.svi.get_params(fit.state)
 
     def one(xs: tuple[Array, Array]) -> dict[str, Array]:
         origin, own_key = xs
-        seen = jnp.arange(steps).reshape(-1, *(1,) * (y.ndim - 1)) < origin
-        past = jnp.where(seen, y, jnp.nan)
-        args = (past, *fit.args[1:])
-        return at_mode.sample_posterior(own_key, params, *args, sample_shape=(num_samples,), **fit.kwargs)
+        return guide.given_past(own_key, params, origin, *fit.args, sample_shape=(num_samples,), **fit.kwargs)
 
     keys = jax.random.split(as_key(key), known.size)
     run = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=min(batch_size, known.size)))

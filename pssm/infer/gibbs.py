@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from pssm._checks import check_choice, check_count
+from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.filters import conditional_smc
-from pssm.guides import guided_proposal
+from pssm.filters.particle_sweep import Proposal, check_proposal
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
 
@@ -19,7 +19,7 @@ def particle_gibbs(
     u: ArrayLike | None = None,
     *,
     num_particles: int,
-    proposal: str = "bootstrap",
+    proposal: Proposal = "bootstrap",
     site: str = "z",
 ) -> Callable[[Key, Sites, Sites], Sites]:
     """The `gibbs_fn` that draws a path of states given the parameters, for `numpyro.infer.HMCGibbs`.
@@ -35,8 +35,8 @@ def particle_gibbs(
         y: the observations, as the NumPyro model gets them.
         u: inputs `(time, input)`.
         num_particles: number of particles, at least 2.
-        proposal: "bootstrap", or "guided" for potentials at the mode, computed anew for each value of the parameters:
-            dearer, and with few particles far better where the observations are informative.
+        proposal: as in `particle_filter`. "guided" finds potentials anew for each value of the parameters: dearer, and
+            with few particles far better where the observations are informative.
         site: name of the path's site, a `StatePath`.
 
     Returns:
@@ -67,13 +67,12 @@ def particle_gibbs(
         Andrieu, Doucet & Holenstein 2010; Lindsten, Jordan & Schön 2014.
     """
     check_count("num_particles", num_particles, least=2)
-    check_choice("proposal", proposal, ("bootstrap", "guided"))
+    check_proposal(proposal)
 
     def gibbs_fn(rng_key: Key, gibbs_sites: Sites, hmc_sites: Sites) -> dict[str, Any]:
         model = build(hmc_sites)
-        potentials = guided_proposal(model, y, u) if proposal == "guided" else None
         path = gibbs_sites[site]
-        new = conditional_smc(rng_key, model, y, path, u, num_particles=num_particles, proposal=potentials)
+        new = conditional_smc(rng_key, model, y, path, u, num_particles=num_particles, proposal=proposal)
         return {site: new.astype(path.dtype)}
 
     return gibbs_fn

@@ -13,13 +13,13 @@ from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, Key
 from pssm.distributions import LowRankChain
+from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.filters.resampling import ess as ess_of
 from pssm.filters.resampling import systematic
 from pssm.fitting.results import SVIFit
-from pssm.guides.model_run import ModelRun, unwrap
+from pssm.guides.model_run import ModelRun
 from pssm.linalg.low_rank import Factor, Update, log_normaliser, log_ratio, posterior_sample
 from pssm.linalg.random import standard_normal
-from pssm.objectives.conditional_kl import site_log_prob
 
 
 class EvidenceBound(NamedTuple):
@@ -72,7 +72,7 @@ def _weight(model_trace: dict[str, Any], guide_trace: dict[str, Any], skip: str 
             continue
         own = guide_trace.get(name)
         q, mask = (None, None) if own is None or site["is_observed"] else unwrap(own["fn"])
-        if isinstance(q, LowRankChain) and own is not None and own["infer"].get("prior_from_model"):
+        if hasattr(q, "log_ratio") and own is not None and own["infer"].get("prior_from_model"):
             ratio = q.log_ratio(own["value"])
             ratio = ratio if mask is None else jnp.where(mask, ratio, 0.0)
             total = total - jnp.sum(scale_and_mask(ratio, own["scale"]))
@@ -228,7 +228,7 @@ def guided_filter(
         def draw(key: Array, update: Update, factor: Factor, mu: Array) -> tuple[Array, Array]:
             e_key, w_key = jax.random.split(key)
             noise = standard_normal(e_key, factor.shape[-1:], mu.dtype)
-            z = posterior_sample(update, factor, mu, noise, standard_normal(w_key, update.b.shape, mu.dtype))
+            z = posterior_sample(update, factor, mu, noise, standard_normal(w_key, (update.columns,), mu.dtype))
             return z, -log_ratio(update, factor, mu, z)
 
         def ahead(update: Update, now: dict[str, Any], z: Array) -> Array:

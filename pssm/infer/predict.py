@@ -12,9 +12,9 @@ from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import LinearGaussianMarginal
+from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit, FitRecord, flatten_draws, record_of, trace_with
-from pssm.guides.model_run import unwrap
 from pssm.infer.causal import causal_draws
 from pssm.infer.sources import (
     CodesSource,

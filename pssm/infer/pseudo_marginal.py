@@ -14,11 +14,11 @@ from numpyro.infer.util import initialize_model
 from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
-from pssm._checks import check_choice, check_count, is_traced
+from pssm._checks import check_count, is_traced
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import StatePath
 from pssm.filters import particle_filter
-from pssm.guides import guided_proposal
+from pssm.filters.particle_sweep import Proposal, check_proposal
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM
@@ -71,7 +71,7 @@ class PseudoMarginal(MCMCKernel):
         y: observations `(time, obs)`, NaN where missing.
         u: inputs `(time, input)`.
         num_particles: number of particles.
-        proposal: "bootstrap", or "guided" for potentials at the mode, computed anew for each value of the parameters.
+        proposal: as in `particle_filter`. "guided" finds potentials anew for each value of the parameters.
         left_out: sites of `model` whose part the particle filter takes: the path and the observations.
         target_accept_prob: 0.07 is best for a noisy estimate, 0.23 for an exact one.
         init_strategy: first values of the parameters, as in NUTS.
@@ -108,12 +108,12 @@ class PseudoMarginal(MCMCKernel):
         u: ArrayLike | None = None,
         *,
         num_particles: int,
-        proposal: str = "bootstrap",
+        proposal: Proposal = "bootstrap",
         left_out: tuple[str, ...] = ("z", "y"),
         target_accept_prob: float = 0.15,
         init_strategy: Callable[..., Any] = init_to_median,
     ):
-        check_choice("proposal", proposal, ("bootstrap", "guided"))
+        check_proposal(proposal)
         if not 0 < target_accept_prob < 1:
             raise ValueError(f"`target_accept_prob` must be between 0 and 1; got {target_accept_prob}.")
         self.num_particles = check_count("num_particles", num_particles)
@@ -149,10 +149,8 @@ class PseudoMarginal(MCMCKernel):
     def log_likelihood(self, key: Key, sites: dict[str, Array]) -> Array:
         """The estimate, -inf where it is not a number."""
         model = self.build(sites)
-        potentials = guided_proposal(model, self.y, self.u) if self.proposal == "guided" else None
-        found = particle_filter(
-            key, model, self.y, self.u, num_particles=self.num_particles, proposal=potentials
-        ).log_likelihood
+        options = {"num_particles": self.num_particles, "proposal": self.proposal}
+        found = particle_filter(key, model, self.y, self.u, **options).log_likelihood
         return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
     def init(

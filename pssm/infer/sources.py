@@ -17,12 +17,12 @@ from numpyro import handlers
 from pssm._types import Array, Key
 from pssm.batch import map_batch, over_batches
 from pssm.distributions import GaussianFilterMarginal, HistoryMarginal, LinearGaussianMarginal, StatePath
+from pssm.distributions.unwrap import unwrap
 from pssm.filters import forecast as exact_forecast
 from pssm.filters import kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
 from pssm.fitting.results import trace_with
-from pssm.guides.model_run import unwrap
 from pssm.linalg.low_rank import apply_factor
 from pssm.linalg.random import standard_normal
 from pssm.ssm import check_inputs
@@ -299,8 +299,8 @@ def source_of(
 
 def plain_model(model: Any) -> Callable[..., Any]:
     """The model before its paths were reparametrised (`NonCenteredPath`, `transport_reparam`)."""
-    while isinstance(model, handlers.reparam) or hasattr(model, "__wrapped__"):
-        model = model.fn if isinstance(model, handlers.reparam) else model.__wrapped__
+    while isinstance(model, handlers.reparam) or hasattr(model, "plain_model"):
+        model = model.fn if isinstance(model, handlers.reparam) else model.plain_model
     return model
 
 

@@ -1,6 +1,7 @@
-"""Linear algebra of covariance factors."""
+"""Linear algebra of covariance factors and potentials."""
 
 from pssm.linalg.low_rank import Diagonal
+from pssm.linalg.potential import Potential
 from pssm.linalg.square_root import (
     factor_from_covariance,
     orthogonalise,
@@ -10,4 +11,13 @@ from pssm.linalg.square_root import (
     unless,
 )
 
-__all__ = ["Diagonal", "factor_from_covariance", "orthogonalise", "outer", "solve_lower", "triangularise", "unless"]
+__all__ = [
+    "Diagonal",
+    "Potential",
+    "factor_from_covariance",
+    "orthogonalise",
+    "outer",
+    "solve_lower",
+    "triangularise",
+    "unless",
+]

@@ -27,6 +27,7 @@ import numpy as np
 
 from pssm._checks import as_float, is_traced
 from pssm._types import Array, Float
+from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import triangularise
 
@@ -93,94 +94,69 @@ def apply_transpose(factor: Factor, x: Float[Array, "state cols"]) -> Float[Arra
     return factor.scale[:, None] * x if isinstance(factor, Diagonal) else matmul(factor.T, x)
 
 
-class Potential(NamedTuple):
-    """`psi` of the module's head, one step.
-
-    Attributes:
-        K: `(state, rank)`.
-        k: slope at the centre, `(state,)`.
-        delta: diagonal precision, `(state,)`, not negative; None for none.
-        c: the centre, `(state,)`; None for zero.
-        b: `(rank,)`, the slope along `K`; None for zero.
-    """
-
-    K: Array
-    k: Array
-    delta: Array | None = None
-    c: Array | None = None
-    b: Array | None = None
-
-
 class Update(NamedTuple):
-    """What conditioning `N(mu, F F')` on a potential needs, `mu` apart. Names as in the module's head.
+    """What conditioning `N(mu, F F')` on a potential needs, `mu` apart. Symbols as in the module's head.
 
     Attributes:
+        potential: every part filled in; in the general case with the square roots of `delta` in front of `K`.
         shrink: `s`.
         offset: `(1 - s) c + Qt k`.
-        c: centre.
         gain: `Qt K (Y Y')^{-1}`.
-        K: potentials' factor (in the general case with the square roots of `delta` in front).
-        b: slope along `K`.
-        slope: `k`.
-        delta: diagonal precision (zero in the general case).
         inverse: `Y^{-1}`.
         half_logdet: `(log |Q| - log |V|) / 2`.
         kl_constant: the part of `KL(N(m, V) || N(mu, Q))` that does not depend on `mu`.
     """
 
+    potential: Potential
     shrink: Array
     offset: Array
-    c: Array
     gain: Array
-    K: Array
-    b: Array
-    slope: Array
-    delta: Array
     inverse: Array
     half_logdet: Array
     kl_constant: Array
 
+    @property
+    def columns(self) -> int:
+        """Columns of `K`: how many normal numbers `posterior_sample` takes beside the noise."""
+        return self.potential.rank
+
 
 def condition(factor: Factor, p: Potential) -> Update:
-    """Prepares the update of `N(mu, F F')` by a potential; `mu` comes later."""
-    n, rank = p.K.shape
-    c = jnp.zeros_like(p.k) if p.c is None else p.c
-    b = jnp.zeros(rank, p.k.dtype) if p.b is None else p.b
-    delta = jnp.zeros_like(p.k) if p.delta is None else p.delta
-    K = p.K
+    """Prepares the update of `N(mu, F F')` by the potential of one step; `mu` comes later."""
+    K = p.factor
+    n, rank = K.shape
+    zero = jnp.zeros(n, K.dtype)
+    k, c, delta = (zero if x is None else x for x in (p.slope, p.center, p.diagonal))
+    b = jnp.zeros(rank, K.dtype) if p.factor_slope is None else p.factor_slope
     if isinstance(factor, Diagonal):
         sd = factor.scale
         shrink = 1.0 / (1.0 + delta * sd**2)
         log_shrink = -jnp.log1p(delta * sd**2)
         scaled = (sd * jnp.sqrt(shrink))[:, None] * K
         loaded = (sd**2 * shrink)[:, None] * K
-        moved = sd**2 * shrink * p.k
+        moved = sd**2 * shrink * k
         traced = (sd * shrink)[:, None] * K  # Q^{-1/2} Qt K
     else:
-        if p.delta is not None:
+        if p.diagonal is not None:
             # The offset changes no value; it keeps the derivative with respect to `delta` right where that is zero.
             extra = jnp.sqrt(delta + 1e6 * jnp.finfo(delta.dtype).tiny)
             K = jnp.concatenate([extra[:, None] * jnp.eye(n, dtype=K.dtype), K], axis=1)
             b = jnp.concatenate([jnp.zeros(n, b.dtype), b])
-            delta = jnp.zeros_like(delta)
-        shrink, log_shrink = jnp.ones_like(p.k), jnp.zeros_like(p.k)
+            delta = zero
+        shrink, log_shrink = jnp.ones_like(zero), zero
         scaled = apply_transpose(factor, K)
         loaded = matmul(factor, scaled)
-        moved = matvec(factor, matvec(factor.T, p.k))
+        moved = matvec(factor, matvec(factor.T, k))
         traced = scaled
     root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + matmul(scaled.T, scaled))
     inverse = invert_lower(root)
     half_logdet = jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * jnp.sum(log_shrink)
     removed = jnp.sum(matmul(traced, inverse.T) ** 2)
     return Update(
+        potential=Potential(K, delta, b, c, k),
         shrink=shrink,
         offset=(1.0 - shrink) * c + moved,
-        c=c,
         gain=matmul(loaded, matmul(inverse.T, inverse)),
-        K=K,
-        b=b,
-        slope=p.k,
-        delta=delta,
         inverse=inverse,
         half_logdet=half_logdet,
         kl_constant=half_logdet + 0.5 * (jnp.sum(shrink - 1.0) - removed),
@@ -189,13 +165,13 @@ def condition(factor: Factor, p: Potential) -> Update:
 
 def posterior_mean(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
     """Mean `m` of the conditioned Gaussian."""
-    return _absorb(update, update.shrink * mu + update.offset, update.b)
+    return _absorb(update, update.shrink * mu + update.offset, update.potential.factor_slope)
 
 
 def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pull_noise: Array) -> Array:
     """A draw from the conditioned Gaussian; `noise (noise,)` and `pull_noise (columns of K,)` are standard normal."""
     e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
-    return _absorb(update, update.shrink * mu + update.offset + e, update.b - pull_noise)
+    return _absorb(update, update.shrink * mu + update.offset + e, update.potential.factor_slope - pull_noise)
 
 
 def map_gain(update: Update) -> Float[Array, "state cols"]:
@@ -214,25 +190,26 @@ def posterior_map(update: Update, lift: Array, factor: Factor, mu: Array, noise:
     `lift` is `map_gain(update)`. Where `Q` is singular so is `G`, along the same directions.
     """
     e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
-    return posterior_mean(update, mu) + e - matvec(lift, matvec(update.K.T, e))
+    return posterior_mean(update, mu) + e - matvec(lift, matvec(update.potential.factor.T, e))
 
 
 def _absorb(update: Update, x: Array, pull: Array) -> Array:
-    return x + matvec(update.gain, pull - matvec(update.K.T, x - update.c))
+    return x + matvec(update.gain, pull - matvec(update.potential.factor.T, x - update.potential.center))
 
 
 def posterior_transition(update: Update, A: Float[Array, "state state"]) -> Float[Array, "state state"]:
     """`dm / dz` where `mu = A z + ...`."""
     moved = update.shrink[:, None] * A
-    return moved - matmul(update.gain, matmul(update.K.T, moved))
+    return moved - matmul(update.gain, matmul(update.potential.factor.T, moved))
 
 
 def posterior_slope(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
     """`w` with `m - mu = Q w`, without a division by `Q`."""
+    p = update.potential
     x = update.shrink * mu + update.offset
-    rest = update.b - matvec(update.K.T, x - update.c)
+    rest = p.factor_slope - matvec(p.factor.T, x - p.center)
     a = matvec(update.inverse.T, matvec(update.inverse, rest))
-    return update.shrink * (update.delta * (update.c - mu) + update.slope + matvec(update.K, a))
+    return update.shrink * (p.diagonal * (p.center - mu) + p.slope + matvec(p.factor, a))
 
 
 def kl(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
@@ -243,25 +220,26 @@ def kl(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
 
 def log_ratio(update: Update, factor: Factor, mu: Float[Array, " state"], z: Float[Array, " state"]) -> Array:
     """`log N(z; m, V) - log N(z; mu, Q)`, finite and exact for a singular `Q` too."""
-    w = posterior_slope(update, mu)
+    p, w = update.potential, posterior_slope(update, mu)
     step = apply_factor(factor, apply_transpose(factor, w[:, None])[:, 0])
     rest = z - (mu + step)
-    quadratic = jnp.sum(update.delta * rest**2) + jnp.sum(matvec(update.K.T, rest) ** 2)
+    quadratic = jnp.sum(p.diagonal * rest**2) + jnp.sum(matvec(p.factor.T, rest) ** 2)
     return update.half_logdet + jnp.vdot(rest, w) + 0.5 * (jnp.vdot(step, w) - quadratic)
 
 
 def log_potential(p: Potential, z: Float[Array, " state"]) -> Array:
     """`log psi(z)`."""
-    x = z if p.c is None else z - p.c
-    pull = matvec(p.K.T, x)
-    value = jnp.vdot(p.k, x) - 0.5 * jnp.sum(pull**2)
-    value = value if p.b is None else value + jnp.vdot(p.b, pull)
-    return value if p.delta is None else value - 0.5 * jnp.sum(p.delta * x**2)
+    x = z if p.center is None else z - p.center
+    pull = matvec(p.factor.T, x)
+    value = -0.5 * jnp.sum(pull**2)
+    value = value if p.slope is None else value + jnp.vdot(p.slope, x)
+    value = value if p.factor_slope is None else value + jnp.vdot(p.factor_slope, pull)
+    return value if p.diagonal is None else value - 0.5 * jnp.sum(p.diagonal * x**2)
 
 
 def log_normaliser(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
     """`log int N(z; mu, Q) psi(z) dz`: minus the log ratio at the centre, where the potential is one."""
-    return -log_ratio(update, factor, mu, update.c)
+    return -log_ratio(update, factor, mu, update.potential.center)
 
 
 def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]:
@@ -269,15 +247,15 @@ def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]
     if not isinstance(factor, Diagonal):
         return jnp.diagonal(posterior_covariance(update, factor))
     noise = factor.scale**2 * update.shrink
-    removed = matmul(noise[:, None] * update.K, update.inverse.T)
+    removed = matmul(noise[:, None] * update.potential.factor, update.inverse.T)
     return noise - jnp.sum(removed**2, axis=1)
 
 
 def posterior_covariance(update: Update, factor: Factor) -> Float[Array, "state state"]:
     """`V` as a matrix, in the form that cannot turn negative; for small states and tests."""
     matrix = as_matrix(factor)
-    n = update.K.shape[0]
-    keep = jnp.eye(n, dtype=matrix.dtype) - matmul(update.gain, update.K.T)
+    n = update.potential.factor.shape[0]
+    keep = jnp.eye(n, dtype=matrix.dtype) - matmul(update.gain, update.potential.factor.T)
     root = jnp.concatenate([matmul(keep, jnp.sqrt(update.shrink)[:, None] * matrix), update.gain], axis=1)
     return matmul(root, root.T)
 

@@ -10,8 +10,10 @@ from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LowRankChain, StatePath
 from pssm.filters.linearize import cubature_points, hermite_points
+from pssm.filters.particle_sweep import MAKERS
 from pssm.linalg.low_rank import Factor, as_factor
-from pssm.modes.mode import DENSE, PotentialsAtMode, check_start, mode_potentials
+from pssm.linalg.potential import Potential
+from pssm.modes.mode import DENSE, check_start, mode_potentials
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
 
@@ -25,7 +27,7 @@ def guided_proposal(
     num_iters: int = 30,
     num_rounds: int = 4,
     start: ArrayLike | None = None,
-) -> PotentialsAtMode:
+) -> Potential:
     """Potentials that stand for `p(y_{t:T} | z_t)`, from the mode of the path: the `proposal` of a guided filter.
 
     On a linear-Gaussian model they are exact, and then so is the filter. Elsewhere they start as Gaussian
@@ -38,14 +40,14 @@ def guided_proposal(
         model: the model.
         y: observations `(time, obs)`, or `(time,)` for one variable; NaN entries are missing.
         u: inputs `(time, input)`.
-        rank: columns of `K` beside the diagonal, at most `state`; None for `state`, which cuts nothing.
+        rank: columns of the factor beside the diagonal, at most `state`; None for `state`, which cuts nothing.
         num_iters: most Gauss-Newton steps of a round.
         num_rounds: further rounds; 0 for the mode. Above 64 states there are none.
         start: a path `(time, state)` near the mode that is wanted, such as a guide's mean, where there may be several;
             None for the path that the model takes without noise.
 
     Returns:
-        A `PotentialsAtMode`.
+        A `Potential` written around the mode, with the posterior's `scale`.
 
     Raises:
         ValueError: a shape does not fit.
@@ -79,6 +81,9 @@ def guided_proposal(
     return _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
 
 
+MAKERS["guided"] = guided_proposal  # a proposal by name, for every particle method
+
+
 @partial(jax.jit, static_argnames=("rank", "num_iters", "num_rounds"))
 def _potentials(
     model: NonlinearSSM,
@@ -91,14 +96,14 @@ def _potentials(
     rank: int,
     num_iters: int,
     num_rounds: int,
-) -> PotentialsAtMode:
+) -> Potential:
     timed = model.time_varying
     prior = StatePath(model.m0, chol_P0, model.transition, chol_Q, len(y), u, time_varying=timed)
 
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    def one_round(_: int, state: tuple[Array, PotentialsAtMode]) -> tuple[Array, PotentialsAtMode]:
+    def one_round(_: int, state: tuple[Array, Potential]) -> tuple[Array, Potential]:
         steps, found = state  # points about the path, `(points, time, state)`: at first all on it
 
         def average(path: Array) -> Array:
@@ -110,7 +115,7 @@ def _potentials(
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
     path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype)) if path is None else path
     nothing = jnp.zeros_like(path)
-    start = PotentialsAtMode(path, nothing, jnp.zeros((*path.shape, rank), y.dtype), nothing, nothing)
+    start = Potential(jnp.zeros((*path.shape, rank), y.dtype), nothing, center=path, slope=nothing, scale=nothing)
     steps = jnp.zeros((len(points), *path.shape), y.dtype)
     return jax.lax.fori_loop(0, num_rounds + 1, one_round, (steps, start))[1]
 
@@ -120,14 +125,14 @@ def _points(n: int) -> tuple[np.ndarray, np.ndarray]:
     return hermite_points(n) if n <= 2 else cubature_points(n)
 
 
-def _spread(prior: StatePath, found: PotentialsAtMode) -> Array:
+def _spread(prior: StatePath, found: Potential) -> Array:
     """Points about the path, `(points, time, state)`, spread as the chain of these potentials is at each step."""
     now = None if prior.u is None else prior.u[1:]
     A = jax.vmap(jax.jacfwd(prior.transition, argnums=0))(found.center[:-1], now)
     A = jnp.concatenate([jnp.zeros((1, *A.shape[1:]), A.dtype), A])
     timed = ("transition", *prior.time_varying)
     linear = StatePath(prior.m0, prior.chol_P0, A, prior.chol_Q, prior.num_steps, time_varying=timed)
-    chain = LowRankChain(linear, found.k, found.K, diag=found.diag, center=found.center)
+    chain = LowRankChain.from_potential(linear, found)
     values, vectors = jnp.linalg.eigh(chain.covariance())
     root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
     points = jnp.asarray(_points(prior.n_state)[0], root.dtype)

@@ -20,12 +20,12 @@ from pssm.batch import map_batch
 from pssm.distributions import StatePath
 from pssm.linalg.low_rank import (
     Factor,
-    Potential,
     condition,
     posterior_mean,
     posterior_slope,
     posterior_variance,
 )
+from pssm.linalg.potential import Potential
 from pssm.linalg.small import matmul
 
 PROBES = 64  # random vectors for the diagonal of a message
@@ -39,15 +39,15 @@ class LowRankStep(NamedTuple):
     Attributes:
         move: `(..., time, state)`.
         slope: `(..., time, state)`.
-        delta: `(..., time, state)`.
-        K: `(..., time, state, rank)`.
+        diagonal: `(..., time, state)`.
+        factor: `(..., time, state, rank)`.
         variance: `(..., time, state)`.
     """
 
     move: Array
     slope: Array
-    delta: Array
-    K: Array
+    diagonal: Array
+    factor: Array
     variance: Array
 
 
@@ -82,7 +82,7 @@ def gauss_newton_matrix_free(
             h, delta, K = message
             g, seen_delta, seen_K, z, z_next, sd, t = xs
             now = {**a, **t}
-            update = condition(now["chol_Q"], Potential(K, h, delta))
+            update = condition(now["chol_Q"], Potential(K, delta, slope=h))
             mean, jacobian = jax.linearize(lambda x: prior.step(now, x), z)
             transposed = jax.linear_transpose(jacobian, z)
             pull = jax.vmap(lambda x: transposed(x)[0], in_axes=1, out_axes=1)
@@ -105,7 +105,7 @@ def gauss_newton_matrix_free(
         h, delta, K = (jnp.concatenate([x, y[None]]) for x, y in zip(messages, last, strict=True))
 
         def absorb(factor: Factor, h: Array, delta: Array, K: Array, mu: Array) -> tuple[Array, Array, Array]:
-            update = condition(factor, Potential(K, h, delta))
+            update = condition(factor, Potential(K, delta, slope=h))
             return posterior_mean(update, mu), posterior_slope(update, mu), posterior_variance(update, factor)
 
         first = absorb(a["chol_P0"], h[0], delta[0], K[0], a["m0"] - z[0])
@@ -127,10 +127,10 @@ def gauss_newton_matrix_free(
     found = map_batch(one, path.shape[:-2], {**arrays, **values}, {**cores, **own})
 
     def messages(columns: Array) -> Array:
-        return found.delta[..., None] * columns + found.K @ (jnp.swapaxes(found.K, -1, -2) @ columns)
+        return found.diagonal[..., None] * columns + found.factor @ (jnp.swapaxes(found.factor, -1, -2) @ columns)
 
     delta, K = _compress(messages, sd, probes, sketch, min(rank, n), diagonal, 5 * ROUNDS)
-    return found._replace(delta=delta, K=K)
+    return found._replace(diagonal=delta, factor=K)
 
 
 def _compress(

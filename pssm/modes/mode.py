@@ -1,4 +1,4 @@
-"""Where a guide starts: the mode of the path, and potentials that approximate the backward messages there.
+"""The mode of a path, and potentials that approximate the backward messages there: where guides start.
 
 The observations enter through one function only, their log-likelihood as a function of the whole path; its gradient and
 its Hessian, block by block in time, come from automatic differentiation. With the transition linearised along a path
@@ -30,6 +30,7 @@ from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
+from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 
@@ -37,22 +38,7 @@ DENSE = 64  # states up to this size get messages as matrices, larger ones (with
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction
 
 
-class PotentialsAtMode(NamedTuple):
-    """Potentials of `LowRankChain`, written around the mode, and the posterior's scale at each step.
-
-    Attributes:
-        center: the mode, `(..., time, state)`.
-        k: slopes there, `(..., time, state)`.
-        K: `(..., time, state, rank)`.
-        diag: `(..., time, state)`.
-        scale: `diag(V_t)^{1/2}`, the conditional standard deviations: a natural unit, `(..., time, state)`.
-    """
-
-    center: Array
-    k: Array
-    K: Array
-    diag: Array
-    scale: Array
+PotentialsAtMode = Potential  # with its `scale`; written around the mode
 
 
 def mode_potentials(
@@ -63,7 +49,7 @@ def mode_potentials(
     diagonal: bool = True,
     start: Array | None = None,
     num_iters: int = 30,
-) -> PotentialsAtMode:
+) -> Potential:
     """The mode of the path and potentials of the given rank there.
 
     Args:
@@ -76,7 +62,7 @@ def mode_potentials(
         num_iters: most Gauss-Newton steps.
 
     Returns:
-        A `PotentialsAtMode`.
+        A `Potential` written around the mode, with the posterior's `scale`.
     """
     path = mode_path(prior, log_lik, rank=rank, diagonal=diagonal, start=start, num_iters=num_iters)
     return potentials_at(prior, log_lik, path, rank=rank, diagonal=diagonal)
@@ -111,7 +97,7 @@ def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
 
 def potentials_at(
     prior: StatePath, log_lik: Callable[[Array], Array], path: Array, *, rank: int, diagonal: bool = True
-) -> PotentialsAtMode:
+) -> Potential:
     """The potentials at a path that is the mode, up to one more step.
 
     With the path held fixed the step's derivatives stand for those of the mode (implicit differentiation), so
@@ -123,14 +109,14 @@ def potentials_at(
     sd = jax.lax.stop_gradient(noise_scale(prior))
     if _is_large(prior):
         found = gauss_newton_matrix_free(prior, log_lik, path, sd=sd, rank=rank, diagonal=diagonal)
-        K, diag = found.K, found.delta
+        K, diag = found.factor, found.diagonal
     else:
         found = gauss_newton(prior, log_lik, path)
         J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
         diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
         diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
     K, diag, scale = jax.lax.stop_gradient((K, diag, jnp.sqrt(found.variance)))
-    return PotentialsAtMode(path + found.move, found.slope, K, diag, scale)
+    return Potential(K, diag, center=path + found.move, slope=found.slope, scale=scale)
 
 
 def _is_large(prior: StatePath) -> bool:

@@ -1,9 +1,9 @@
-"""Encoders: `encode(y, u) -> PseudoObservation`, from one series with NaN for missing entries.
+"""Encoders: `encode(y, u) -> Potential`, from one series with NaN for missing entries.
 
 The chain's potential at step t stands for what the data from t on say about the state, `p(y_{t:T} | z_t)`. It is the
 product of what the step itself says, `alpha_t`, and of what comes after it, `beta_{t+1}`. `SmoothingEncoder` makes
 both, as published; `SequenceEncoder` makes the product at once. Causal encoders know the past only; they also run
-online, by `start() -> state` and `step(state, y_t, u_t) -> (state, PseudoObservation)`, with the same results.
+online, by `start() -> state` and `step(state, y_t, u_t) -> (state, Potential)`, with the same results.
 """
 
 from typing import Any
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from pssm._checks import check_choice
 from pssm._types import Array, ArrayLike, Float, Key, Series
+from pssm.linalg.potential import Potential
 from pssm.nets.features import StepMLP, seen_and_filled
 from pssm.nets.mixers import GRU, LSTM, SelfAttention
-from pssm.nets.potentials import PotentialHead, PseudoObservation
+from pssm.nets.potentials import PotentialHead
 from pssm.nets.s5 import S5
 
 Inputs = Float[Array, "time input"]
@@ -50,8 +51,8 @@ class LocalEncoder(eqx.Module):
         some = seen.any()
         return jnp.where(some, self.head.numbers(self.front(filled, seen, u)), 0.0), some
 
-    def __call__(self, y: Series, u: Inputs | None = None) -> PseudoObservation:
-        """Pseudo-observations of all steps."""
+    def __call__(self, y: Series, u: Inputs | None = None) -> Potential:
+        """Potentials of all steps."""
         numbers, mask = jax.vmap(self.numbers)(y, u)
         return _with_mask(self.head.split(numbers), mask)
 
@@ -59,7 +60,7 @@ class LocalEncoder(eqx.Module):
         """Nothing is remembered."""
         return ()
 
-    def step(self, state: tuple[()], y: Array, u: Array | None = None) -> tuple[tuple[()], PseudoObservation]:
+    def step(self, state: tuple[()], y: Array, u: Array | None = None) -> tuple[tuple[()], Potential]:
         """One step."""
         numbers, mask = self.numbers(y, u)
         return (), _with_mask(self.head.split(numbers), mask)
@@ -79,8 +80,8 @@ class BackwardEncoder(eqx.Module):
     mixer: Any
     head: PotentialHead
 
-    def __call__(self, numbers: Array, mask: Array, u: Inputs | None = None) -> PseudoObservation:
-        """Pseudo-observations, from `(time, size)` numbers that are zero where `mask` `(time,)` is false."""
+    def __call__(self, numbers: Array, mask: Array, u: Inputs | None = None) -> Potential:
+        """Potentials, from `(time, size)` numbers that are zero where `mask` `(time,)` is false."""
         x = numbers if u is None else jnp.concatenate([numbers, u], axis=-1)
         out = jax.vmap(self.head.numbers)(self.mixer(x[::-1])[::-1])
         after = jnp.cumsum(mask[::-1])[::-1] > 0
@@ -106,8 +107,8 @@ class SmoothingEncoder(eqx.Module):
 
     causal = False
 
-    def __call__(self, y: Series, u: Inputs | None = None) -> list[PseudoObservation]:
-        """Both pseudo-observations of all steps."""
+    def __call__(self, y: Series, u: Inputs | None = None) -> list[Potential]:
+        """Both potentials of all steps."""
         numbers, mask = jax.vmap(self.local.numbers)(y, u)
         alpha = _with_mask(self.local.head.split(numbers), mask)
         return [alpha, self.backward(numbers, mask, u)]
@@ -135,8 +136,8 @@ class SequenceEncoder(eqx.Module):
         """Whether a potential depends on the past only."""
         return not self.reverse and getattr(self.mixer, "causal", False)
 
-    def __call__(self, y: Series, u: Inputs | None = None) -> PseudoObservation:
-        """Pseudo-observations of all steps."""
+    def __call__(self, y: Series, u: Inputs | None = None) -> Potential:
+        """Potentials of all steps."""
         features, mask = jax.vmap(self._features)(y, u)
         if self.reverse:
             mixed, mask = self.mixer(features[::-1])[::-1], jnp.cumsum(mask[::-1])[::-1] > 0
@@ -153,7 +154,7 @@ class SequenceEncoder(eqx.Module):
             raise ValueError("`reverse=False` and a causal mixer are needed to run step by step.")
         return self.mixer.start()
 
-    def step(self, state: Any, y: Array, u: Array | None = None) -> tuple[Any, PseudoObservation]:
+    def step(self, state: Any, y: Array, u: Array | None = None) -> tuple[Any, Potential]:
         """One step."""
         features, mask = self._features(y, u)
         state, mixed = self.mixer.step(state, features)
@@ -208,5 +209,5 @@ def sequence_encoder(
     return SequenceEncoder(front, own, head, reverse=not causal and mixer != "attention")
 
 
-def _with_mask(found: PseudoObservation, mask: Array) -> PseudoObservation:
+def _with_mask(found: Potential, mask: Array) -> Potential:
     return eqx.tree_at(lambda p: p.mask, found, mask, is_leaf=lambda x: x is None)

@@ -11,8 +11,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.util import check_model_guide_match
 
 from pssm._types import Array, Key
-from pssm.distributions import ConditionedPath, LowRankChain, LowRankMomentMatched, StatePath
-from pssm.guides.model_run import unwrap
+from pssm.distributions.unwrap import site_log_prob, unwrap
 
 
 class TraceConditionalKL_ELBO(ELBO):
@@ -21,8 +20,9 @@ class TraceConditionalKL_ELBO(ELBO):
     For a `LowRankChain` or `ConditionedPath` site it takes `-sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along the
     draw in place of `log p(z) - log q(z)`: the same expectation, so the same lower bound on the log evidence, and
     gradients of lower variance (the value itself is noisier near the exact posterior, where `log p - log q` is
-    constant). For a `LowRankMomentMatched` site it averages the likelihood over the site's own particles; that
-    objective is a surrogate, not a bound. Other sites are treated as in NumPyro's `TraceMeanField_ELBO`.
+    constant). So it does for any distribution with a method `kl_given(z, prior)`. For a `LowRankMomentMatched` site it
+    averages the likelihood over the site's own particles; that objective is a surrogate, not a bound. Other sites are
+    treated as in NumPyro's `TraceMeanField_ELBO`.
 
     Args:
         num_particles: independent draws from the guide, averaged.
@@ -51,7 +51,7 @@ class TraceConditionalKL_ELBO(ELBO):
             matched = {
                 name: jnp.moveaxis(unwrap(site["fn"])[0].particles, -3, 0)
                 for name, site in guide_trace.items()
-                if site["type"] == "sample" and isinstance(unwrap(site["fn"])[0], LowRankMomentMatched)
+                if site["type"] == "sample" and hasattr(unwrap(site["fn"])[0], "particles")
             }
             model_trace = model_at({})
             check_model_guide_match(model_trace, guide_trace)
@@ -96,30 +96,15 @@ def _elbo(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> Array:
 def _kl(site: dict[str, Any], own: dict[str, Any], *, in_order: bool) -> Array:
     """KL of a latent site: given the path's draw, in closed form, or the draw's own log ratio."""
     (q, mask), (p, _) = unwrap(own["fn"]), unwrap(site["fn"])
-    value = None
-    if isinstance(q, LowRankChain):
-        draw, value = own["infer"].get("draw", (None, None))
-        if draw is not own["value"]:  # the site's value has been replaced
-            value = q.kl_given(own["value"])
-        if not own["infer"].get("prior_from_model"):  # the guide's prior may be another one
-            value = value + q.prior.log_prob(own["value"]) - p.log_prob(own["value"])
-    elif isinstance(q, ConditionedPath) and isinstance(p, StatePath):
-        value = q.kl_given(own["value"], p)
-    if value is not None:
-        if mask is not None:
-            value = jnp.where(mask, value, 0.0)
-        return jnp.sum(scale_and_mask(value, own["scale"]))
-    if isinstance(q, LowRankMomentMatched) and not isinstance(p, StatePath):
-        raise TypeError(f"site `{site['name']}`: a LowRankMomentMatched guide needs a StatePath in the model.")
-    if in_order or isinstance(q, LowRankMomentMatched):
-        try:
+    try:
+        if hasattr(q, "kl_given"):
+            draw, value = own["infer"].get("draw", (None, None))
+            if draw is not own["value"]:  # there was none, or the site's value has been replaced
+                value = q.kl_given(own["value"], None if own["infer"].get("prior_from_model") else p)
+            value = value if mask is None else jnp.where(mask, value, 0.0)
+            return jnp.sum(scale_and_mask(value, own["scale"]))
+        if in_order:
             return jnp.sum(scale_and_mask(kl_divergence(own["fn"], site["fn"]), own["scale"]))
-        except NotImplementedError:
-            pass
+    except NotImplementedError:
+        pass
     return site_log_prob(own) - site_log_prob(site)
-
-
-def site_log_prob(site: dict[str, Any]) -> Array:
-    """Log density of a site of a trace, summed, with its scale and mask."""
-    intermediates = (site["intermediates"],) if site["intermediates"] else ()
-    return jnp.sum(scale_and_mask(site["fn"].log_prob(site["value"], *intermediates), site["scale"]))
