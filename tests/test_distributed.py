@@ -20,7 +20,7 @@ several = join()
 jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dist
 from pssm.infer import fit_svi, posterior_draws, shard
-from pssm.fitting.devices import is_spread
+from pssm.devices import is_spread
 
 
 def model(y):

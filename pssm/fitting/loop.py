@@ -29,35 +29,23 @@ Parts = dict[str, list[Arrays]]
 
 
 class Run(Protocol):
-    """Where a run is; a NamedTuple, with fields of the engine's own."""
+    """Where a run is: a NamedTuple, with fields of the engine's own."""
 
     seconds: float
 
     @property
-    def steps(self) -> int:
-        """Steps taken."""
-        ...
+    def steps(self) -> int: ...  # noqa: D102
 
     @property
-    def empty(self) -> bool:
-        """Whether no fit can be made of it yet."""
-        ...
+    def empty(self) -> bool: ...  # noqa: D102  (no fit can be made of it yet)
 
 
 class Engine[R](Protocol):
     """One method of inference on one model, with all that does not change during its run.
 
-    Attributes:
-        kind: name of the method in a saved folder.
-        model: the NumPyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        target: how much is asked for, in the unit of `counts[1]`.
-        counts: names of the steps taken and of the target in a saved folder.
-        total: steps until the target.
-        longest: most steps in a piece.
-        pace: seconds that a piece should take.
-        save_every: seconds between two writings of a run.
+    `target` is what is asked for, `total` the steps until it is there; `counts` are the names of steps and target in a
+    folder, `kind` that of the method. A piece has at most `longest` steps and should take `pace` seconds; `save_every`
+    are the seconds between two writings.
     """
 
     kind: str
@@ -65,15 +53,13 @@ class Engine[R](Protocol):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: int
-    counts: tuple[str, str]
     total: int
+    counts: tuple[str, str]
     longest: int
     pace: float
     save_every: float
 
-    def start(self, key: Key) -> R:
-        """The run before its first step."""
-        ...
+    def start(self, key: Key) -> R: ...  # noqa: D102
 
     def advance(self, run: R, count: int) -> R:
         """The run after at most `count` steps more."""
@@ -84,7 +70,19 @@ class Engine[R](Protocol):
         ...
 
     def leaves(self, run: R) -> Parts:
-        """All that has to be saved: groups of named arrays. A group that is the same object is not written again."""
+        """All that has to be saved: groups of named arrays. A group that is the same object is written once."""
+        ...
+
+    def restore(self, parts: Parts, steps: int, seconds: float) -> R:
+        """The run whose `leaves` these are."""
+        ...
+
+    def settings(self) -> tuple[dict[str, Any], Arrays]:
+        """Entries of the manifest, and arrays, from which the class method `reopen` makes this engine."""
+        ...
+
+    def extended(self, run: R, target: int | None) -> "Engine[R]":
+        """The engine with another target, for a run that goes on."""
         ...
 
     def words(self, run: R) -> str:
@@ -93,18 +91,6 @@ class Engine[R](Protocol):
 
     def result(self, run: R, ended: str, seed: Any) -> Any:
         """The fit that a user gets: something that `record_of` takes."""
-        ...
-
-    def settings(self) -> tuple[dict[str, Any], Arrays]:
-        """Entries of the manifest from which `reopen` makes this engine, and arrays for them."""
-        ...
-
-    def restore(self, parts: Parts, steps: int, seconds: float) -> R:
-        """The run whose `leaves` these are."""
-        ...
-
-    def extended(self, run: R, target: int | None) -> "Engine[R]":
-        """The same engine with another target, for a run that goes on."""
         ...
 
 

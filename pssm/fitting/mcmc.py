@@ -23,16 +23,7 @@ METHODS = ("vectorized", "sequential", "parallel")
 class NutsEngine:
     """NUTS on a model. The kernel's state says what comes next, so pieces and breaks change no draw.
 
-    Args:
-        model: the NumPyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        num_samples: draws of each chain.
-        num_warmup: adaptation steps of each chain.
-        num_chains: number of chains.
-        chain_method: "vectorized"; "parallel" where there are devices enough; else one chain after the other.
-        chunk: most steps in a piece.
-        options: of `numpyro.infer.NUTS`: `target_accept_prob`, `dense_mass`, `max_tree_depth`.
+    Arguments as in `fit_nuts`; `options` are those of `numpyro.infer.NUTS`.
     """
 
     kind, counts, pace, save_every = "nuts", ("iterations", "num_samples"), 10.0, 0.0

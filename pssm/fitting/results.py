@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,11 +169,6 @@ class FitRecord:
     run: Any = field(default=None, repr=False)
     engine: Any = field(default=None, repr=False)
 
-    @property
-    def fitted_model(self) -> Callable[..., Any]:
-        """The model with its learned parameters at their fitted values."""
-        return handlers.substitute(self.model, data=self.params) if self.params else self.model
-
     def draws(self, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
         """Posterior draws of all sites; see `posterior_draws`."""
         found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
@@ -303,18 +298,10 @@ def elbo(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(num_particles))
 
 
-class Call(NamedTuple):
-    """A model with its arguments."""
-
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def model_of(fit: Fit) -> Call:
+def model_of(fit: Fit) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The model of a fit and the arguments it was run with."""
     record = record_of(fit)
-    return Call(record.model, record.args, record.kwargs)
+    return record.model, record.args, record.kwargs
 
 
 def trace_with(model: Callable[..., Any], values: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from numpyro.infer import MCMC
 
-from pssm.fitting.devices import local_copy
+from pssm.devices import local_copy
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine

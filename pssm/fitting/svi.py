@@ -14,7 +14,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 
 from pssm._keys import is_key
 from pssm._types import Array, Key
-from pssm.fitting.devices import everywhere, local_copy, partition
+from pssm.devices import everywhere, local_copy, partition
 from pssm.fitting.loop import FAILED, Arrays, Parts, check_more
 from pssm.fitting.results import SVIFit, convergence
 from pssm.fitting.start import build_svi, initial_state, on_host, state_shapes
@@ -33,12 +33,7 @@ class SVIEngine:
 
     A step whose loss, or whose new parameters, are not finite is not taken.
 
-    Args:
-        model: the NumPyro model.
-        args: its positional arguments; arrays spread by `shard` stay where they are.
-        kwargs: its keyword arguments.
-        settings: the arguments of `fit_svi`.
-        svi: a run of NumPyro's own goes on with its own object.
+    Arguments as in `fit_svi`; a run of NumPyro's own goes on with its `svi`.
     """
 
     kind, counts, pace, save_every = "svi", ("steps", "num_steps"), 1.0, 5.0
