@@ -24,6 +24,8 @@ from pssm._types import Array, ArrayLike, Float
 from pssm.nonlinear import NonlinearSSM, takes_two
 from pssm.sde import gaps_between
 
+__all__ = ["NonlinearSDE", "refine", "runge_kutta"]
+
 Field = Callable[[Array], Array]
 FLOWS = ("euler", "runge_kutta", "diffrax")
 MAX_STEPS = 1024  # of the adaptive solver, in one gap

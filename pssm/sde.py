@@ -22,6 +22,8 @@ from pssm.linalg import factor_from_covariance, triangularise
 from pssm.linalg.small import TINY, matmul
 from pssm.ssm import LinearGaussianSSM
 
+__all__ = ["LinearSDE", "discretise", "integrated_walk", "matern", "oscillator"]
+
 DOUBLINGS = 10
 
 
