@@ -251,7 +251,7 @@ class NonlinearSSM:
             return "NonlinearSSM"
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arrays, and what is static."""
+        """Arrays, and static data."""
         children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
         # As leaves and structure: two models of the same functions then share their compiled programs.
         leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1]))
@@ -278,7 +278,7 @@ def check_nonlinear(model: Any) -> NonlinearSSM:
 
 
 class _Static(NamedTuple):
-    """A callable without its arrays, which two models can be compared by: its structure, and what else is in it."""
+    """A callable without its arrays, for the comparison of two models: its structure, and its other leaves."""
 
     structure: Any
     others: tuple[tuple[int, Any], ...]
@@ -354,7 +354,7 @@ def _about_path(model: NonlinearSSM, path: Array, u: Array | None) -> LinearGaus
 
 
 def _base(d: dist.Distribution) -> dist.Distribution:
-    """What stands inside of `to_event`, `expand` and masks."""
+    """The distribution inside of `to_event`, `expand` and masks."""
     while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         d = d.base_dist
     return getattr(d, "base", d)  # WithMissing

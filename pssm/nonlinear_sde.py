@@ -32,7 +32,7 @@ MAX_STEPS = 1024  # of the adaptive solver, in one gap
 
 
 class NonlinearSDE(NamedTuple):
-    """An equation of motion, where it starts, and what is seen of it.
+    """An equation of motion, with its start and its emission.
 
     Attributes:
         drift: `f(z, u) -> (state,)`, per unit of time; `u` is None without inputs. A plain function or a pytree.
@@ -52,9 +52,9 @@ class NonlinearSDE(NamedTuple):
         """The model of observations at the times `t`, and the inputs to give along with it.
 
         Args:
-            t: times `(time,)`, in order; equal times are welcome.
+            t: times `(time,)`, in order; equal times are allowed.
             u: inputs `(time, input)`; row i holds from `t[i - 1]` to `t[i]`.
-            flow: what moves the mean over a gap: "euler" and "runge_kutta" take one step; "diffrax" an adaptive solver
+            flow: how the mean moves over a gap: "euler" and "runge_kutta" take one step; "diffrax" an adaptive solver
                 (`Tsit5`), which needs the extra `pssm-numpyro[ode]`.
 
         Returns:

@@ -28,12 +28,12 @@ DOUBLINGS = 10
 
 
 class LinearSDE(NamedTuple):
-    """A linear equation of motion, where it starts, and what is seen of it.
+    """A linear equation of motion, with its start and its observed part.
 
     Attributes:
         F: drift, `(state, state)`, per unit of time.
         L: diffusion, `(state, noise)`, per square root of time.
-        C: what is seen, `(obs, state)`.
+        C: the emission matrix, `(obs, state)`.
         m0: mean of the first state, `(state,)`.
         P0: its covariance, `(state, state)`; for a stationary process the stationary one.
     """
@@ -55,7 +55,7 @@ class LinearSDE(NamedTuple):
         )
 
     def at(self, t: ArrayLike, chol_R: ArrayLike, *, d: ArrayLike | None = None) -> LinearGaussianSSM:
-        """The model of observations at the times `t`, `(time,)`, in order; equal times are welcome.
+        """The model of observations at the times `t`, `(time,)`, in order; equal times are allowed.
 
         Args:
             t: times.
@@ -106,7 +106,7 @@ def discretise(
 
 
 def semidefinite_cholesky(cov: Float[Array, "state state"]) -> Float[Array, "state state"]:
-    """Lower-triangular factor of a covariance that may be singular; what is left below rounding counts as nothing."""
+    """Lower-triangular factor of a covariance that may be singular; pivots below rounding count as zero."""
     n = cov.shape[0]
     variances = jnp.diagonal(cov)
     scale = jnp.sqrt(jnp.where(variances > 0, variances, 1.0))

@@ -13,7 +13,7 @@ class Clips(NamedTuple):
     Attributes:
         frames: brightness between 0 and 1, before noise, `(clip, time, size, size)`.
         states: `(clip, time, state)`.
-        names: what the states are.
+        names: names of the states.
     """
 
     frames: np.ndarray

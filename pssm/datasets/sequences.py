@@ -19,7 +19,7 @@ class Sequences(NamedTuple):
         test_labels: their classes.
         classes: name of each class.
         columns: name of each observed variable.
-        description: what was measured.
+        description: the measured quantity.
         source: where the data come from.
         licence: under which terms, and whom to name.
     """
@@ -87,7 +87,7 @@ def available_sequences() -> list[tuple[str, int, int, str]]:
     """The embedded sets of sequences.
 
     Returns:
-        One `(name, sequences, longest, what it is)` per set; train and test counted together.
+        One `(name, sequences, longest, description)` per set; train and test counted together.
 
     Example:
         >>> [row[:3] for row in available_sequences()]

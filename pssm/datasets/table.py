@@ -93,7 +93,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 
 def is_missing(cell: str) -> bool:
-    """True for the cells that stand for a missing value: empty, `.`, NA, NaN, N/A, null, None (any case)."""
+    """True for the cells that mean a missing value: empty, `.`, NA, NaN, N/A, null, None (any case)."""
     return cell.lower() in MISSING
 
 

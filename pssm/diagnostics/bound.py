@@ -28,8 +28,7 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
 
     Returns:
         The estimate of k. It is 0 where the largest weights are equal up to rounding, as those of an exact guide are:
-        they have no tail to fit, and moments of every order, which is what k <= 0 says. It is infinite where a weight
-        is not a number.
+        they have no tail to fit, and finite moments of every order (k <= 0). It is infinite where a weight is NaN.
 
     Source:
         Yao, Vehtari, Simpson & Gelman 2018; Vehtari, Simpson, Gelman, Yao & Gabry 2024, algorithm 1.

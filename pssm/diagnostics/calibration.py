@@ -1,4 +1,4 @@
-"""Simulation-based calibration: does an inference method find what the model itself has drawn?"""
+"""Simulation-based calibration: does an inference method find the parameters that the model has drawn?"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class Calibration:
     """Ranks of the true values among the posterior draws, over many simulated series.
 
     Attributes:
-        ranks: how many of the `num_draws` draws are below the true value, for every site, `(simulation, ...)`.
+        ranks: number of draws, of `num_draws`, below the true value, for every site, `(simulation, ...)`.
         num_draws: posterior draws that each true value was ranked among.
         p_values: of the test that the ranks are uniform, for every entry of every site.
-        method: what was calibrated, in words.
+        method: the calibrated method, in words.
     """
 
     ranks: xr.Dataset
@@ -192,12 +192,12 @@ def _spread_out(ranks: xr.Dataset, num_draws: int) -> xr.Dataset:
 
 
 def _uniformity(ranks: xr.Dataset, num_draws: int) -> xr.Dataset:
-    import arviz  # noqa: F401  brings the accessor; takes seconds to import
+    import arviz  # noqa: F401  registers the accessor; takes seconds to import
 
     uniform = _spread_out(ranks, num_draws)
     found = {}
     for name, x in uniform.items():
-        result = x.azstats.uniformity_test(dim="simulation")  # p-value and what each simulation adds to it
+        result = x.azstats.uniformity_test(dim="simulation")  # p-value and the contribution of each simulation
         found[name] = result[0]
     return xr.Dataset(found)
 
@@ -220,7 +220,7 @@ def _nuts(model: Any, num_warmup: int, num_draws: int, thin: int, args: tuple, k
 
 
 def _svi(svi: SVI, first: Array, num_draws: int, num_steps: int, args: tuple, kwargs: dict[str, Any]) -> Sampler:
-    """One compiled program: start, optimise, draw. What the guide keeps of its first call is made outside of it."""
+    """One compiled program: start, optimise, draw. The guide's first call happens outside of it."""
     guide: Any = svi.guide
     prepared(guide, jax.random.key(0), (first, *args), kwargs)
 

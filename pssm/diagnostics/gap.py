@@ -29,10 +29,10 @@ class BoundGap(NamedTuple):
     Attributes:
         gap: `evidence - bound`; negative for a surrogate that exceeds the evidence.
         bound: the ELBO, or a surrogate's objective.
-        evidence: `log p(y)`, or what stands for it.
+        evidence: `log p(y)`, or the value used in its place.
         standard_error: of `gap`.
         kind: "exact" (linear-Gaussian: the evidence is known), "estimate" (importance sampling over a few parameters),
-            or "at least" (the evidence is unknown; a tighter bound stands for it, so the gap is larger).
+            or "at least" (the evidence is unknown; a tighter bound is used, so the gap is larger).
     """
 
     gap: float
@@ -46,7 +46,7 @@ class BoundGap(NamedTuple):
 
 
 def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> BoundGap:
-    """What a fit's bound lacks to the log evidence: the exact one where it exists, else the best one at hand.
+    """The gap between a fit's bound and the log evidence: the exact one where it exists, else the best available.
 
     The evidence is exact where the states are all that is latent and the model is linear-Gaussian: draws from the
     full-rank chain at the mode then have equal weights, which is also how that is found out. With a

@@ -36,7 +36,7 @@ class StatePath(dist.Distribution):
     `jax.tree_util.Partial` or an Equinox module, whose arrays may be learned. Inputs, offsets and time-varying arrays
     carry the destination index: entry `t` acts on the step into `t`, entry 0 is not used.
 
-    A singular `Q` (fewer noise columns than states) is welcome. Its paths have a density only on the set that the
+    A singular `Q` (fewer noise columns than states) is allowed. Its paths have a density only on the set that the
     noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and takes for granted that
     the path lies on that set. To run MCMC or SVI over such a path sample its non-centred form (`NonCenteredPath`).
 
@@ -120,7 +120,7 @@ class StatePath(dist.Distribution):
         else:
             is_plain = len(jax.tree.leaves(transition)) == 1 and jax.tree.leaves(transition)[0] is transition
             function = jax.tree_util.Partial(transition) if is_plain else transition
-        # NumPy arrays too: what is static is compared by `==`, which arrays have no single answer to.
+        # NumPy arrays too: JAX compares static data by `==`, which for arrays has no single truth value.
         self._dynamic, self._static = eqx.partition(function, lambda x: eqx.is_array(x) or isinstance(x, np.ndarray))
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
@@ -246,7 +246,7 @@ class StatePath(dist.Distribution):
         return mean if "B" not in a else mean + matvec(a["B"], a["u"])
 
     def timed(self, a: dict[str, Any]) -> dict[str, Any]:
-        """What differs between steps: the arrays of the steps into `t = 2..T`."""
+        """The arrays that differ between steps: those of the steps into `t = 2..T`."""
         names = (*self.time_varying, *(("u",) if "u" in a else ()))
         return {name: jax.tree.map(lambda x: x[1:], a[name]) for name in names}
 

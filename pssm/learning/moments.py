@@ -1,4 +1,4 @@
-"""The E-step: what the states are expected to be, as sums over all sequences and their own times.
+"""The E-step: expected moments of the states, as sums over all sequences and their own times.
 
 Both equations are regressions on the state, the inputs and a constant (the last two where the model has them):
 
@@ -7,7 +7,7 @@ Both equations are regressions on the state, the inputs and a constant (the last
 
 so the M-step needs the expected products of both sides. Missing entries come in one of two exact forms. "augmented"
 takes them for hidden variables beside the states: any `R`, and every step counts. "observed" takes the sums of each
-observed variable over the steps that have it: less is hidden, so fewer iterations, but `R` must be diagonal.
+observed variable over the steps that have it: fewer hidden variables, so fewer iterations, but `R` must be diagonal.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Regression(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What the M-step needs.
+    """The moments for the M-step.
 
     Attributes:
         transition: the first regression of the module's head.
@@ -126,7 +126,7 @@ def _augmented(
     """`sum E[y w']` and `sum E[y y']` with missing entries as hidden variables.
 
     Given the state, `y = J y + (1 - J)(C z + D u + d + v)` with `v ~ N(0, R)`, and `J = R[:, o] R[o, o]^{-1}` on the
-    observed columns: what is observed says something of the rest through `R`.
+    observed columns: through `R` the observed entries inform about the others.
     """
     n, p = mean.shape[-1], filled.shape[-1]
     coefficients = stack(ssm.C, ssm.D, ssm.d)

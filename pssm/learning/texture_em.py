@@ -20,7 +20,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class Numbers(NamedTuple):
-    """What EM learns; `C` has orthonormal columns, `(coordinates, state)`. `m0` and `chol_P0` change with the basis."""
+    """The learned parameters; `C`, `(coordinates, state)`, has orthonormal columns. The basis changes `m0` and `chol_P0`."""
 
     C: np.ndarray
     A: np.ndarray

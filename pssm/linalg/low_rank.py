@@ -39,19 +39,19 @@ class Diagonal(eqx.Module):
     Use it in place of a matrix where the state is large: no n x n array is made.
 
     Args:
-        scale: standard deviations, `(..., state)`; zeros are welcome.
+        scale: standard deviations, `(..., state)`; zeros are allowed.
     """
 
     scale: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that this stands for."""
+        """Shape of the matrix."""
         return (*self.scale.shape, self.scale.shape[-1])
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the matrix that this stands for."""
+        """Number of axes of the matrix."""
         return self.scale.ndim + 1
 
     def to_matrix(self) -> Array:
@@ -63,7 +63,7 @@ Factor = Array | Diagonal
 
 
 def as_factor(name: str, x: Any) -> Factor:
-    """`x` as a factor: a `Diagonal` as it is, and so is a square matrix whose values are there and are diagonal."""
+    """`x` as a factor: a `Diagonal` where it is one, or a concrete square matrix (not traced) that is diagonal."""
     if isinstance(x, Diagonal):
         return Diagonal(as_float(name, x.scale))
     array = as_float(name, x)
@@ -112,7 +112,7 @@ class Potential(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What conditioning `N(mu, F F')` on a potential needs, `mu` apart. Names as in the module's head.
+    """All quantities for conditioning `N(mu, F F')` on a potential, except `mu`. Names as in the module's head.
 
     Attributes:
         shrink: `s`.

@@ -54,7 +54,7 @@ def unroll(size: int) -> int:
 def batch_first(tree: Any) -> Any:
     """The same arrays, any axis of an outer `vmap` in front.
 
-    For what a `custom_jvp` function and its rule return: JAX takes for granted that both have that axis in one place.
+    For the results of a `custom_jvp` function and of its rule: JAX assumes that both have that axis in the same place.
     """
     return jax.tree.map(lambda x: x.reshape(1, *x.shape).reshape(x.shape), tree)
 

@@ -1,7 +1,7 @@
 """Kalman autoencoders: frames decoded from codes `a_t` that follow a state-space model, as plain NumPyro functions.
 
-Their guide is `guides.AmortizedFrames`. The code alone reaches the frame, so what of the state is not in the code can
-only serve to predict.
+Their guide is `guides.AmortizedFrames`. A frame depends on its code alone; the other parts of the state serve only to
+predict.
 """
 
 from collections.abc import Callable
@@ -151,8 +151,8 @@ def extended_kalman_vae(
 
     and `y_t ~ p(y | decoder(a_t))`. `F` and `B` are mixtures of `num_bases` matrices with weights that depend on the
     state. Sites: `z` `(time, state)`, a `StatePath`, and `a` `(time, code)`. `Q` and `R` are diagonal and learned
-    (`sigma_state`, `sigma_code`); as published `Q` is a mixture too. Nothing but the code reaches the frame: what a
-    frame does not show, such as a velocity, has its place in the rest of the state.
+    (`sigma_state`, `sigma_code`); as published `Q` is a mixture too. A frame depends on the code alone: quantities
+    that a frame does not show, such as a velocity, are in the rest of the state.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.

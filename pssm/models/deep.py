@@ -67,7 +67,7 @@ def neural_ssm(
         num_trials: number of trials where `y` is None; None for one series.
         batch_size: number of trials that a step of SVI takes, at random; all by default.
         transition: `f(z, u) -> (state,)`. An Equinox module is registered as the parameters `transition$params` (see
-            `pssm.nets` for some, and `nets.register` for what is trained); a plain function is used as it is. By
+            `pssm.nets` for modules, and `nets.register` for their trained parts); a plain function is used as it is. By
             default a residual perceptron.
         emission: "gaussian", "poisson" (log link; log rates above 15 count as 15, so that none overflows) or
             "bernoulli" (logit link).

@@ -82,7 +82,7 @@ def van_der_pol_system(
     Args:
         mu: how strong the friction is.
         sigma_state: standard deviation of one step's noise in both states.
-        emission: what is seen of a state; by default both coordinates with noise of 0.3.
+        emission: distribution of the observation given a state; by default both coordinates with noise of 0.3.
         dt: time between steps.
 
     Source:

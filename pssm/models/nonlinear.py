@@ -35,8 +35,8 @@ def stochastic_volatility(
     """Returns whose log variance is an autoregression, `y_t ~ N(0, exp(z_t))`, `z_t = mu + phi (z_{t-1} - mu) + w_t`.
 
     Priors: `mu ~ N(log var(y), 4)`, `phi = 2 phi_unit - 1` with `phi_unit ~ Beta(20, 1.5)`, `sigma ~ HalfNormal(0.5)`.
-    The mean of a return says nothing of its variance, so a rule that linearises means has nothing to go by: with
-    `states="ekf"` and the like the data enter as `log y^2`, whose noise is taken for normal (quasi likelihood).
+    The mean of a return does not depend on the state, so a rule that linearises means gets no information: with
+    `states="ekf"` and the other rules the data enter as `log y^2`, with its noise treated as normal (quasi likelihood).
 
     Args:
         y: returns `(time,)` or `(time, 1)`, of mean zero; NaN where missing; None to predict.

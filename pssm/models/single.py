@@ -1,4 +1,4 @@
-"""What models of one series share: their data, the scales of their priors, and their observed site."""
+"""The common parts of models of one series: their data, the scales of their priors, and their observed site."""
 
 import jax.numpy as jnp
 import numpyro

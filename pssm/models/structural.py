@@ -231,8 +231,8 @@ def autoregression(
     Companion form with a singular `Q` and `R = 0`, right with missing entries. Priors: `mean ~ Normal(location,
     scale)`, `ar_partial ~ Uniform(-1, 1)`, `sigma_ar ~ HalfNormal(scale)`; `phi` is deterministic.
 
-    With `states="sampled"` what is sampled are the values that were not observed, through their standard normal
-    innovations `z_base`; the states `z` `(time, order)` are deterministic.
+    With `states="sampled"` the values that were not observed are sampled, through their standard normal innovations
+    `z_base`; the states `z` `(time, order)` are deterministic.
 
     Args:
         y: as in `local_level`, like the arguments not listed here.

@@ -1,4 +1,4 @@
-"""What a network sees of one step: front ends `(y_t, seen_t, u_t) -> features`, missing entries as inputs of their own.
+"""Features of one step: front ends `(y_t, seen_t, u_t) -> features`, with the mask of missing entries as an input.
 
 `y_t` comes with zeros where entries are missing, and `seen_t` says which are there.
 """
@@ -67,7 +67,7 @@ class StepMLP(eqx.Module):
 class AdditiveFeatures(eqx.Module):
     """A sum over the entries that are there, `sum_n seen_n phi(y_n, e_n)`, `e_n` a learned vector of each variable.
 
-    What an entry contributes does not depend on which others are missing.
+    The contribution of an entry does not depend on which others are missing.
 
     Args:
         n_obs: number of observed variables.

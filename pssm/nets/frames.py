@@ -1,4 +1,4 @@
-"""Networks of the Kalman autoencoders: what a frame says about its code, and weights from the codes before."""
+"""Networks of the Kalman autoencoders: the code of a frame, and weights from the earlier codes."""
 
 from typing import Any
 

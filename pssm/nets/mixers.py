@@ -96,7 +96,7 @@ class LSTM(eqx.Module):
 
 
 class SelfAttention(eqx.Module):
-    """One block of self-attention over a window, then a perceptron, each added to what it is given.
+    """One block of self-attention over a window, then a perceptron, each added to its input.
 
     Scores fall linearly with the distance in time, at a rate of each head, so that no positions are needed and the
     result does not depend on where the series starts.

@@ -1,4 +1,4 @@
-"""Pseudo-observations: what an encoder says about every state, and the layer that makes them from numbers.
+"""Pseudo-observations: an encoder's Gaussian factors on the states, and the layer that makes them from numbers.
 
     psi_t(z) = exp((K_t b_t + k_t)'x - x'(diag(diag_t) + K_t K_t')x / 2),    x = z - c_t
 
@@ -25,7 +25,7 @@ class PseudoObservation(eqx.Module):
         b: slopes along the columns of `K`, `(..., time, rank)`; None for zero.
         c: the centre, `(..., time, state)`; None for zero.
         k: a slope without a precision of its own, `(..., time, state)`; None for zero (the tied form).
-        mask: whether the step's factor says anything, `(..., time)`; None for all.
+        mask: False where the step's factor is constant, `(..., time)`; None for no such step.
         relative: lengths are in units of the transition noise: `K` and `k` are times its standard deviation, `diag`
             times its variance. `b` has no unit, `c` that of the state.
     """
@@ -87,7 +87,7 @@ class PseudoObservation(eqx.Module):
 
 
 def as_pseudo_observation(found: Any, sd: Array, rank: int, diagonal: bool) -> PseudoObservation:
-    """What an encoder returned for one series, in the units of the state and of the right shape.
+    """An encoder's result for one series, as a pseudo-observation in the units of the state and of the right shape.
 
     Accepted: a `PseudoObservation`, or several as a list or tuple, of which the product is taken; a tuple `(k, K)` or
     `(k, K, diag)` of arrays; numbers `(time, potential_size)`, of which `split_numbers` makes one.
@@ -177,7 +177,7 @@ class PotentialHead(eqx.Module):
 
     @property
     def size(self) -> int:
-        """How many numbers come out of `numbers`."""
+        """Size of the result of `numbers`."""
         return self.linear.out_features
 
     def numbers(self, features: Array) -> Array:
