@@ -20,7 +20,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class Numbers(NamedTuple):
-    """The learned parameters; `C`, `(coordinates, state)`, has orthonormal columns. The basis changes `m0` and `chol_P0`."""
+    """The learned parameters; `C` `(coordinates, state)` is orthonormal. `m0` and `chol_P0` change with the basis."""
 
     C: np.ndarray
     A: np.ndarray

@@ -46,8 +46,8 @@ def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
 def triangularise_once(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
     """`triangularise` by modified Gram-Schmidt, unrolled: three times as fast and slow to compile, for small loops.
 
-    One projection is enough where the orthogonal factor is not needed (Björck 1967). Here too, an entry no larger than its
-    own rounding error is set to zero. Above `SMALL` rows it is `triangularise`.
+    One projection is enough where the orthogonal factor is not needed (Björck 1967). An entry no larger than its own
+    rounding error is set to zero here too. Above `SMALL` rows it is `triangularise`.
     """
     rows = m.shape[0]
     if rows > SMALL:
