@@ -108,7 +108,7 @@ class NonlinearSSM:
 
     @classmethod
     def from_linear(cls, ssm: LinearGaussianSSM) -> "NonlinearSSM":
-        """The same model as a `LinearGaussianSSM`, time-invariant apart from `chol_Q`."""
+        """The same model as a `LinearGaussianSSM`, time-invariant except for `chol_Q`."""
         if ssm.batch_shape or set(ssm.time_varying) - {"chol_Q"}:
             raise ValueError("`ssm` must have no batch axes and no time-varying arrays but `chol_Q`.")
         chol_R = triangularise(ssm.chol_R)
@@ -247,7 +247,7 @@ class NonlinearSSM:
     def __repr__(self) -> str:
         try:
             return f"NonlinearSSM(n_state={self.n_state}, n_obs={self.emission_size()})"
-        except Exception:  # noqa: BLE001 - the emission needs inputs, or leaves are not arrays: nothing to count
+        except Exception:  # noqa: BLE001 - the emission needs inputs, or leaves are not arrays: no sizes to show
             return "NonlinearSSM"
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -285,7 +285,7 @@ class _Static(NamedTuple):
 
 
 def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
-    """Arrays of a callable pytree, and the rest."""
+    """Arrays of a callable pytree, and its other leaves."""
     leaves, structure = jax.tree.flatten(function)
     if len(leaves) == 1 and leaves[0] is function:  # a plain function
         leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))

@@ -1,4 +1,4 @@
-"""Nonlinear stochastic differential equations seen at any times, as a `NonlinearSSM`.
+"""Nonlinear stochastic differential equations observed at any times, as a `NonlinearSSM`.
 
     dz = f(z, u) dt + L dW,    Cov(dW) = 1 dt,    y_i ~ p(. | z(t_i))
 

@@ -11,7 +11,7 @@ class FilterResult(NamedTuple):
 
     Attributes:
         log_likelihood: `log p(y_{1:T})`, exact, over the observed entries, `()`.
-        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where nothing is observed.
+        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where all entries are missing.
         mean: `E[z_t | y_{1:t}]`, `(time, state)`.
         chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(time, state, state)`.
         predicted_mean: `E[z_t | y_{1:t-1}]`, `(time, state)`.

@@ -1,9 +1,9 @@
-"""Linear stochastic differential equations seen at any times: exact discretisation, and components to add up.
+"""Linear stochastic differential equations observed at any times: exact discretisation, and components to add up.
 
     dz = F z dt + L dW,    Cov(dW) = 1 dt,    y_i = C z(t_i) + noise
 
 Between two times `d` apart the solution is `z' = e^{F d} z + N(0, Q)` with `Q = int_0^d e^{F s} L L' e^{F' s} ds`, so
-that a series seen at uneven times is a `LinearGaussianSSM` whose `A` and `chol_Q` vary. Nothing is approximated.
+that a series observed at uneven times is a `LinearGaussianSSM` whose `A` and `chol_Q` vary. This is exact.
 
 Source:
     Van Loan 1978; Särkkä & Solin 2019, chapters 6 and 12; Matern processes: Hartikainen & Särkkä 2010.

@@ -109,7 +109,7 @@ def looks_numeric(cells: list[str]) -> bool:
 
 
 def to_numbers(table: Table, column: str) -> np.ndarray:
-    """One column as float64, missing cells NaN; refuses text, infinite values and a column with nothing in it."""
+    """One column as float64, missing cells NaN; refuses text, infinite values and an empty column."""
     values = np.full(len(table.lines), np.nan)
     for row, cell in enumerate(table.cells[column]):
         if is_missing(cell):

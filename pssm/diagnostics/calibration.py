@@ -101,7 +101,7 @@ def simulation_based_calibration(
         data_site: the observed site.
         key: random key, or a whole number.
         num_warmup: of NUTS.
-        thin: of NUTS, one draw in so many is kept.
+        thin: NUTS keeps one draw of every `thin`.
         num_steps: of SVI.
         learning_rate: of SVI.
         rank: of SVI's `AutoStateSpace`.

@@ -120,7 +120,7 @@ def leave_future_out(
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.
 
     Raises:
-        ValueError: `min_observations` leaves nothing to predict, or the guide is another.
+        ValueError: `min_observations` leaves no observation to predict, or the guide is of another kind.
 
     Source:
         Buerkner, Gabry & Vehtari 2020.

@@ -83,7 +83,7 @@ def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> 
 
 
 def _objective(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float]:
-    """Mean and standard error of minus the loss at the fitted parameters, for a guide with particles of its own."""
+    """Mean and standard error of minus the loss at the fitted parameters, for a guide that has particles itself."""
     params = fit.svi.get_params(fit.state)
     count = max(num_particles // 25, 10)
 

@@ -21,7 +21,7 @@ class _StableMatrix(constraints._SingletonConstraint):
     event_dim = 2
 
     def __call__(self, x: Array) -> Array:
-        # Squared twenty times, a stable matrix is nothing and any other is not: no eigenvalues, which GPUs lack.
+        # A stable matrix, squared twenty times, is zero; another is not. This needs no eigenvalues, which GPUs lack.
         power = jnp.asarray(x)
         for _ in range(20):
             power = jnp.nan_to_num(power @ power, nan=jnp.inf)

@@ -191,7 +191,7 @@ class StatePath(dist.Distribution):
     def path_from_noise(self, noise: Array) -> Array:
         """The path driven by standard normal `noise` of shape `(..., noise_size)`: the non-centred form.
 
-        The first `state` numbers make `z_1 = m0 + chol_P0 e`, the rest are the transitions' noise in time order.
+        The first `state` numbers make `z_1 = m0 + chol_P0 e`, the others are the transitions' noise in time order.
         """
         batch = jnp.broadcast_shapes(noise.shape[:-1], self.batch_shape)
 

@@ -30,7 +30,7 @@ from pssm.learning.start import perturbed
 from pssm.ssm import LinearGaussianSSM, check_model
 
 MOST = 64  # iterations in one call
-LONGEST_CALL = 0.1  # seconds from which on calls get no more iterations: progress is to be seen, and Ctrl-C heard
+LONGEST_CALL = 0.1  # seconds, after which a call gets no more iterations: for the progress bar and Ctrl-C
 
 
 class EMResult(NamedTuple):

@@ -198,7 +198,7 @@ def _constrained(
 
 def _noise(r: Regression, coefficients: Array, groups: tuple[int, ...] | None, least: Array, old: Array) -> Array:
     """The factor of the noise's covariance."""
-    if r.right.ndim == 3 and groups is not None:  # each observed variable by itself
+    if r.right.ndim == 3 and groups is not None:  # each observed variable separately
         fitted = jnp.einsum("pk,pkl,pl->p", coefficients, r.right, coefficients)
         W = r.left - 2 * jnp.sum(coefficients * r.cross, axis=1) + fitted
         return _diagonal_factor(W, r.count, groups, least, old)

@@ -102,7 +102,7 @@ def _added(r: Regression, prior: MatrixNormalInverseWishart) -> Regression:
     cross = prior.mean @ prior.precision
     left = prior.scale + cross @ prior.mean.T
     count = r.count + strength(prior)
-    if r.right.ndim == 3:  # each observed variable by itself
+    if r.right.ndim == 3:  # each observed variable separately
         return Regression(r.right + prior.precision, r.cross + cross, r.left + jnp.diagonal(left), count)
     return Regression(r.right + prior.precision, r.cross + cross, r.left + left, count)
 

@@ -32,7 +32,7 @@ from pssm.ssm import LinearGaussianSSM
 
 PIECE = 2**25  # numbers read at once, in whole frames
 LARGEST = 0.999  # modulus of an eigenvalue that was 1 or more
-OVERSAMPLE = 10  # directions kept beside `num_states` while frames come in pieces
+OVERSAMPLE = 10  # additional directions while frames come in pieces
 ROUNDING = 1e-13  # share of the clip's energy that is taken for rounding, and not for noise
 FORMAT = "pssm.DynamicTexture 1"  # in every saved file
 SAVED = ("mean", "components", "A", "chol_Q", "sigma", "m0", "chol_P0", "states")
@@ -212,7 +212,7 @@ class DynamicTexture:
 
     @property
     def compression(self) -> Compression:
-        """Size of the model beside that of its clip."""
+        """Size of the model, compared with its clip."""
         pixels, n = self.components.shape
         numbers = pixels * (n + 1) + n * n + self.chol_Q.size + n + 1
         held = float(np.sum(self.states**2)) / self._energy if self._energy else 1.0

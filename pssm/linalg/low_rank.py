@@ -14,8 +14,8 @@ with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that doe
     map        m + e - Qt K (Y Y')^{-1} (1 + Y^{-1})^{-1} K'e: one draw from as many normals as Q has columns
     log |V|    = log |Q| + sum log s - 2 sum log Y_ii
 
-Nothing is divided by `q`, so noise-free directions are exact; nothing cancels where `K` is large, since `K` meets only
-differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential goes into `K` as
+Nothing is divided by `q`, so noise-free directions are exact. No large numbers cancel where `K` is large, since `K`
+multiplies only differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential goes into `K` as
 n further columns: O(n^2 (n + r)), meant for small states.
 """
 

@@ -3,7 +3,7 @@
 A covariance never appears in the filters; a factor does. For `P = M M'` with any rectangular `M`, `triangularise(M)`
 gives the lower-triangular `L` with `L L' = P` and a diagonal that is never negative. Where a row of `M` depends on the
 rows above it, the pivot of that row is exactly zero and so is its column of `L`: the skipped-pivot form of a singular
-Cholesky factor. `solve_lower` skips the same pivots, so conditioning on a known quantity changes nothing.
+Cholesky factor. `solve_lower` skips the same pivots, so conditioning on a known quantity has no effect.
 """
 
 from collections.abc import Callable

@@ -66,8 +66,8 @@ def kalman_vae(
         z_t ~ N(A_t z_{t-1} + B_t u_t, sigma_state^2),   a_t ~ N(C_t z_t, sigma_code^2),   z_1 ~ N(0, sigma_start^2)
 
     `A_t`, `B_t`, `C_t` are mixtures of `num_bases` matrices with weights from the codes before t (an LSTM). Given the
-    codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and a
-    missing frame leaves its code to the dynamics. For the states see `HistoryMarginal.states`. The noises are held,
+    codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and
+    the code of a missing frame follows from the dynamics. For the states see `HistoryMarginal.states`. The noises are held,
     which fixes the units of the codes.
 
     Args:

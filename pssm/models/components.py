@@ -1,4 +1,4 @@
-"""Blocks of structural time-series models: each draws its parameters and says how it moves and how it is seen.
+"""Blocks of structural time-series models: each draws its parameters and gives its transition and its emission.
 
 A block is a small linear-Gaussian system; a model is a stack of blocks whose contributions to the observation add up.
 Scales are relative to `Scale`: the location and spread of the data, so that one set of weakly informative priors fits

@@ -51,7 +51,7 @@ def neural_ssm(
     hidden: int = 16,
     states: str = "sampled",
 ) -> None:
-    """States that a network moves, seen through a readout: `z_t ~ N(f(z_{t-1}, u_t), Q)`, `y_t ~ p(y | C z_t + d)`.
+    """A network as transition, and a readout: `z_t ~ N(f(z_{t-1}, u_t), Q)`, `y_t ~ p(y | C z_t + d)`.
 
     One series, or many trials, from which minibatches can be drawn. Priors: `sigma_state ~ HalfNormal(0.5)` for each
     state; `z_1 ~ N(0, 1)`; a learned readout `C ~ N(0, s^2 / state)`, `d ~ N(location, s^2)`, where `location` and `s`

@@ -23,7 +23,7 @@ def pendulum_system(
     *,
     dt: float = 0.05,
 ) -> NonlinearSSM:
-    """A pendulum pushed at random: state angle and velocity, `sin(angle)` (its place) is seen.
+    """A pendulum pushed at random: state angle and velocity, `sin(angle)` (its place) is observed.
 
     `stiffness` is gravity over length, in 1 / time^2. `Q` is that of a velocity pushed by white noise.
 
@@ -54,7 +54,7 @@ def lorenz63_system(
     dt: float = 0.02,
     observed: tuple[int, ...] = (0, 1, 2),
 ) -> NonlinearSSM:
-    """Convection after Lorenz: three states, chaotic at the usual parameters; those of `observed` are seen.
+    """Convection after Lorenz: three states, chaotic at the usual parameters; those of `observed` are observed.
 
     Source:
         Lorenz 1963.

@@ -121,7 +121,7 @@ def lds_values(ssm: LinearGaussianSSM) -> dict[str, Array]:
     """Values of the sites of `lds` that make the system `ssm`, for `numpyro.infer.init_to_value(values=...)`.
 
     Args:
-        ssm: time-invariant, with a regular `Q`; of `R` the diagonal is kept. An unstable `A` is shrunk.
+        ssm: time-invariant, with a regular `Q`; only the diagonal of `R` is used. An unstable `A` is shrunk.
 
     Raises:
         ValueError: `Q` is singular: there is no basis in which it is the identity.

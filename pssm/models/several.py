@@ -119,7 +119,7 @@ def triangular_loadings(name: str, spread: Array, n: int) -> Array:
 
 
 def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
-    """The site `z`, `(time, state)`, driven by the noise where the path has no density of its own."""
+    """The site `z`, `(time, state)`, driven by the noise where the path has no density."""
     path = StatePath.from_ssm(ssm, about.num_steps, about.u)
     if ssm.chol_Q.shape[-1] < ssm.n_state:
         return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])

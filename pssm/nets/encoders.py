@@ -69,7 +69,7 @@ class BackwardEncoder(eqx.Module):
     """`beta_{t+1}`, the factor from the data after t on the state at t, from the numbers of a `LocalEncoder`.
 
     A mixer runs over them from the end to the start, and its output at t + 1 makes the pseudo-observation of t. The
-    last step, and steps after which nothing was observed, get none.
+    last step, and steps without later observations, get none.
 
     Args:
         mixer: a causal sequence mixer whose inputs are the local encoder's numbers, then the inputs `u`.
@@ -122,7 +122,7 @@ class SequenceEncoder(eqx.Module):
         head: `PotentialHead` from features and outputs side by side.
         reverse: the mixer runs from the end to the start, which smooths; else forward, and the encoder is causal if the
             mixer is. Where there are no data (from this step on, or at this step if it runs forward), the potential is
-            nothing.
+            constant.
     """
 
     front: Any

@@ -3,7 +3,7 @@
     psi_t(z) = exp((K_t b_t + k_t)'x - x'(diag(diag_t) + K_t K_t')x / 2),    x = z - c_t
 
 In the tied form `k` is absent: as with the messages of a likelihood, the slope then lies in the range of the precision,
-and nothing large cancels in float32. The product of two pseudo-observations is one of the same form.
+and no large numbers cancel in float32. The product of two pseudo-observations has the same form.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class PseudoObservation(eqx.Module):
         diag: its diagonal, `(..., time, state)`, not negative; None for none.
         b: slopes along the columns of `K`, `(..., time, rank)`; None for zero.
         c: the centre, `(..., time, state)`; None for zero.
-        k: a slope without a precision of its own, `(..., time, state)`; None for zero (the tied form).
+        k: a slope without a precision, `(..., time, state)`; None for zero (the tied form).
         mask: False where the step's factor is constant, `(..., time)`; None for no such step.
         relative: lengths are in units of the transition noise: `K` and `k` are times its standard deviation, `diag`
             times its variance. `b` has no unit, `c` that of the state.
@@ -157,7 +157,7 @@ class PotentialHead(eqx.Module):
         num_features: size of the features.
         n_state: size of the state.
         rank: columns of `K`.
-        diagonal: whether a diagonal goes beside them.
+        diagonal: whether there is a diagonal besides.
         tied: the tied form (default), or a free slope `k` as published.
         key: random key.
     """
