@@ -46,7 +46,7 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether the method is calibrated, as far as so many simulations can tell."""
+        """One sentence: whether the method is calibrated, at this number of simulations."""
         name, value = self.smallest
         count = self.ranks.sizes["simulation"]
         if value >= 0.05:
@@ -86,8 +86,8 @@ def simulation_based_calibration(
 ) -> Calibration:
     """Draws parameters and a series from the model, infers, and ranks the truth among the posterior draws; many times.
 
-    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle says
-    posteriors are too wide, peaks at both ends too narrow, a slope that they are off to one side.
+    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle means
+    that posteriors are too wide, peaks at both ends that they are too narrow, a slope that they are biased.
 
     Args:
         model: a NumPyro model whose first argument is the data: called with None it draws them. Its priors must not be
@@ -95,11 +95,11 @@ def simulation_based_calibration(
         method: "nuts", "svi:" and a guide that `fit_svi` knows ("svi:mvn", "svi:chain", ...), or a function
             `(key, y) -> draws by site`, `(num_draws, ...)` each, independent of each other.
         args: the model's arguments after the data.
-        num_simulations: how many series.
+        num_simulations: number of series.
         num_draws: posterior draws for each, independent or nearly so.
         sites: latent sites to rank; all by default.
         data_site: the observed site.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_warmup: of NUTS.
         thin: NUTS keeps one draw of every `thin`.
         num_steps: of SVI.

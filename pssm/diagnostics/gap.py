@@ -48,13 +48,13 @@ class BoundGap(NamedTuple):
 def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> BoundGap:
     """The gap between a fit's bound and the log evidence: the exact one where it exists, else the best available.
 
-    The evidence is exact where the states are all that is latent and the model is linear-Gaussian: draws from the
-    full-rank chain at the mode then have equal weights, which is also how that is found out. With a
-    `LinearGaussianMarginal` and a handful of parameters it is estimated by importance sampling (`log_evidence`).
+    The evidence is exact where only the states are latent and the model is linear-Gaussian: draws from the full-rank
+    chain at the mode then have equal weights, and this is the test for it. With a `LinearGaussianMarginal` and a few
+    parameters it is estimated by importance sampling (`log_evidence`).
 
     Args:
         fit: from `fit_svi`.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_particles: draws for the bound and for the evidence.
 
     Returns:

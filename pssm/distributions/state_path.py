@@ -37,15 +37,15 @@ class StatePath(dist.Distribution):
     carry the destination index: entry `t` acts on the step into `t`, entry 0 is not used.
 
     A singular `Q` (fewer noise columns than states) is allowed. Its paths have a density only on the set that the
-    noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and takes for granted that
+    noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and assumes that
     the path lies on that set. To run MCMC or SVI over such a path sample its non-centred form (`NonCenteredPath`).
 
     Args:
         m0: mean of the first state, `(..., state)`.
         chol_P0: factor of its covariance, `(..., state, state)`, or a `pssm.linalg.Diagonal`.
         transition: `A` of shape `(..., state, state)`, or a function `(z (state,), u (input,) or None) -> (state,)`.
-        chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A matrix whose values can be
-            seen to be diagonal (outside of `jit`) is taken as one.
+        chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A concrete matrix
+            that is diagonal (outside of `jit`) is treated as one.
         num_steps: length of the path, at least 1.
         u: inputs `(..., time, input)`.
         b: offset `(..., state)`; with a matrix only.
@@ -173,7 +173,7 @@ class StatePath(dist.Distribution):
 
     @property
     def noise_size(self) -> int:
-        """How many standard normal numbers make one path: `state + (time - 1) noise`."""
+        """Number of standard normal numbers for one path: `state + (time - 1) noise`."""
         return self.n_state + (self.num_steps - 1) * self.chol_Q.shape[-1]
 
     @property
@@ -279,7 +279,7 @@ class NonCenteredPath(Reparam):
     """Samples a `StatePath` site through the standard normal noise that drives it.
 
     The site `name` becomes deterministic; the noise is a new site `name_base` of event shape `(noise_size,)`. Often
-    easier for NUTS where the data say little about single states, and the only way for a singular `Q`.
+    easier for NUTS where single states are weakly identified, and the only way for a singular `Q`.
 
     Example:
         >>> import jax.numpy as jnp, numpyro

@@ -158,7 +158,7 @@ def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | No
 
 
 def make_limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
-    """The floor, or the least eigenvalue of the start where that is below it: EM must not have to leave its start."""
+    """The floor, or the least eigenvalue of the start where that is below the floor: the start must be feasible."""
     if not floor >= 0:
         raise ValueError(f"`floor` must not be negative; got {floor}.")
     seen = np.asarray(y, float).reshape(-1, y.shape[-1])

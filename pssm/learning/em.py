@@ -90,7 +90,7 @@ def fit_em(
 
     `fixed=` and the others name parameters as in `LinearGaussianSSM.from_covariances`: `m0`, `P0`, `A`, `B`, `b`, `Q`,
     `C`, `D`, `d`, `R`. Parameters that are None in the start (`b`, `d`, `B`, `D`) are not fitted. Noise that is zero
-    at the start, in any direction, stays zero: companion forms keep their structure, and a start at zero is no start.
+    at the start, in any direction, stays zero: companion forms keep their structure; do not start at zero otherwise.
 
     Args:
         y: `(time, obs)`, `(sequence, time, obs)`, or a list of `(time_i, obs)`; NaN entries are missing.
@@ -235,16 +235,16 @@ def _run(
 
 
 class _Climb(NamedTuple):
-    """Where some iterations have led to.
+    """The state after some iterations.
 
     Attributes:
         evaluated: the last model whose log-likelihood is known.
         current: the one after it.
         last: log-likelihood plus log prior of `evaluated`.
-        values: log-likelihood and log prior of each model met, `(MOST, 2)`; the first `count` rows count.
-        count: how many.
+        values: log-likelihood and log prior of each model so far, `(MOST, 2)`, in the first `count` rows.
+        count: number of these models.
         fell: whether the last row is below the one before, so that `evaluated` is the model before.
-        converged: whether it gained too little.
+        converged: whether the last gain was below `tol`.
     """
 
     evaluated: LinearGaussianSSM

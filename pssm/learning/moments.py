@@ -6,7 +6,7 @@ Both equations are regressions on the state, the inputs and a constant (the last
     y_t = [C D d] w_t + noise,   w_t = (z_t, u_t, 1),       t = 1..T
 
 so the M-step needs the expected products of both sides. Missing entries come in one of two exact forms. "augmented"
-takes them for hidden variables beside the states: any `R`, and every step counts. "observed" takes the sums of each
+treats them as hidden variables beside the states: any `R`, and every step counts. "observed" takes the sums of each
 observed variable over the steps that have it: fewer hidden variables, so fewer iterations, but `R` must be diagonal.
 """
 
@@ -23,7 +23,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class Regression(NamedTuple):
-    """Expected products of the two sides of a regression `left = coefficients right + noise`, and how many.
+    """Expected products of the two sides of a regression `left = coefficients right + noise`, and their number.
 
     With the form "observed" of the emission every array but `cross` has the observed variables in front, and
     `left` is the diagonal of the products of `y`.

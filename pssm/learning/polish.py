@@ -1,4 +1,4 @@
-"""The last stretch by quasi-Newton steps: EM slows down near the maximum, the exact gradient does not."""
+"""The last steps by a quasi-Newton method: EM is slow near the maximum, L-BFGS on the exact gradient is not."""
 
 from collections.abc import Callable
 

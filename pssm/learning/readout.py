@@ -1,4 +1,4 @@
-"""Where a readout starts: factor analysis of the data, which needs no dynamics and no complete rows."""
+"""The start of a readout: factor analysis of the data, which needs no dynamics and no complete rows."""
 
 from typing import NamedTuple
 

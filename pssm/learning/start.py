@@ -20,7 +20,7 @@ def subspace_start(
 ) -> LinearGaussianSSM:
     """A model with `num_states` states, from sequences `(time_i, obs)` in which NaN is missing.
 
-    Missing entries are taken for the variable's mean. The transition is shrunk where it would be unstable. Inputs,
+    Missing entries are replaced by the variable's mean. The transition is shrunk where it would be unstable. Inputs,
     where given, enter both equations; `offsets` adds a mean `d` to the observations.
     """
     n, p = num_states, y[0].shape[1]

@@ -108,7 +108,7 @@ class DynamicTexture:
             num_iters: most iterations of EM.
             tol: relative gain of its objective at which EM stops.
             prior_frames: weight, in frames, of EM's prior that each component of the clip moves by itself, as an
-                autoregression. 0 is maximum likelihood, which fits a short clip too closely. Default: as many frames as
+                autoregression. 0 is maximum likelihood, which overfits a short clip. Default: as many frames as
                 states; 0 with `num_noise`.
 
         Raises:
@@ -206,7 +206,7 @@ class DynamicTexture:
 
     @property
     def reduced(self) -> LinearGaussianSSM:
-        """The model of `C'(x - mean)`, `(state,)` numbers for each frame: as good, for all but the likelihood."""
+        """The model of `C'(x - mean)`, `(state,)` numbers for each frame: the same posterior, another likelihood."""
         eye = jnp.eye(len(self.A), dtype=self.A.dtype)
         return LinearGaussianSSM(self.m0, self.chol_P0, self.A, self.chol_Q, eye, self.sigma * eye)
 
@@ -266,7 +266,7 @@ class DynamicTexture:
 
         Args:
             frames: `(time, ...)`, each of the shape of `mean`.
-            start: mean and factor of the first state, where it is another than that of the clip.
+            start: mean and factor of the first state, where it differs from that of the clip.
 
         Raises:
             ValueError: other shapes, or `sigma` is 0: then all frames lie in `state` dimensions, and have no density.

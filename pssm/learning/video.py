@@ -37,7 +37,7 @@ class Clip(NamedTuple):
     """Frames and their rate.
 
     Attributes:
-        frames: `(time, height, width)`, or `(time, height, width, 3)` in colour; perhaps read-only, perhaps on disk.
+        frames: `(time, height, width)`, or `(time, height, width, 3)` in colour; it may be read-only, or on disk.
         fps: frames a second, None where the file does not say.
     """
 
@@ -69,9 +69,9 @@ def read_frames(
             9), an `.npy` array, or an `.npz` file whose clip is called `frames` or is its only array of three or four
             axes; a number called `fps` is its rate. Values of arrays are taken as they are.
         grey: brightness in place of colours.
-        num_frames: keep at most so many frames.
+        num_frames: largest number of frames to keep.
         every: keep each frame number 0, `every`, 2 `every`, ...; the rate falls with it.
-        size: make the longer side at most so many pixels, by means over square blocks of whole pixels. Rows and columns
+        size: largest length of the longer side in pixels, by means over square blocks of whole pixels. Rows and columns
             beyond the last whole block are cut off.
 
     Returns:
@@ -198,7 +198,7 @@ def _reduced(image: np.ndarray, grey: bool, size: int | None) -> np.ndarray:
 
 
 def _collect(images: Iterable[np.ndarray], source: str) -> np.ndarray:
-    """All frames of `source` as one array: in memory while it is small, else in a file that vanishes with the array."""
+    """All frames of `source` as one array: in memory while it is small, else in a file that is deleted with the array."""
     count, shape, dtype = 0, (), np.dtype(np.uint8)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         for image in images:

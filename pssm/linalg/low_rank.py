@@ -15,8 +15,8 @@ with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that doe
     log |V|    = log |Q| + sum log s - 2 sum log Y_ii
 
 Nothing is divided by `q`, so noise-free directions are exact. No large numbers cancel where `K` is large, since `K`
-multiplies only differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential goes into `K` as
-n further columns: O(n^2 (n + r)), meant for small states.
+multiplies only differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential becomes
+n further columns of `K`: O(n^2 (n + r)), meant for small states.
 """
 
 from typing import Any, NamedTuple

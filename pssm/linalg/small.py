@@ -1,8 +1,8 @@
 """Products of small matrices that stay inside a fused loop.
 
 XLA compiles a `lax.scan` into one tight loop when its body is small and has only elementwise operations, reductions
-and inner loops; a single `dot`, `scatter` or LAPACK call in the body makes every operation of the step a separate kernel
-call, which costs more than all the arithmetic of a small Kalman step. The small products here are written as
+and inner loops; a single `dot`, `scatter` or LAPACK call in the body makes each operation of the step a separate
+kernel call, which costs more than all the arithmetic of a small Kalman step. The small products here are written as
 multiply-and-sum, the larger ones are ordinary matrix products.
 """
 

@@ -67,8 +67,8 @@ def kalman_vae(
 
     `A_t`, `B_t`, `C_t` are mixtures of `num_bases` matrices with weights from the codes before t (an LSTM). Given the
     codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and
-    the code of a missing frame follows from the dynamics. For the states see `HistoryMarginal.states`. The noises are held,
-    which fixes the units of the codes.
+    the code of a missing frame follows from the dynamics. For the states see `HistoryMarginal.states`. The noises are
+    held, which fixes the units of the codes.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.

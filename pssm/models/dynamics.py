@@ -54,7 +54,7 @@ def lorenz63_system(
     dt: float = 0.02,
     observed: tuple[int, ...] = (0, 1, 2),
 ) -> NonlinearSSM:
-    """Convection after Lorenz: three states, chaotic at the usual parameters; those of `observed` are observed.
+    """Convection after Lorenz: three states, chaotic at the usual parameters; `observed` lists the observed ones.
 
     Source:
         Lorenz 1963.
@@ -80,7 +80,7 @@ def van_der_pol_system(
     """An oscillator whose friction changes sign with its size: `x'' = mu (1 - x^2) x' - x`.
 
     Args:
-        mu: how strong the friction is.
+        mu: strength of the friction.
         sigma_state: standard deviation of one step's noise in both states.
         emission: distribution of the observation given a state; by default both coordinates with noise of 0.3.
         dt: time between steps.

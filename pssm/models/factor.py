@@ -117,7 +117,7 @@ def _errors(partial: Array, sigma: Array) -> LinearGaussianSSM:
 
 
 def _sum(a: LinearGaussianSSM, b: LinearGaussianSSM) -> LinearGaussianSSM:
-    """The states of both, observed through their sum; the noise of the observations is that of `b`, the offset of `a`."""
+    """The states of both, observed through their sum; the observations' noise is that of `b`, the offset of `a`."""
     return LinearGaussianSSM(
         jnp.concatenate([a.m0, b.m0]),
         jsl.block_diag(a.chol_P0, b.chol_P0),

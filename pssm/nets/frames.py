@@ -51,7 +51,7 @@ class HistoryWeights(eqx.Module):
 
     Args:
         size: size of a code; the one before the first is learned.
-        num_bases: how many weights.
+        num_bases: number of weights.
         hidden: size of the LSTM.
         mixer: another causal mixer of codes that runs step by step, such as `GRU(size, hidden)`.
         key: random key.

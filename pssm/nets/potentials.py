@@ -77,7 +77,7 @@ class PseudoObservation(eqx.Module):
         return PseudoObservation(self.K / sd[..., None], diag, self.b, self.c, k, self.mask)
 
     def arguments(self) -> dict[str, Array]:
-        """Arguments of `LowRankChain` beside its prior: `k`, `K`, `diag`, `center`, `b`, those that are there."""
+        """Arguments of `LowRankChain` beside its prior: `k`, `K`, `diag`, `center`, `b`, without None."""
         if self.relative:
             raise ValueError("`relative`: bring it into the units of the state first, with `in_state_units`.")
         p = self.masked()

@@ -83,7 +83,7 @@ class S5(eqx.Module):
         return new, x
 
     def __call__(self, x: Sequence) -> Sequence:
-        """All steps, in a time that grows with the logarithm of their number where there are processors."""
+        """All steps, by an associative scan: on a parallel machine the time grows with the logarithm of `time`."""
         x = jax.vmap(self.into)(x)
         for layer in self.layers:
             x = layer(x)

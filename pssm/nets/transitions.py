@@ -1,7 +1,7 @@
 """Learned transitions `f(z, u) -> z'`, Equinox modules for `StatePath`, `NonlinearSSM` and `models.neural_ssm`.
 
 All start close to the identity or to a contraction, so that the first paths stay in range. `Saturated` keeps any
-transition in a range, a polynomial drift among them, which else can leave the floating-point numbers in a few steps.
+transition in a range, also a polynomial drift, which can otherwise overflow in a few steps.
 """
 
 from collections.abc import Callable
