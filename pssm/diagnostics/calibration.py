@@ -86,8 +86,8 @@ def simulation_based_calibration(
 ) -> Calibration:
     """Draws parameters and a series from the model, infers, and ranks the truth among the posterior draws; many times.
 
-    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle means
-    that posteriors are too wide, peaks at both ends that they are too narrow, a slope that they are biased.
+    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle
+    means that posteriors are too wide, peaks at both ends that they are too narrow, a slope that they are biased.
 
     Args:
         model: a NumPyro model whose first argument is the data: called with None it draws them. Its priors must not be

@@ -114,7 +114,8 @@ def leave_future_out(
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
         min_observations: size of the first past; half of the series by default.
         horizon: number of observations ahead.
-        key: random key, or a whole number, for the refits. Calls with equal keys, also the default, give equal draws.
+        key: random key, or a whole number, for the refits. Calls with equal keys, also the
+            default, give equal draws.
 
     Returns:
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.

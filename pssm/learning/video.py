@@ -198,7 +198,7 @@ def _reduced(image: np.ndarray, grey: bool, size: int | None) -> np.ndarray:
 
 
 def _collect(images: Iterable[np.ndarray], source: str) -> np.ndarray:
-    """All frames of `source` as one array: in memory while it is small, else in a file that is deleted with the array."""
+    """All frames of `source` as one array: in memory if it is small, else in a file that is deleted with it."""
     count, shape, dtype = 0, (), np.dtype(np.uint8)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         for image in images:
