@@ -107,8 +107,8 @@ def leave_future_out(
     """Expected log predictive density of the next `horizon` observations, each predicted from its past alone.
 
     ArviZ's `lfo_cv`: importance weights correct an earlier fit to the posterior given the past, and the model is
-    refitted where the weights are too uneven. The first positional argument of the model must be the data, `(time,)` or `(time, 1)`, with NaN
-    for missing: steps without data are not counted, neither in the past nor ahead.
+    refitted where the weights are too uneven. The first positional argument of the model must be the data, `(time,)` or
+    `(time, 1)`, with NaN for missing: steps without data are not counted, neither in the past nor ahead.
 
     Args:
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
