@@ -1,4 +1,4 @@
-"""Batches of models and series: `vmap` over whatever leading axes there are."""
+"""Batches of models and series: `vmap` over all leading axes."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
         ssm: a model, with batch axes or without.
         arrays: pairs of an array (or None) and its number of core axes; axes in front of those are batch axes.
 
-    What has no batch axes is passed on once, not copied.
+    Arguments without batch axes are passed once, not copied.
     """
     shapes = [ssm.batch_shape, *(x.shape[: x.ndim - core] for x, core in arrays if x is not None)]
     batch = jnp.broadcast_shapes(*shapes)
@@ -64,7 +64,7 @@ def apart(x: Array, batch: tuple[int, ...]) -> Array:
 
 
 def for_each(batch: tuple[int, ...], tree: Any) -> Any:
-    """What all series share, once for each."""
+    """The shared arrays, repeated for each series."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), tree)
 
 
@@ -74,7 +74,7 @@ def map_batch(fn: Callable[..., Any], batch: tuple[int, ...], xs: dict[str, Any]
     Args:
         fn: takes the dictionary; its results get the batch axes in front.
         batch: the batch shape that all arrays broadcast to.
-        xs: arrays (or pytrees of arrays, or None) by name. What has no batch axes is shared, not copied.
+        xs: arrays (or pytrees of arrays, or None) by name. Arrays without batch axes are shared, not copied.
         cores: number of core axes of each; of a pytree one number, or a pytree of numbers.
     """
     if not batch:

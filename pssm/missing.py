@@ -13,7 +13,7 @@ def split_missing(y: Float[Array, "*shape"], fill: float = 0.0) -> tuple[Float[A
 
     Args:
         y: any shape; NaN means missing.
-        fill: what stands at the missing entries.
+        fill: value at the missing entries.
 
     Returns:
         `(filled, observed)`, both of the shape of `y`.

@@ -108,7 +108,7 @@ class NonlinearSSM:
 
     @classmethod
     def from_linear(cls, ssm: LinearGaussianSSM) -> "NonlinearSSM":
-        """The same model as a `LinearGaussianSSM`, time-invariant apart from `chol_Q`."""
+        """The same model as a `LinearGaussianSSM`, time-invariant except for `chol_Q`."""
         if ssm.batch_shape or set(ssm.time_varying) - {"chol_Q"}:
             raise ValueError("`ssm` must have no batch axes and no time-varying arrays but `chol_Q`.")
         chol_R = triangularise(ssm.chol_R)
@@ -247,11 +247,11 @@ class NonlinearSSM:
     def __repr__(self) -> str:
         try:
             return f"NonlinearSSM(n_state={self.n_state}, n_obs={self.emission_size()})"
-        except Exception:  # noqa: BLE001 - the emission needs inputs, or leaves are not arrays: nothing to count
+        except Exception:  # noqa: BLE001 - the emission needs inputs, or leaves are not arrays: no sizes to show
             return "NonlinearSSM"
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arrays, and what is static."""
+        """Arrays, and static data."""
         children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
         # As leaves and structure: two models of the same functions then share their compiled programs.
         leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1]))
@@ -278,14 +278,14 @@ def check_nonlinear(model: Any) -> NonlinearSSM:
 
 
 class _Static(NamedTuple):
-    """A callable without its arrays, which two models can be compared by: its structure, and what else is in it."""
+    """A callable without its arrays, for the comparison of two models: its structure, and its other leaves."""
 
     structure: Any
     others: tuple[tuple[int, Any], ...]
 
 
 def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
-    """Arrays of a callable pytree, and the rest."""
+    """Arrays of a callable pytree, and its other leaves."""
     leaves, structure = jax.tree.flatten(function)
     if len(leaves) == 1 and leaves[0] is function:  # a plain function
         leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))
@@ -348,7 +348,7 @@ def _about_path(model: NonlinearSSM, path: Array, u: Array | None) -> LinearGaus
 
 
 def _base(d: dist.Distribution) -> dist.Distribution:
-    """What stands inside of `to_event`, `expand` and masks."""
+    """The distribution inside of `to_event`, `expand` and masks."""
     while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         d = d.base_dist
     return getattr(d, "base", d)  # WithMissing

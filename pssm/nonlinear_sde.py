@@ -1,4 +1,4 @@
-"""Nonlinear stochastic differential equations seen at any times, as a `NonlinearSSM`.
+"""Nonlinear stochastic differential equations observed at any times, as a `NonlinearSSM`.
 
     dz = f(z, u) dt + L dW,    Cov(dW) = 1 dt,    y_i ~ p(. | z(t_i))
 
@@ -24,13 +24,15 @@ from pssm._types import Array, ArrayLike, Float
 from pssm.nonlinear import NonlinearSSM, takes_two
 from pssm.sde import gaps_between
 
+__all__ = ["NonlinearSDE", "refine", "runge_kutta"]
+
 Field = Callable[[Array], Array]
 FLOWS = ("euler", "runge_kutta", "diffrax")
 MAX_STEPS = 1024  # of the adaptive solver, in one gap
 
 
 class NonlinearSDE(NamedTuple):
-    """An equation of motion, where it starts, and what is seen of it.
+    """An equation of motion, with its start and its emission.
 
     Attributes:
         drift: `f(z, u) -> (state,)`, per unit of time; `u` is None without inputs. A plain function or a pytree.
@@ -50,9 +52,9 @@ class NonlinearSDE(NamedTuple):
         """The model of observations at the times `t`, and the inputs to give along with it.
 
         Args:
-            t: times `(time,)`, in order; equal times are welcome.
+            t: times `(time,)`, in order; equal times are allowed.
             u: inputs `(time, input)`; row i holds from `t[i - 1]` to `t[i]`.
-            flow: what moves the mean over a gap: "euler" and "runge_kutta" take one step; "diffrax" an adaptive solver
+            flow: how the mean moves over a gap: "euler" and "runge_kutta" take one step; "diffrax" an adaptive solver
                 (`Tsit5`), which needs the extra `pssm-numpyro[ode]`.
 
         Returns:

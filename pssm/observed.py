@@ -47,12 +47,12 @@ class _OrMissing(constraints.Constraint):
 
 
 class WithMissing(dist.Distribution):
-    """`base`, in which NaN entries of a value are missing: they contribute nothing, and no NaN to a gradient.
+    """`base`, in which NaN entries of a value are missing: they add nothing to the density, and no NaN to a gradient.
 
     Independent entries (scalar distributions, with `.to_event` or without) are masked one by one. A
     `MultivariateNormal` is marginalised exactly over its observed coordinates. Any other joint event (`Dirichlet`,
     `Multinomial`, ...) is scored only where it is complete. A distribution that understands NaN itself, such as
-    `LinearGaussianMarginal`, is left to do so. Draws are complete: they are draws from `base`.
+    `LinearGaussianMarginal`, gets the value unchanged. Draws are complete: they are draws from `base`.
 
     Args:
         base: any NumPyro distribution.
@@ -110,7 +110,7 @@ def _understands_missing(d: dist.Distribution) -> bool:
 
 
 def log_prob_observed(d: dist.Distribution, value: Array) -> Array:
-    """`d.log_prob` over the observed entries, by what kind of distribution `d` is."""
+    """`d.log_prob` over the observed entries, by the kind of `d`."""
     if isinstance(d, WithMissing) or _understands_missing(d):
         return d.log_prob(value)
     if isinstance(d, dist.Independent):
@@ -179,7 +179,7 @@ def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = 
 
     Raises:
         ValueError: an infinite value, or an event of a joint distribution of which only some entries are missing and
-            whose marginal is not known. (Values are looked at outside of `jit` only.)
+            whose marginal is not known. (Values are checked outside of `jit` only.)
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist

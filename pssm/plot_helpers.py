@@ -1,4 +1,4 @@
-"""What the figures share: colours and layout, labels, axes and their limits, and arrays taken from a fit."""
+"""The common parts of the figures: colours and layout, labels, axes and their limits, and arrays taken from a fit."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ def limit_x(ax: Axes, start: float, stop: float) -> None:
     ax.set_xlim(start - pad, stop + pad)
 
 
-# What there is to draw
+# The parts of a figure
 
 
 def scalar_draws(tree: Any) -> dict[str, np.ndarray]:
@@ -178,7 +178,7 @@ PAST = ("y", "mean", "sd")  # parts that run along the time of the data
 
 
 def series_parts(y: np.ndarray, smoothed: Any, future: Any, j: int) -> dict[str, np.ndarray]:
-    """What there is to draw of series `j`: data, signal, forecast."""
+    """The parts of the figure of series `j`: data, signal, forecast."""
     parts = {"y": y[:, j]}
     if smoothed is not None and "signal_mean" in smoothed:
         parts["mean"] = matrix(smoothed["signal_mean"])[:, j]

@@ -145,7 +145,7 @@ def _draw_series(ax: Axes, x: np.ndarray, x_future: np.ndarray, parts: Mapping[s
     y, extra = parts["y"], []
     step = np.diff(x).min() if len(x) > 1 else 1.0
     style = {"facecolor": "#f1f1f1", "edgecolor": "#b5b5b5", "hatch": "////", "lw": 0, "zorder": 0, "label": "missing"}
-    short = []  # too short to see as a band: a tick at the bottom
+    short = []  # too short for a visible band: a tick at the bottom
     for start, stop in runs(np.isnan(y)):
         if (stop - start) * step < 0.006 * (x[-1] - x[0]):
             short += list(x[start:stop])
@@ -344,7 +344,7 @@ def plot_khat(khats: Mapping[str, Any]) -> Figure:
 def plot_losses(losses: Mapping[str, Any]) -> Figure:
     """SVI losses (negative ELBO) along the optimisation: median with the middle 80 %, in blocks of steps.
 
-    The axis turns logarithmic where the start dwarfs the end, and then a second panel shows the last half by itself.
+    The axis is logarithmic where the first losses are much larger than the last; a second panel shows the last half.
     Losses that are not finite are left out and counted in the legend.
 
     Args:

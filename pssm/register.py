@@ -23,14 +23,14 @@ def register(
 ) -> Any:
     """Makes the arrays of an Equinox module parameters of a NumPyro model or guide; to be called inside of it.
 
-    The parameters are one site, `{name}$params`, as with NumPyro's `eqx_module`. That one trains every array of floats,
-    NumPy arrays among them. Here NumPy arrays are constants, and any other part can be held too. What is held is no
-    parameter, so that weight decay does not move it either.
+    The parameters are one site, `{name}$params`, as with NumPyro's `eqx_module`, which trains every array of floats,
+    NumPy arrays among them. Here NumPy arrays are constants, and any other part can be held too. Held parts are no
+    parameters, so weight decay does not move them either.
 
     Args:
         name: prefix of the site's name; the same name in model and guide means the same parameters.
-        module: a module made outside of the model, or any pytree. Without arrays to train it comes back as it is.
-        trainable: what is trained: a function of a leaf, or a pytree of booleans, as in `equinox.partition`.
+        module: a module made outside of the model, or any pytree. Without arrays to train it is returned unchanged.
+        trainable: the trained parts: a function of a leaf, or a pytree of booleans, as in `equinox.partition`.
         fixed: picks parts of the module that are held besides, as in `equinox.tree_at`: `lambda m: (m.A, m.C)`.
 
     Returns:

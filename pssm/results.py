@@ -1,4 +1,4 @@
-"""What filters, smoothers and forecasts return: named tuples of arrays, with covariances made from factors."""
+"""Results of filters, smoothers and forecasts: named tuples of arrays, with covariances made from factors."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from pssm.linalg import outer
 
 
 class FilterResult(NamedTuple):
-    """What the Kalman filter knows at each time. Leading batch axes where the input had them.
+    """The filtered and predicted moments at each time. Leading batch axes where the input had them.
 
     Attributes:
         log_likelihood: `log p(y_{1:T})`, exact, over the observed entries, `()`.
-        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where nothing is observed.
+        log_likelihoods: `log p(y_t | y_{1:t-1})`, `(time,)`; 0 where all entries are missing.
         mean: `E[z_t | y_{1:t}]`, `(time, state)`.
         chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(time, state, state)`.
         predicted_mean: `E[z_t | y_{1:t-1}]`, `(time, state)`.

@@ -1,9 +1,9 @@
-"""Linear stochastic differential equations seen at any times: exact discretisation, and components to add up.
+"""Linear stochastic differential equations observed at any times: exact discretisation, and components to add up.
 
     dz = F z dt + L dW,    Cov(dW) = 1 dt,    y_i = C z(t_i) + noise
 
 Between two times `d` apart the solution is `z' = e^{F d} z + N(0, Q)` with `Q = int_0^d e^{F s} L L' e^{F' s} ds`, so
-that a series seen at uneven times is a `LinearGaussianSSM` whose `A` and `chol_Q` vary. Nothing is approximated.
+that a series observed at uneven times is a `LinearGaussianSSM` whose `A` and `chol_Q` vary. This is exact.
 
 Source:
     Van Loan 1978; Särkkä & Solin 2019, chapters 6 and 12; Matern processes: Hartikainen & Särkkä 2010.
@@ -22,16 +22,18 @@ from pssm.linalg import factor_from_covariance, triangularise
 from pssm.linalg.small import TINY, matmul
 from pssm.ssm import LinearGaussianSSM
 
+__all__ = ["LinearSDE", "discretise", "integrated_walk", "matern", "oscillator"]
+
 DOUBLINGS = 10
 
 
 class LinearSDE(NamedTuple):
-    """A linear equation of motion, where it starts, and what is seen of it.
+    """A linear equation of motion, with its start and its observed part.
 
     Attributes:
         F: drift, `(state, state)`, per unit of time.
         L: diffusion, `(state, noise)`, per square root of time.
-        C: what is seen, `(obs, state)`.
+        C: the emission matrix, `(obs, state)`.
         m0: mean of the first state, `(state,)`.
         P0: its covariance, `(state, state)`; for a stationary process the stationary one.
     """
@@ -53,7 +55,7 @@ class LinearSDE(NamedTuple):
         )
 
     def at(self, t: ArrayLike, chol_R: ArrayLike, *, d: ArrayLike | None = None) -> LinearGaussianSSM:
-        """The model of observations at the times `t`, `(time,)`, in order; equal times are welcome.
+        """The model of observations at the times `t`, `(time,)`, in order; equal times are allowed.
 
         Args:
             t: times.
@@ -104,7 +106,7 @@ def discretise(
 
 
 def semidefinite_cholesky(cov: Float[Array, "state state"]) -> Float[Array, "state state"]:
-    """Lower-triangular factor of a covariance that may be singular; what is left below rounding counts as nothing."""
+    """Lower-triangular factor of a covariance that may be singular; pivots below rounding count as zero."""
     n = cov.shape[0]
     variances = jnp.diagonal(cov)
     scale = jnp.sqrt(jnp.where(variances > 0, variances, 1.0))

@@ -1,4 +1,4 @@
-"""Simulated clips, small grey frames of a moving thing, with the states that made them."""
+"""Simulated clips, small grey frames of a moving object, with its states."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Clips(NamedTuple):
     Attributes:
         frames: brightness between 0 and 1, before noise, `(clip, time, size, size)`.
         states: `(clip, time, state)`.
-        names: what the states are.
+        names: names of the states.
     """
 
     frames: np.ndarray
@@ -32,7 +32,7 @@ def pendulum_clips(
     noise: float = 0.0,
     seed: int = 0,
 ) -> Clips:
-    """A rod that swings about the frame's middle, seen by the blob at its end; a frame does not show the velocity.
+    """A rod that swings about the frame's middle, drawn as a blob at its end; a frame does not show the velocity.
 
     Mass and length 1, moment of inertia 1/3: `angle'' = 3 (9.81 sin(angle) - friction angle')`, the angle from the top.
     It starts at rest, at any angle, and after each frame a normal number of standard deviation `push` is added to the
@@ -44,7 +44,7 @@ def pendulum_clips(
         size: pixels of a side.
         dt: time between frames.
         friction: of the hinge.
-        push: see above.
+        push: standard deviation of the random change of the velocity after each frame.
         noise: standard deviation of the noise of pixels; 0 for none.
         seed: seed of the random numbers.
 

@@ -36,7 +36,7 @@ class Series:
         time: label of each row `(time,)`: dates (datetime64) or numbers, strictly increasing.
         columns: name of each column of `y`.
         units: units of `y` in words; empty where unknown.
-        description: what was measured.
+        description: the measured quantity.
         period: observations per seasonal cycle, `None` where there is none or it is unknown.
         source: where the data come from.
     """
@@ -124,7 +124,7 @@ def available() -> list[tuple[str, int, int, str]]:
     """The embedded series.
 
     Returns:
-        One `(name, time steps, missing values, what it is)` per series; missing values of the default column.
+        One `(name, time steps, missing values, description)` per series; missing values of the default column.
 
     Example:
         >>> [row[:3] for row in available()][:3]
@@ -204,7 +204,7 @@ def _find_time(table: Table, wanted: list[str]) -> list[str]:
             try:
                 if 2 * np.isnat(parse_dates(cells)).sum() <= len(cells):  # one bad cell: `_read_time` names it
                     return [name]
-            except ValueError:  # dates, but day and month cannot be told apart: `_read_time` says so
+            except ValueError:  # dates, but day and month are ambiguous: `_read_time` reports it
                 return [name]
     return []
 

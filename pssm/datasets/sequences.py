@@ -13,15 +13,15 @@ class Sequences(NamedTuple):
 
     Attributes:
         name: short name.
-        train: one array `(time_i, n_obs)`, float64, for each sequence to learn from; nothing is missing.
+        train: one array `(time_i, n_obs)`, float64, for each sequence of the training part; no missing values.
         train_labels: class of each of them, numbers from 0 on, `(sequence,)`.
-        test: the sequences to try on.
+        test: the sequences of the test part.
         test_labels: their classes.
         classes: name of each class.
         columns: name of each observed variable.
-        description: what was measured.
+        description: the measured quantity.
         source: where the data come from.
-        licence: under which terms, and whom to name.
+        licence: terms of use, and the authors to name.
     """
 
     name: str
@@ -87,7 +87,7 @@ def available_sequences() -> list[tuple[str, int, int, str]]:
     """The embedded sets of sequences.
 
     Returns:
-        One `(name, sequences, longest, what it is)` per set; train and test counted together.
+        One `(name, sequences, longest, description)` per set; train and test counted together.
 
     Example:
         >>> [row[:3] for row in available_sequences()]

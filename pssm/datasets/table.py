@@ -93,7 +93,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 
 def is_missing(cell: str) -> bool:
-    """True for the cells that stand for a missing value: empty, `.`, NA, NaN, N/A, null, None (any case)."""
+    """True for the cells that mean a missing value: empty, `.`, NA, NaN, N/A, null, None (any case)."""
     return cell.lower() in MISSING
 
 
@@ -109,7 +109,7 @@ def looks_numeric(cells: list[str]) -> bool:
 
 
 def to_numbers(table: Table, column: str) -> np.ndarray:
-    """One column as float64, missing cells NaN; refuses text, infinite values and a column with nothing in it."""
+    """One column as float64, missing cells NaN; refuses text, infinite values and an empty column."""
     values = np.full(len(table.lines), np.nan)
     for row, cell in enumerate(table.cells[column]):
         if is_missing(cell):

@@ -1,4 +1,4 @@
-"""What a fit is worth: labelled results, importance diagnostics, cross-validation."""
+"""The quality of a fit: labelled results, importance diagnostics, cross-validation."""
 
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`leave_future_out` brings ArviZ with it, which takes seconds to import: only when asked for."""
+    """`leave_future_out` imports ArviZ, which takes seconds: only at its first use."""
     if name == "leave_future_out":
         from pssm.diagnostics.crossval import leave_future_out
 

@@ -1,4 +1,4 @@
-"""How good a variational fit is, measured by importance sampling."""
+"""The quality of a variational fit, measured by importance sampling."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,13 +23,12 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
 
     Args:
         fit: from `fit_svi`.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_particles: number of draws from the guide.
 
     Returns:
         The estimate of k. It is 0 where the largest weights are equal up to rounding, as those of an exact guide are:
-        they have no tail to fit, and moments of every order, which is what k <= 0 says. It is infinite where a weight
-        is not a number.
+        they have no tail to fit, and finite moments of every order (k <= 0). It is infinite where a weight is NaN.
 
     Source:
         Yao, Vehtari, Simpson & Gelman 2018; Vehtari, Simpson, Gelman, Yao & Gabry 2024, algorithm 1.
@@ -76,14 +75,14 @@ def log_evidence(
     """`log p(y)` of a model with few parameters, by importance sampling around its posterior draws.
 
     The proposal is a multivariate Student t (5 degrees of freedom) with the mean and covariance of the draws in
-    NumPyro's unconstrained space. With the states integrated out a handful of parameters is left, and the estimate is
-    good to a few thousandths of a nat; the standard error says how good.
+    NumPyro's unconstrained space. With the states integrated out only a few parameters remain, and the error of the
+    estimate is some thousandths of a nat; see its standard error.
 
     Args:
         model: a NumPyro model.
         draws: posterior draws with leading axes `(chain, draw)`.
         args: the model's positional arguments.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_particles: number of importance draws.
         kwargs: the model's keyword arguments.
 

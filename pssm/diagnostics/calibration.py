@@ -1,4 +1,4 @@
-"""Simulation-based calibration: does an inference method find what the model itself has drawn?"""
+"""Simulation-based calibration: does an inference method find the parameters that the model has drawn?"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class Calibration:
     """Ranks of the true values among the posterior draws, over many simulated series.
 
     Attributes:
-        ranks: how many of the `num_draws` draws are below the true value, for every site, `(simulation, ...)`.
+        ranks: number of draws, of `num_draws`, below the true value, for every site, `(simulation, ...)`.
         num_draws: posterior draws that each true value was ranked among.
         p_values: of the test that the ranks are uniform, for every entry of every site.
-        method: what was calibrated, in words.
+        method: the calibrated method, in words.
     """
 
     ranks: xr.Dataset
@@ -46,7 +46,7 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether the method is calibrated, as far as so many simulations can tell."""
+        """One sentence: whether the method is calibrated, at this number of simulations."""
         name, value = self.smallest
         count = self.ranks.sizes["simulation"]
         if value >= 0.05:
@@ -86,8 +86,8 @@ def simulation_based_calibration(
 ) -> Calibration:
     """Draws parameters and a series from the model, infers, and ranks the truth among the posterior draws; many times.
 
-    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle says
-    posteriors are too wide, peaks at both ends too narrow, a slope that they are off to one side.
+    If the method is right the ranks are uniform: over 0 .. num_draws, for every latent value. A peak in the middle
+    means that posteriors are too wide, peaks at both ends that they are too narrow, a slope that they are biased.
 
     Args:
         model: a NumPyro model whose first argument is the data: called with None it draws them. Its priors must not be
@@ -95,13 +95,13 @@ def simulation_based_calibration(
         method: "nuts", "svi:" and a guide that `fit_svi` knows ("svi:mvn", "svi:chain", ...), or a function
             `(key, y) -> draws by site`, `(num_draws, ...)` each, independent of each other.
         args: the model's arguments after the data.
-        num_simulations: how many series.
+        num_simulations: number of series.
         num_draws: posterior draws for each, independent or nearly so.
         sites: latent sites to rank; all by default.
         data_site: the observed site.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_warmup: of NUTS.
-        thin: of NUTS, one draw in so many is kept.
+        thin: NUTS keeps one draw of every `thin`.
         num_steps: of SVI.
         learning_rate: of SVI.
         rank: of SVI's `AutoStateSpace`.
@@ -192,12 +192,12 @@ def _spread_out(ranks: xr.Dataset, num_draws: int) -> xr.Dataset:
 
 
 def _uniformity(ranks: xr.Dataset, num_draws: int) -> xr.Dataset:
-    import arviz  # noqa: F401  brings the accessor; takes seconds to import
+    import arviz  # noqa: F401  registers the accessor; takes seconds to import
 
     uniform = _spread_out(ranks, num_draws)
     found = {}
     for name, x in uniform.items():
-        result = x.azstats.uniformity_test(dim="simulation")  # p-value and what each simulation adds to it
+        result = x.azstats.uniformity_test(dim="simulation")  # p-value and the contribution of each simulation
         found[name] = result[0]
     return xr.Dataset(found)
 
@@ -220,7 +220,7 @@ def _nuts(model: Any, num_warmup: int, num_draws: int, thin: int, args: tuple, k
 
 
 def _svi(svi: SVI, first: Array, num_draws: int, num_steps: int, args: tuple, kwargs: dict[str, Any]) -> Sampler:
-    """One compiled program: start, optimise, draw. What the guide keeps of its first call is made outside of it."""
+    """One compiled program: start, optimise, draw. The guide's first call happens outside of it."""
     guide: Any = svi.guide
     prepared(guide, jax.random.key(0), (first, *args), kwargs)
 

@@ -69,7 +69,7 @@ def _same_nuts(fit: MCMC, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
 def _same_svi(fit: SVIFit) -> Callable[[Key, Any], dict[str, jax.Array]]:
     """`(key, data)` to posterior draws: as many steps as the fit had, on other data.
 
-    They begin at the guide's start and not where the fit ended, which knows the future.
+    They begin at the guide's start, not at the end of the fit, which depends on the future.
     """
     svi, rest = fit.svi, fit.args[1:]
     start = initial_state(svi, jax.random.key(0), fit.args, fit.kwargs)
@@ -93,21 +93,22 @@ def leave_future_out(
 ) -> Any:
     """Expected log predictive density of the next `horizon` observations, each predicted from its past alone.
 
-    ArviZ's `lfo_cv`: the posterior of the past is reached by importance weights from an earlier fit, and refitted
-    where those fail. The first positional argument of the model must be the data, `(time,)` or `(time, 1)`, with NaN
-    for missing: steps without data are not counted, neither in the past nor ahead.
+    ArviZ's `lfo_cv`: importance weights correct an earlier fit to the posterior given the past, and the model is
+    refitted where the weights are too uneven. The first positional argument of the model must be the data, `(time,)` or
+    `(time, 1)`, with NaN for missing: steps without data are not counted, neither in the past nor ahead.
 
     Args:
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
         min_observations: size of the first past; half of the series by default.
-        horizon: how many observations ahead.
-        key: random key, or a whole number, for the refits.
+        horizon: number of observations ahead.
+        key: random key, or a whole number, for the refits. Calls with equal keys, also the
+            default, give equal draws.
 
     Returns:
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.
 
     Raises:
-        ValueError: `min_observations` leaves nothing to predict, or the guide is another.
+        ValueError: `min_observations` leaves no observation to predict, or the guide is of another kind.
 
     Source:
         Buerkner, Gabry & Vehtari 2020.

@@ -29,10 +29,10 @@ class BoundGap(NamedTuple):
     Attributes:
         gap: `evidence - bound`; negative for a surrogate that exceeds the evidence.
         bound: the ELBO, or a surrogate's objective.
-        evidence: `log p(y)`, or what stands for it.
+        evidence: `log p(y)`, or the value used in its place.
         standard_error: of `gap`.
         kind: "exact" (linear-Gaussian: the evidence is known), "estimate" (importance sampling over a few parameters),
-            or "at least" (the evidence is unknown; a tighter bound stands for it, so the gap is larger).
+            or "at least" (the evidence is unknown; a tighter bound is used, so the gap is larger).
     """
 
     gap: float
@@ -46,15 +46,15 @@ class BoundGap(NamedTuple):
 
 
 def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> BoundGap:
-    """What a fit's bound lacks to the log evidence: the exact one where it exists, else the best one at hand.
+    """The gap between a fit's bound and the log evidence: the exact one where it exists, else the best available.
 
-    The evidence is exact where the states are all that is latent and the model is linear-Gaussian: draws from the
-    full-rank chain at the mode then have equal weights, which is also how that is found out. With a
-    `LinearGaussianMarginal` and a handful of parameters it is estimated by importance sampling (`log_evidence`).
+    The evidence is exact where only the states are latent and the model is linear-Gaussian: draws from the full-rank
+    chain at the mode then have equal weights, and this is the test for it. With a `LinearGaussianMarginal` and a few
+    parameters it is estimated by importance sampling (`log_evidence`).
 
     Args:
         fit: from `fit_svi`.
-        key: random key, or a whole number.
+        key: random key, or a whole number. Calls with equal keys, also the default, give equal draws.
         num_particles: draws for the bound and for the evidence.
 
     Returns:
@@ -83,7 +83,7 @@ def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> 
 
 
 def _objective(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float]:
-    """Mean and standard error of minus the loss at the fitted parameters, for a guide with particles of its own."""
+    """Mean and standard error of minus the loss at the fitted parameters, for a guide that has particles itself."""
     params = fit.svi.get_params(fit.state)
     count = max(num_particles // 25, 10)
 

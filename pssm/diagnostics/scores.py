@@ -17,12 +17,13 @@ def scores(
 
     Args:
         draws: predictive draws, `(draw, time)` or `(draw, time, obs)`, at least 2.
-        y: what happened, `(time,)` or `(time, obs)`, NaN where it is not known.
+        y: the observed values, `(time,)` or `(time, obs)`, NaN where missing.
         levels: probabilities of the central intervals that are checked.
         time: labels of the steps; 1, 2, ... by default.
 
     Returns:
-        A dataset over `time` and `obs`, NaN where `y` is; average what you need, as in `scores(draws, y).mean("time")`.
+        A dataset over `time` and `obs`, NaN where `y` is; average over the axes that you need, as in
+        `scores(draws, y).mean("time")`.
 
         - `crps`: continuous ranked probability score, `E|X - y| - E|X - X'| / 2`, in units of `y`, unbiased for the
           distribution that the draws come from;
@@ -91,7 +92,7 @@ def _half_spread(x: np.ndarray) -> np.ndarray:
 
 
 def _energy(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The energy score of each step; pairs of draws that follow each other stand for all pairs above 400 draws."""
+    """The energy score of each step; above 400 draws, pairs of consecutive draws in place of all pairs."""
     found = np.full(len(y), np.nan)
     for t in np.flatnonzero(known.any(1)):
         points = x[:, t, known[t]]

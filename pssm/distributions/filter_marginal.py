@@ -71,7 +71,7 @@ class GaussianFilterMarginal(dist.Distribution):
         return self.log_prob_steps(value).sum(-1)
 
     def log_prob_steps(self, value: ArrayLike) -> Array:
-        """`log p(y_t | y_{1:t-1})` as the filter has it, `(..., time)`."""
+        """`log p(y_t | y_{1:t-1})` by the filter, `(..., time)`."""
         y = as_float("value", value)
         run = jnp.vectorize(lambda y: self.filter(y).log_likelihoods, signature="(t,p)->(t)")
         return run(y)

@@ -21,7 +21,7 @@ class _StableMatrix(constraints._SingletonConstraint):
     event_dim = 2
 
     def __call__(self, x: Array) -> Array:
-        # Squared twenty times, a stable matrix is nothing and any other is not: no eigenvalues, which GPUs lack.
+        # A stable matrix, squared twenty times, is zero; another is not. This needs no eigenvalues, which GPUs lack.
         power = jnp.asarray(x)
         for _ in range(20):
             power = jnp.nan_to_num(power @ power, nan=jnp.inf)
@@ -149,14 +149,14 @@ def stationary_vector_autoregression(
         X: any numbers, `(order, n, n)`; each matrix makes a partial autocorrelation `L^{-1} X` with `L L' = 1 + X X'`.
 
     Returns:
-        `A_1, ..., A_order`, stationary whatever `X` is, and a factor of the covariance of `(x_t, ..., x_{t-order+1})`.
+        `A_1, ..., A_order`, stationary for any `X`, and a factor of the covariance of `(x_t, ..., x_{t-order+1})`.
 
     Source:
         Ansley & Kohn 1986; Heaps 2023, section 3.
     """
     order, n, _ = X.shape
     one = jnp.eye(n, dtype=X.dtype)
-    cov, cov_back = one, one  # of what is new in the next value, and in the one before the first
+    cov, cov_back = one, one  # of the innovation of the next value, and of the one before the first
     ahead: list[Array] = []
     back: list[Array] = []
     rows = [jnp.eye(n, order * n, dtype=X.dtype)]

@@ -36,16 +36,16 @@ class StatePath(dist.Distribution):
     `jax.tree_util.Partial` or an Equinox module, whose arrays may be learned. Inputs, offsets and time-varying arrays
     carry the destination index: entry `t` acts on the step into `t`, entry 0 is not used.
 
-    A singular `Q` (fewer noise columns than states) is welcome. Its paths have a density only on the set that the
-    noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and takes for granted that
+    A singular `Q` (fewer noise columns than states) is allowed. Its paths have a density only on the set that the
+    noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and assumes that
     the path lies on that set. To run MCMC or SVI over such a path sample its non-centred form (`NonCenteredPath`).
 
     Args:
         m0: mean of the first state, `(..., state)`.
         chol_P0: factor of its covariance, `(..., state, state)`, or a `pssm.linalg.Diagonal`.
         transition: `A` of shape `(..., state, state)`, or a function `(z (state,), u (input,) or None) -> (state,)`.
-        chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A matrix whose values can be
-            seen to be diagonal (outside of `jit`) is taken as one.
+        chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A concrete matrix
+            that is diagonal (outside of `jit`) is treated as one.
         num_steps: length of the path, at least 1.
         u: inputs `(..., time, input)`.
         b: offset `(..., state)`; with a matrix only.
@@ -120,7 +120,7 @@ class StatePath(dist.Distribution):
         else:
             is_plain = len(jax.tree.leaves(transition)) == 1 and jax.tree.leaves(transition)[0] is transition
             function = jax.tree_util.Partial(transition) if is_plain else transition
-        # NumPy arrays too: what is static is compared by `==`, which arrays have no single answer to.
+        # NumPy arrays too: JAX compares static data by `==`, which for arrays has no single truth value.
         self._dynamic, self._static = eqx.partition(function, lambda x: eqx.is_array(x) or isinstance(x, np.ndarray))
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
@@ -173,7 +173,7 @@ class StatePath(dist.Distribution):
 
     @property
     def noise_size(self) -> int:
-        """How many standard normal numbers make one path: `state + (time - 1) noise`."""
+        """Number of standard normal numbers for one path: `state + (time - 1) noise`."""
         return self.n_state + (self.num_steps - 1) * self.chol_Q.shape[-1]
 
     @property
@@ -191,7 +191,7 @@ class StatePath(dist.Distribution):
     def path_from_noise(self, noise: Array) -> Array:
         """The path driven by standard normal `noise` of shape `(..., noise_size)`: the non-centred form.
 
-        The first `state` numbers make `z_1 = m0 + chol_P0 e`, the rest are the transitions' noise in time order.
+        The first `state` numbers make `z_1 = m0 + chol_P0 e`, the others are the transitions' noise in time order.
         """
         batch = jnp.broadcast_shapes(noise.shape[:-1], self.batch_shape)
 
@@ -243,7 +243,7 @@ class StatePath(dist.Distribution):
         return affine(a["transition"], a.get("b"), a.get("B"), z, a.get("u"))
 
     def timed(self, a: dict[str, Any]) -> dict[str, Any]:
-        """What differs between steps: the arrays of the steps into `t = 2..T`."""
+        """The arrays that differ between steps: those of the steps into `t = 2..T`."""
         names = (*self.time_varying, *(("u",) if "u" in a else ()))
         return {name: jax.tree.map(lambda x: x[1:], a[name]) for name in names}
 
@@ -276,7 +276,7 @@ class NonCenteredPath(Reparam):
     """Samples a `StatePath` site through the standard normal noise that drives it.
 
     The site `name` becomes deterministic; the noise is a new site `name_base` of event shape `(noise_size,)`. Often
-    easier for NUTS where the data say little about single states, and the only way for a singular `Q`.
+    easier for NUTS where single states are weakly identified, and the only way for a singular `Q`.
 
     Example:
         >>> import jax.numpy as jnp, numpyro

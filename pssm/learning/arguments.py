@@ -1,4 +1,4 @@
-"""What `fit_em` is given, checked and brought to the form that its iterations work on."""
+"""The arguments of `fit_em`, checked and converted to the form that its iterations use."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def make_structure(
     isotropic: tuple[str, ...],
     tied: dict[str, list[int]],
 ) -> Structure:
-    """What the arguments `fixed`, `diagonal`, `isotropic` and `tied` ask for."""
+    """The structure that the arguments `fixed`, `diagonal`, `isotropic` and `tied` describe."""
     for name, value in (("fixed", fixed), ("diagonal", diagonal), ("isotropic", isotropic)):
         if isinstance(value, str):
             raise TypeError(f"`{name}` must be a tuple of names; got {value!r}. Write ({value!r},).")
@@ -141,7 +141,7 @@ def affine_space(ssm: LinearGaussianSSM, offset: ArrayLike, basis: ArrayLike) ->
 
 
 def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | None) -> LinearGaussianSSM:
-    """The start, brought to the structure that all later models have."""
+    """The start, projected on the structure that all later models have."""
     fields: dict[str, Array] = {}
     if "Q" not in structure.fixed and ssm.chol_Q.shape[1] != ssm.n_state:
         fields["chol_Q"] = factor_from_covariance("Q", ssm.Q)  # square, as the factors to come are
@@ -158,7 +158,7 @@ def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | No
 
 
 def make_limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
-    """The floor, or the least eigenvalue of the start where that is below it: EM must not have to leave its start."""
+    """The floor, or the least eigenvalue of the start where that is below the floor: the start must be feasible."""
     if not floor >= 0:
         raise ValueError(f"`floor` must not be negative; got {floor}.")
     seen = np.asarray(y, float).reshape(-1, y.shape[-1])

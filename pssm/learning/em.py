@@ -30,11 +30,11 @@ from pssm.learning.start import perturbed
 from pssm.ssm import LinearGaussianSSM, check_model
 
 MOST = 64  # iterations in one call
-LONGEST_CALL = 0.1  # seconds from which on calls get no more iterations: progress is to be seen, and Ctrl-C heard
+LONGEST_CALL = 0.1  # seconds, after which a call gets no more iterations: for the progress bar and Ctrl-C
 
 
 class EMResult(NamedTuple):
-    """What EM found.
+    """The result of EM.
 
     Attributes:
         ssm: the model.
@@ -51,12 +51,12 @@ class EMResult(NamedTuple):
 
     @property
     def log_joint(self) -> np.ndarray:
-        """What EM climbs: `log_likelihoods + log_priors`."""
+        """The objective of EM: `log_likelihoods + log_priors`."""
         return self.log_likelihoods + self.log_priors
 
 
 class LikelihoodFellError(RuntimeError):
-    """The log-likelihood fell, which exact EM cannot do; `result` is what there was before, of the fit's own type.
+    """The log-likelihood fell, which exact EM cannot do; `result` is the fit before the fall, of the fit's own type.
 
     The usual cause is rounding: badly scaled data, or float32 where the problem needs float64.
     """
@@ -89,8 +89,8 @@ def fit_em(
     """Maximum likelihood by EM, exact: the parameters of a time-invariant model from one or many sequences.
 
     `fixed=` and the others name parameters as in `LinearGaussianSSM.from_covariances`: `m0`, `P0`, `A`, `B`, `b`, `Q`,
-    `C`, `D`, `d`, `R`. What the start does not have (`b`, `d`, `B` or `D` is None) is not fitted. Noise that is zero
-    at the start, in any direction, stays zero: companion forms keep their structure, and a start at zero is no start.
+    `C`, `D`, `d`, `R`. Parameters that are None in the start (`b`, `d`, `B`, `D`) are not fitted. Noise that is zero
+    at the start, in any direction, stays zero: companion forms keep their structure; do not start at zero otherwise.
 
     Args:
         y: `(time, obs)`, `(sequence, time, obs)`, or a list of `(time_i, obs)`; NaN entries are missing.
@@ -99,7 +99,7 @@ def fit_em(
         u: inputs, shaped as `y`, where the model has `B` or `D`.
         num_iters: most iterations.
         tol: stop when an iteration gains less than `tol * (1 + |log-likelihood|)`; 0 for never.
-        fixed: what stays as it is. `P0` by default: from one sequence alone it shrinks to zero.
+        fixed: parameters that are held. `P0` by default: from one sequence alone it shrinks to zero.
         diagonal: covariances among `P0`, `Q`, `R` that are diagonal.
         isotropic: covariances that are a multiple of the identity.
         tied: for a covariance, the group of each variable; it is diagonal, with one variance for each group.
@@ -110,13 +110,13 @@ def fit_em(
             iterations) for a diagonal one; "auto" takes the second where it can.
         floor: least eigenvalue of a fitted covariance, relative to the scale of the data (`R`) or the states
             (`Q`, `P0`); never more than the least one of the start.
-        restarts: further starts, near the first one, of which each gets a fifth of the iterations; the best goes on.
+        restarts: further starts, near the first one, each with a fifth of the iterations; EM continues with the best.
         polish_steps: most steps of L-BFGS after EM, which is slow near the maximum. They do not keep to `floor`.
         key: random key or whole number, for the restarts.
         progress_bar: show one.
 
     Returns:
-        An `EMResult`. Ctrl-C ends the run with what there is.
+        An `EMResult`. Ctrl-C ends the run and returns the fit so far.
 
     Raises:
         LikelihoodFellError: the log-likelihood (with a prior, its sum with the log prior) fell; the error carries the
@@ -177,7 +177,7 @@ def fit_em(
 
 
 def _attempt(run: Callable[..., EMResult], start: LinearGaussianSSM, num_iters: int) -> EMResult:
-    """A restart's result, or what it had reached before its log-likelihood fell: the other starts go on."""
+    """A restart's result, or its fit before the log-likelihood fell: the other starts still run."""
     try:
         return run(start, num_iters=num_iters)
     except LikelihoodFellError as error:
@@ -185,7 +185,7 @@ def _attempt(run: Callable[..., EMResult], start: LinearGaussianSSM, num_iters: 
 
 
 class _Data(NamedTuple):
-    """What stays the same from one iteration to the next."""
+    """The quantities that do not change between iterations."""
 
     y: Array
     u: Array | None
@@ -235,16 +235,16 @@ def _run(
 
 
 class _Climb(NamedTuple):
-    """Where some iterations have led to.
+    """The state after some iterations.
 
     Attributes:
         evaluated: the last model whose log-likelihood is known.
         current: the one after it.
         last: log-likelihood plus log prior of `evaluated`.
-        values: log-likelihood and log prior of each model met, `(MOST, 2)`; the first `count` rows count.
-        count: how many.
+        values: log-likelihood and log prior of each model so far, `(MOST, 2)`, in the first `count` rows.
+        count: number of these models.
         fell: whether the last row is below the one before, so that `evaluated` is the model before.
-        converged: whether it gained too little.
+        converged: whether the last gain was below `tol`.
     """
 
     evaluated: LinearGaussianSSM

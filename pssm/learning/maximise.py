@@ -1,4 +1,4 @@
-"""The M-step: the parameters that make the expected complete data most likely, under whatever is held or tied.
+"""The M-step: the parameters that make the expected complete data most likely, with some of them held or tied.
 
 For `left = coefficients right + noise` the coefficients are `cross right^{-1}`, and the noise covariance is the mean of
 
@@ -28,7 +28,7 @@ PARTS = ("m0", "P0", "A", "B", "b", "Q", "C", "D", "d", "R")
 
 
 class Structure(NamedTuple):
-    """What the M-step keeps to; hashable, so that one program serves a structure.
+    """Constraints on the M-step; hashable, so that each structure has one compiled program.
 
     Attributes:
         fixed: names among `PARTS` that stay as they are.
@@ -98,7 +98,7 @@ def maximise(
 def _first_state(
     ssm: LinearGaussianSSM, moments: Moments, structure: Structure, prior: MatrixNormalInverseWishart | None
 ) -> tuple[Array, Array, Array]:
-    """Mean of the first state, the summed products of what is apart from it, and the number of these."""
+    """Mean of the first state, the summed products of the deviations from it, and their number."""
     count = jnp.asarray(len(moments.first_mean), ssm.dtype)
     total, weight = jnp.sum(moments.first_mean, axis=0), count
     if prior is not None:
@@ -198,7 +198,7 @@ def _constrained(
 
 def _noise(r: Regression, coefficients: Array, groups: tuple[int, ...] | None, least: Array, old: Array) -> Array:
     """The factor of the noise's covariance."""
-    if r.right.ndim == 3 and groups is not None:  # each observed variable by itself
+    if r.right.ndim == 3 and groups is not None:  # each observed variable separately
         fitted = jnp.einsum("pk,pkl,pl->p", coefficients, r.right, coefficients)
         W = r.left - 2 * jnp.sum(coefficients * r.cross, axis=1) + fitted
         return _diagonal_factor(W, r.count, groups, least, old)

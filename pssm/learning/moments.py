@@ -1,4 +1,4 @@
-"""The E-step: what the states are expected to be, as sums over all sequences and their own times.
+"""The E-step: expected moments of the states, as sums over all sequences and their own times.
 
 Both equations are regressions on the state, the inputs and a constant (the last two where the model has them):
 
@@ -6,8 +6,8 @@ Both equations are regressions on the state, the inputs and a constant (the last
     y_t = [C D d] w_t + noise,   w_t = (z_t, u_t, 1),       t = 1..T
 
 so the M-step needs the expected products of both sides. Missing entries come in one of two exact forms. "augmented"
-takes them for hidden variables beside the states: any `R`, and every step counts. "observed" takes the sums of each
-observed variable over the steps that have it: less is hidden, so fewer iterations, but `R` must be diagonal.
+treats them as hidden variables beside the states: any `R`, and every step counts. "observed" takes the sums of each
+observed variable over the steps that have it: fewer hidden variables, so fewer iterations, but `R` must be diagonal.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class Regression(NamedTuple):
-    """Expected products of the two sides of a regression `left = coefficients right + noise`, and how many.
+    """Expected products of the two sides of a regression `left = coefficients right + noise`, and their number.
 
     With the form "observed" of the emission every array but `cross` has the observed variables in front, and
     `left` is the diagonal of the products of `y`.
@@ -36,7 +36,7 @@ class Regression(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What the M-step needs.
+    """The moments for the M-step.
 
     Attributes:
         transition: the first regression of the module's head.
@@ -126,7 +126,7 @@ def _augmented(
     """`sum E[y w']` and `sum E[y y']` with missing entries as hidden variables.
 
     Given the state, `y = J y + (1 - J)(C z + D u + d + v)` with `v ~ N(0, R)`, and `J = R[:, o] R[o, o]^{-1}` on the
-    observed columns: what is observed says something of the rest through `R`.
+    observed columns: through `R` the observed entries inform about the others.
     """
     n, p = mean.shape[-1], filled.shape[-1]
     coefficients = stack(ssm.C, ssm.D, ssm.d)

@@ -1,4 +1,4 @@
-"""The last stretch by quasi-Newton steps: EM slows down near the maximum, the exact gradient does not."""
+"""The last steps by a quasi-Newton method: EM is slow near the maximum, L-BFGS on the exact gradient is not."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def polish(
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = loss(jnp.asarray(x, start.dtype))
         if not np.isfinite(value) or not np.isfinite(gradient).all():
-            return 1e30, np.zeros_like(x)  # a step too far: the line search comes back
+            return 1e30, np.zeros_like(x)  # a step too far: the line search then shortens it
         return float(value), np.asarray(gradient, float)
 
     found = minimize(evaluate, np.asarray(start, float), jac=True, method="L-BFGS-B", options={"maxiter": num_steps})

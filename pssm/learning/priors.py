@@ -1,12 +1,12 @@
 """Conjugate priors for EM: matrix-normal coefficients and inverse-Wishart covariances.
 
-Under such a prior the M-step stays what it is: the prior acts as observations made before the data, so its products
-are added to the expected ones. With `k` regressors and a noise covariance `S` of size `l`,
+Under such a prior the M-step keeps its form: the prior acts as observations made before the data, so its products are
+added to the expected ones. With `k` regressors and a noise covariance `S` of size `l`,
 
     p(X, S) ~ |S|^(-(degrees + l + 1 + k) / 2) exp(-tr(S^-1 (scale + (X - mean) precision (X - mean)')) / 2)
 
 is the density of `X | S ~ MatrixNormal(mean, S, precision^-1)` and `S ~ InverseWishart(degrees, scale)`, in the entries
-of `X` and of `S` themselves: what EM finds is a mode in these coordinates, and not in logarithms of variances.
+of `X` and of `S` themselves: EM finds a mode in these coordinates, not in logarithms of variances.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class MatrixNormalInverseWishart(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """What `fit_em` takes as `prior`; None for a part without one.
+    """The argument `prior` of `fit_em`; None for a part without a prior.
 
     Attributes:
         initial: of `m0` (one regressor, the constant 1) and `P0`.
@@ -57,7 +57,7 @@ class Prior(NamedTuple):
 
 
 def checked(prior: Prior | None, ssm: LinearGaussianSSM) -> Prior:
-    """The prior with full matrices of the model's type, or an error that names what does not fit."""
+    """The prior with full matrices of the model's type, or an error that names the part that does not fit."""
     found = {}
     for name, part in (prior or Prior())._asdict().items():
         if part is None:
@@ -102,13 +102,13 @@ def _added(r: Regression, prior: MatrixNormalInverseWishart) -> Regression:
     cross = prior.mean @ prior.precision
     left = prior.scale + cross @ prior.mean.T
     count = r.count + strength(prior)
-    if r.right.ndim == 3:  # each observed variable by itself
+    if r.right.ndim == 3:  # each observed variable separately
         return Regression(r.right + prior.precision, r.cross + cross, r.left + jnp.diagonal(left), count)
     return Regression(r.right + prior.precision, r.cross + cross, r.left + left, count)
 
 
 def strength(prior: MatrixNormalInverseWishart) -> Array:
-    """Exponent of the determinant, twice: how many steps' worth of noise the prior says that it has seen."""
+    """Exponent of the determinant, twice: the number of noise vectors that the prior counts for."""
     left, right = prior.mean.shape
     return prior.degrees + left + 1 + right
 

@@ -1,4 +1,4 @@
-"""Where a readout starts: factor analysis of the data, which needs no dynamics and no complete rows."""
+"""The start of a readout: factor analysis of the data, which needs no dynamics and no complete rows."""
 
 from typing import NamedTuple
 
@@ -30,9 +30,9 @@ class Readout(NamedTuple):
 def initial_readout(y: ArrayLike, num_states: int, *, method: str = "fa", num_iters: int = 50) -> Readout:
     """A start for the readout of a state-space model, from the data alone.
 
-    Every time step is taken by itself: `y_t = C z_t + d + e_t` with `z_t ~ N(0, I)`, fitted by `fit_em` with the
-    transition held at zero. Missing entries are left out one by one, not filled. Of the dynamics it says nothing (see
-    `fit_em(y, num_states)` for those); for counts, hand it `sqrt(y)` or `log(y + 0.5)` and read `C` on that scale.
+    Each time step is treated as independent: `y_t = C z_t + d + e_t` with `z_t ~ N(0, I)`, fitted by `fit_em` with the
+    transition held at zero. Missing entries are left out one by one, not filled. It does not estimate the dynamics
+    (`fit_em(y, num_states)` does); for counts, give it `sqrt(y)` or `log(y + 0.5)`, and `C` is on that scale.
 
     Args:
         y: `(time, obs)` or `(trial, time, obs)`; NaN entries are missing.

@@ -1,8 +1,8 @@
-"""Where EM starts: subspace identification, with nothing but regressions and one singular value decomposition.
+"""The start of EM: subspace identification, by regressions and one singular value decomposition.
 
-What the past says of the future goes through the state. So the regression of the next few observations on the last few
-has rank `state`, up to noise; its leading directions are estimates of the states, and least squares on these gives the
-matrices (Larimore 1990; Van Overschee & De Moor 1994).
+The past predicts the future only through the state. The regression of the next few observations on the last few
+therefore has rank `state`, up to noise; its leading directions are estimates of the states, and least squares on these
+gives the matrices (Larimore 1990; Van Overschee & De Moor 1994).
 """
 
 import jax
@@ -20,7 +20,7 @@ def subspace_start(
 ) -> LinearGaussianSSM:
     """A model with `num_states` states, from sequences `(time_i, obs)` in which NaN is missing.
 
-    Missing entries are taken for the variable's mean. The transition is shrunk where it would be unstable. Inputs,
+    Missing entries are replaced by the variable's mean. The transition is shrunk where it would be unstable. Inputs,
     where given, enter both equations; `offsets` adds a mean `d` to the observations.
     """
     n, p = num_states, y[0].shape[1]
@@ -43,7 +43,7 @@ def subspace_start(
             own.append(v[t : t + lags].ravel())
             where.append((i, t))
     states = _states(np.array(past), np.array(future), np.array(own), n) if len(where) > 1 else np.zeros((0, n))
-    if len(where) <= n + 1:  # too short for lags: principal components stand in for the states
+    if len(where) <= n + 1:  # too short for lags: principal components in place of the states
         stacked = np.concatenate(filled)
         states = stacked @ np.linalg.svd(stacked, full_matrices=False)[2][:n].T
         states = np.pad(states, ((0, 0), (0, n - states.shape[1])))
@@ -52,7 +52,7 @@ def subspace_start(
 
 
 def _states(past: np.ndarray, future: np.ndarray, own: np.ndarray, n: int) -> np.ndarray:
-    """What of the future the past predicts, in `n` directions of unit variance."""
+    """The part of the future that the past predicts, in `n` directions of unit variance."""
     coefficients = np.linalg.lstsq(np.concatenate([past, own], axis=1), future, rcond=1e-3)[0]
     predicted = past @ coefficients[: past.shape[1]]
     left, sizes, _ = np.linalg.svd(predicted, full_matrices=False)
@@ -93,7 +93,7 @@ def _regressed(
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients `(left, right)` and the covariance of what is left, away from singular."""
+    """Coefficients `(left, right)` and the covariance of the residuals, kept regular."""
     coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
     rest = y - x @ coefficients
     cov = rest.T @ rest / max(len(y), 1)

@@ -1,8 +1,8 @@
 """EM for dynamic textures, in the principal coordinates of a clip, with one noise variance for all pixels.
 
 Maximum likelihood has `state^2` numbers of a transition to learn from as many frames as a clip has, and shrinks the
-noise of directions that it fits by chance: the next frames of the clip then come as a surprise. The prior here is worth
-some frames of imagined transitions in which each component of the clip moves by itself.
+noise of directions that it fits by chance: the next frames of the clip are then very unlikely. The prior has the weight
+of some transitions in which each component of the clip moves by itself.
 """
 
 import math
@@ -20,7 +20,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class Numbers(NamedTuple):
-    """What EM learns; `C` has orthonormal columns, `(coordinates, state)`. `m0` and `chol_P0` change with the basis."""
+    """The learned parameters; `C` `(coordinates, state)` is orthonormal. `m0` and `chol_P0` change with the basis."""
 
     C: np.ndarray
     A: np.ndarray
@@ -78,7 +78,7 @@ def improve(
     slack: float,
     made: Callable[[Numbers], Any],
 ) -> Any:
-    """`made` of the numbers that EM arrives at.
+    """`made` of the numbers at the end of EM.
 
     After each step `C` is made orthonormal by a change of the state's basis, which the prior follows.
 
@@ -87,7 +87,7 @@ def improve(
         energy: sum of squares of the clip about its mean, over all pixels.
         pixels: their number; the noise is shared by all of them.
         start: where to begin.
-        prior: imagined transitions, in the basis of `start`.
+        prior: transitions of the prior, in the basis of `start`.
         noise_factor: a factor of `Q` of any factor of it, `(state, columns)`.
         num_iters: most iterations.
         tol: relative gain of the objective at which it stops.

@@ -1,7 +1,7 @@
 """Dynamic textures: moving water, smoke or leaves as a linear dynamical system over pixels.
 
 A frame of `D` pixels is `x_t = mean + C z_t + v_t` with `v_t ~ N(0, sigma^2 1)` and `z_t = A z_{t-1} + w_t`. Where `C`
-has orthonormal columns, the `n` numbers `C'(x_t - mean)` say all that a frame says of the state, whatever `D` is; so no
+has orthonormal columns, the `n` numbers `C'(x_t - mean)` are a sufficient statistic for the state, for any `D`; so no
 array here is larger than the frames themselves.
 
 Source:
@@ -33,14 +33,14 @@ from pssm.storage.files import whole_file
 
 PIECE = 2**25  # numbers read at once, in whole frames
 LARGEST = 0.999  # modulus of an eigenvalue that was 1 or more
-OVERSAMPLE = 10  # directions kept beside `num_states` while frames come in pieces
+OVERSAMPLE = 10  # additional directions while frames come in pieces
 ROUNDING = 1e-13  # share of the clip's energy that is taken for rounding, and not for noise
-FORMAT = "pssm.DynamicTexture 1"  # stands in every saved file
+FORMAT = "pssm.DynamicTexture 1"  # in every saved file
 SAVED = ("mean", "components", "A", "chol_Q", "sigma", "m0", "chol_P0", "states")
 
 
 class Compression(NamedTuple):
-    """What a texture takes in place of its clip.
+    """The size of a texture, compared with its clip.
 
     Attributes:
         numbers: parameters of the model: mean, components, transition, noise.
@@ -101,7 +101,7 @@ class DynamicTexture:
 
         Args:
             frames: `(time, height, width)` or `(time, height, width, colour)`, at least `num_states + 2` frames; any
-                array with slices, of any real dtype, so that a `numpy.memmap` larger than memory will do.
+                array with slices, of any real dtype, so that a `numpy.memmap` may be larger than memory.
             num_states: size of the state, at most the number of pixels.
             num_noise: directions of the transition's noise; all of them by default.
             method: "svd" (closed form) or "em" (exact likelihood, started at the former; see `prior_frames`).
@@ -109,7 +109,7 @@ class DynamicTexture:
             num_iters: most iterations of EM.
             tol: relative gain of its objective at which EM stops.
             prior_frames: weight, in frames, of EM's prior that each component of the clip moves by itself, as an
-                autoregression. 0 is maximum likelihood, which fits a short clip too closely. Default: as many frames as
+                autoregression. 0 is maximum likelihood, which overfits a short clip. Default: as many frames as
                 states; 0 with `num_noise`.
 
         Raises:
@@ -194,7 +194,7 @@ class DynamicTexture:
 
     @property
     def spectral_radius(self) -> float:
-        """The largest modulus of an eigenvalue of `A`; below 1 the texture goes on for ever without exploding."""
+        """The largest modulus of an eigenvalue of `A`; below 1 a synthesised clip of any length stays bounded."""
         return float(np.abs(np.linalg.eigvals(np.asarray(self.A))).max())
 
     @property
@@ -207,13 +207,13 @@ class DynamicTexture:
 
     @property
     def reduced(self) -> LinearGaussianSSM:
-        """The model of `C'(x - mean)`, `(state,)` numbers for each frame: as good, for all but the likelihood."""
+        """The model of `C'(x - mean)`, `(state,)` numbers for each frame: the same posterior, another likelihood."""
         eye = jnp.eye(len(self.A), dtype=self.A.dtype)
         return LinearGaussianSSM(self.m0, self.chol_P0, self.A, self.chol_Q, eye, self.sigma * eye)
 
     @property
     def compression(self) -> Compression:
-        """Size of the model beside that of its clip."""
+        """Size of the model, compared with its clip."""
         pixels, n = self.components.shape
         numbers = pixels * (n + 1) + n * n + self.chol_Q.size + n + 1
         held = float(np.sum(self.states**2)) / self._energy if self._energy else 1.0
@@ -240,7 +240,7 @@ class DynamicTexture:
         return frames
 
     def reconstruct(self, frames: Any) -> np.ndarray:
-        """The frames as smoothed states show them: what the model keeps of a clip."""
+        """The frames as reconstructed from the smoothed states."""
         return self.render(self.smoothed_states(frames))
 
     def smoothed_states(self, frames: Any) -> np.ndarray:
@@ -267,7 +267,7 @@ class DynamicTexture:
 
         Args:
             frames: `(time, ...)`, each of the shape of `mean`.
-            start: mean and factor of the first state, where it is another than that of the clip.
+            start: mean and factor of the first state, where it differs from that of the clip.
 
         Raises:
             ValueError: other shapes, or `sigma` is 0: then all frames lie in `state` dimensions, and have no density.
@@ -350,8 +350,8 @@ def _piece_length(frames: Any) -> int:
 def _principal(frames: Any, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Mean, the first `n` principal components, the frames' coordinates along them, and the energy about the mean.
 
-    One singular value decomposition of what fits into one piece; else an incremental one (Brand 2002), with some
-    directions to spare. Components have their largest entry positive.
+    One singular value decomposition for a clip that fits into one piece; else an incremental one (Brand 2002), with
+    some additional directions. Components have their largest entry positive.
     """
     length = len(frames)
     mean = sum(x.sum(0) for x in _pieces(frames)) / length
@@ -370,13 +370,13 @@ def _principal(frames: Any, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
         basis = np.concatenate([basis, rest], axis=1) @ right[:count].T
         coordinates = left[:, :count] * sizes[:count]
     basis, coordinates = basis[:, :n], coordinates[:, :n]
-    coordinates[:, np.linalg.norm(coordinates, axis=0) ** 2 <= ROUNDING * energy] = 0.0  # what the clip does not have
+    coordinates[:, np.linalg.norm(coordinates, axis=0) ** 2 <= ROUNDING * energy] = 0.0  # not in the clip
     sign = np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
     return mean, basis * sign, coordinates * sign, energy
 
 
 def _transition(states: np.ndarray, num_noise: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares of each state on the one before, and a factor of what is left."""
+    """Least squares of each state on the one before, and a factor of the residuals' covariance."""
     A = np.linalg.lstsq(states[:-1], states[1:], rcond=None)[0].T
     return A, _noise_factor((states[1:] - states[:-1] @ A.T).T / math.sqrt(len(states) - 1), num_noise)
 

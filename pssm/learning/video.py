@@ -1,7 +1,7 @@
 """Clips in files: videos, animated gifs, folders of images, and arrays.
 
 Videos need PyAV (`pip install "pssm-numpyro[video]"`); the other kinds do not. Frames are decoded one at a time, and a
-clip that would not fit into memory goes to a temporary file, so that its length does not matter.
+clip that would not fit into memory goes to a temporary file, so its length is not limited by memory.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Clip(NamedTuple):
     """Frames and their rate.
 
     Attributes:
-        frames: `(time, height, width)`, or `(time, height, width, 3)` in colour; perhaps read-only, perhaps on disk.
+        frames: `(time, height, width)`, or `(time, height, width, 3)` in colour; it may be read-only, or on disk.
         fps: frames a second, None where the file does not say.
     """
 
@@ -69,9 +69,9 @@ def read_frames(
             9), an `.npy` array, or an `.npz` file whose clip is called `frames` or is its only array of three or four
             axes; a number called `fps` is its rate. Values of arrays are taken as they are.
         grey: brightness in place of colours.
-        num_frames: keep at most so many frames.
+        num_frames: largest number of frames to keep.
         every: keep each frame number 0, `every`, 2 `every`, ...; the rate falls with it.
-        size: make the longer side at most so many pixels, by means over square blocks of whole pixels. Rows and columns
+        size: largest length of the longer side in pixels, by means over square blocks of whole pixels. Rows and columns
             beyond the last whole block are cut off.
 
     Returns:
@@ -125,7 +125,7 @@ def write_frames(
     """Writes a clip, over a file that is there; whole or not at all.
 
     Videos are H.264 in 4:2:0 (webm: VP9), of a quality at which compression is hard to see but does change the values.
-    Their sides are even: of an odd one the last row or column comes twice. A gif has at most 256 colours and counts
+    Their sides are even: the last row or column of an odd side is repeated. A gif has at most 256 colours and counts
     time in hundredths of a second; equal frames in a row become a longer one. Arrays are written as they are.
 
     Args:
@@ -133,7 +133,7 @@ def write_frames(
         frames: `(time, height, width)` or `(time, height, width, 3)`; also an iterator of frames, which are then not in
             memory together.
         fps: frames a second.
-        limits: values shown as black and white; what is beyond is cut. Not for arrays.
+        limits: values shown as black and white; values beyond are clipped. Not for arrays.
 
     Raises:
         MissingExtraError: a video, and PyAV is not installed.
@@ -194,7 +194,7 @@ def _reduced(image: np.ndarray, grey: bool, size: int | None) -> np.ndarray:
 
 
 def _collect(images: Iterable[np.ndarray], source: str) -> np.ndarray:
-    """All frames of `source` as one array: in memory while it is small, else in a file that vanishes with the array."""
+    """All frames of `source` as one array: in memory if it is small, else in a file that is deleted with it."""
     count, shape, dtype = 0, (), np.dtype(np.uint8)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as file:
         for image in images:
@@ -340,7 +340,7 @@ def _write_gif(path: Path, images: Iterator[np.ndarray], fps: float) -> None:
     pictures = (Image.fromarray(image) for image in images)
     # Grey stays exact. The first guess at 256 colours shows edges in smooth shades; k-means takes them away.
     pictures = (p if p.mode == "L" else p.quantize(256, kmeans=2) for p in pictures)
-    hundredths = max(2, round(100.0 / fps))  # viewers play what is shorter slowly
+    hundredths = max(2, round(100.0 / fps))  # viewers play shorter frames slowly
     first = next(pictures)
     first.save(path, save_all=True, append_images=pictures, duration=10 * hundredths, loop=0)
 

@@ -14,9 +14,9 @@ with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that doe
     map        m + e - Qt K (Y Y')^{-1} (1 + Y^{-1})^{-1} K'e: one draw from as many normals as Q has columns
     log |V|    = log |Q| + sum log s - 2 sum log Y_ii
 
-Nothing is divided by `q`, so noise-free directions are exact; nothing cancels where `K` is large, since `K` meets only
-differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential goes into `K` as
-n further columns: O(n^2 (n + r)), meant for small states.
+Nothing is divided by `q`, so noise-free directions are exact. No large numbers cancel where `K` is large, since `K`
+multiplies only differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential becomes
+n further columns of `K`: O(n^2 (n + r)), meant for small states.
 """
 
 from typing import Any, NamedTuple
@@ -40,19 +40,19 @@ class Diagonal(eqx.Module):
     Use it in place of a matrix where the state is large: no n x n array is made.
 
     Args:
-        scale: standard deviations, `(..., state)`; zeros are welcome.
+        scale: standard deviations, `(..., state)`; zeros are allowed.
     """
 
     scale: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that this stands for."""
+        """Shape of the matrix."""
         return (*self.scale.shape, self.scale.shape[-1])
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the matrix that this stands for."""
+        """Number of axes of the matrix."""
         return self.scale.ndim + 1
 
     def to_matrix(self) -> Array:
@@ -64,7 +64,7 @@ Factor = Array | Diagonal
 
 
 def as_factor(name: str, x: Any) -> Factor:
-    """`x` as a factor: a `Diagonal` as it is, and so is a square matrix whose values are there and are diagonal."""
+    """`x` as a factor: a `Diagonal` where it is one, or a concrete square matrix (not traced) that is diagonal."""
     if isinstance(x, Diagonal):
         return Diagonal(as_float(name, x.scale))
     array = as_float(name, x)
@@ -95,7 +95,7 @@ def apply_transpose(factor: Factor, x: Float[Array, "state cols"]) -> Float[Arra
 
 
 class Update(NamedTuple):
-    """What conditioning `N(mu, F F')` on a potential needs, `mu` apart. Symbols as in the module's head.
+    """All quantities for conditioning `N(mu, F F')` on a potential, except `mu`. Symbols as in the module's head.
 
     Attributes:
         potential: every part filled in; in the general case with the square roots of `delta` in front of `K`.

@@ -1,7 +1,7 @@
 """Standard normal numbers: those of `jax.random.normal` in a fifth of its time on a CPU.
 
-Many estimates here wait for random numbers: the moves of a particle filter, the draws of a guide. JAX's generator on a
-CPU is a loop whose shifts are looked up, which XLA does not turn into vector instructions; written out, it does.
+Random numbers take much of the time of many estimates here: the moves of a particle filter, the draws of a guide. JAX's
+generator on a CPU is a loop that looks its shifts up, and XLA does not vectorise it; written out, XLA does.
 
 Source:
     Salmon, Moraes, Dror & Shaw 2011 (Threefry, 2 x 32 bits, 20 rounds).

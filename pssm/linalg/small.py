@@ -1,8 +1,8 @@
 """Products of small matrices that stay inside a fused loop.
 
-XLA compiles a `lax.scan` into one tight loop when its body is small and holds nothing but elementwise work, reductions
-and inner loops; a single `dot`, `scatter` or LAPACK call in the body makes every operation of the step a kernel call of
-its own, which costs more than all the arithmetic of a small Kalman step. The small products here are written as
+XLA compiles a `lax.scan` into one tight loop when its body is small and has only elementwise operations, reductions
+and inner loops; a single `dot`, `scatter` or LAPACK call in the body makes each operation of the step a separate
+kernel call, which costs more than all the arithmetic of a small Kalman step. The small products here are written as
 multiply-and-sum, the larger ones are ordinary matrix products.
 """
 
@@ -72,7 +72,7 @@ def unroll(size: int) -> int:
 def batch_first(tree: Any) -> Any:
     """The same arrays, any axis of an outer `vmap` in front.
 
-    For what a `custom_jvp` function and its rule return: JAX takes for granted that both have that axis in one place.
+    For the results of a `custom_jvp` function and of its rule: JAX assumes that both have that axis in the same place.
     """
     return jax.tree.map(lambda x: x.reshape(1, *x.shape).reshape(x.shape), tree)
 

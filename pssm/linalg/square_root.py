@@ -3,7 +3,7 @@
 A covariance never appears in the filters; a factor does. For `P = M M'` with any rectangular `M`, `triangularise(M)`
 gives the lower-triangular `L` with `L L' = P` and a diagonal that is never negative. Where a row of `M` depends on the
 rows above it, the pivot of that row is exactly zero and so is its column of `L`: the skipped-pivot form of a singular
-Cholesky factor. `solve_lower` skips the same pivots, so conditioning on something already known changes nothing.
+Cholesky factor. `solve_lower` skips the same pivots, so conditioning on a known quantity has no effect.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def triangularise(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
 def triangularise_once(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"]:
     """`triangularise` by modified Gram-Schmidt, unrolled: three times as fast and slow to compile, for small loops.
 
-    One projection is enough where the orthogonal factor is not asked for (Björck 1967). What is no larger than its own
-    rounding error is set to zero here too, entry by entry. Above `SMALL` rows it is `triangularise`.
+    One projection is enough where the orthogonal factor is not needed (Björck 1967). An entry no larger than its own
+    rounding error is set to zero here too. Above `SMALL` rows it is `triangularise`.
     """
     rows = m.shape[0]
     if rows > SMALL:
@@ -134,8 +134,8 @@ def _gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gram-Schmidt over the rows, each row projected twice.
 
     "Twice is enough" (Giraud, Langou & Rozloznik 2005). After the first projection an entry that is no larger than its
-    own rounding error is set to zero: this is what tells a dependent row from one that is merely small, entry by entry,
-    so that factors with entries from 1e-5 to 1e5 side by side keep their small directions even in float32.
+    own rounding error is set to zero. This distinguishes, entry by entry, a dependent row from a merely small one:
+    factors with entries from 1e-5 to 1e5 side by side keep their small directions even in float32.
     """
     rows, cols = m.shape
     rounding = _rounding(m)
@@ -147,7 +147,7 @@ def _gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
         rest = jnp.where(jnp.abs(rest) <= noise, 0.0, rest)
         second = matvec(q, rest)
         again = rest - matvec(q.T, second)
-        # A second projection that takes most of the rest away has met rounding: a direction made of it would not be
+        # If a second projection removes most of the rest, the rest is rounding error: its direction would not be
         # orthogonal to the others.
         again = jnp.where(jnp.sum(again**2) > 0.01 * jnp.sum(rest**2), again, 0.0)
         return first + second, *_normalise(again)

@@ -1,7 +1,7 @@
 """Kalman autoencoders: frames decoded from codes `a_t` that follow a state-space model, as plain NumPyro functions.
 
-Their guide is `guides.AmortizedFrames`. The code alone reaches the frame, so what of the state is not in the code can
-only serve to predict.
+Their guide is `guides.AmortizedFrames`. A frame depends on its code alone; the other parts of the state serve only to
+predict.
 """
 
 from collections.abc import Callable
@@ -66,9 +66,9 @@ def kalman_vae(
         z_t ~ N(A_t z_{t-1} + B_t u_t, sigma_state^2),   a_t ~ N(C_t z_t, sigma_code^2),   z_1 ~ N(0, sigma_start^2)
 
     `A_t`, `B_t`, `C_t` are mixtures of `num_bases` matrices with weights from the codes before t (an LSTM). Given the
-    codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and a
-    missing frame leaves its code to the dynamics. For the states see `HistoryMarginal.states`. The noises are held,
-    which fixes the units of the codes.
+    codes the states are integrated out exactly: `a` `(time, code)` is the only latent site, a `HistoryMarginal`, and
+    the code of a missing frame follows from the dynamics. For the states see `HistoryMarginal.states`. The noises are
+    held, which fixes the units of the codes.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.
@@ -151,8 +151,8 @@ def extended_kalman_vae(
 
     and `y_t ~ p(y | decoder(a_t))`. `F` and `B` are mixtures of `num_bases` matrices with weights that depend on the
     state. Sites: `z` `(time, state)`, a `StatePath`, and `a` `(time, code)`. `Q` and `R` are diagonal and learned
-    (`sigma_state`, `sigma_code`); as published `Q` is a mixture too. Nothing but the code reaches the frame: what a
-    frame does not show, such as a velocity, has its place in the rest of the state.
+    (`sigma_state`, `sigma_code`); as published `Q` is a mixture too. A frame depends on the code alone: quantities
+    that a frame does not show, such as a velocity, are in the rest of the state.
 
     Args:
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.

@@ -1,4 +1,4 @@
-"""Blocks of structural time-series models: each draws its parameters and says how it moves and how it is seen.
+"""Blocks of structural time-series models: each draws its parameters and gives its transition and its emission.
 
 A block is a small linear-Gaussian system; a model is a stack of blocks whose contributions to the observation add up.
 Scales are relative to `Scale`: the location and spread of the data, so that one set of weakly informative priors fits
@@ -18,9 +18,9 @@ from pssm.sde import discretise, matern, semidefinite_cholesky
 
 
 class Scale(NamedTuple):
-    """What the priors are scaled by: the first observed value and the standard deviation of the data.
+    """Location and scale of the data for the priors: the first observed value and the standard deviation of the data.
 
-    `gaps` `(time,)` are the times between observations, where they are uneven; None stands for steps of one. A block
+    `gaps` `(time,)` are the times between observations, where they are uneven; None means steps of one. A block
     then has a time axis in front of `A` and `chol_Q`: it is a linear stochastic differential equation, discretised
     exactly (`pssm.sde`), here in closed form. The parameters are those of a step of one.
     """
@@ -174,7 +174,7 @@ def matern_block(scale: Scale, smoothness: float, shortest: ArrayLike, longest: 
 
 
 def safe_sqrt(x: Array) -> Array:
-    """The root of what is not negative, with a derivative of zero at zero."""
+    """The root of a number that is not negative, with a derivative of zero at zero."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 

@@ -51,7 +51,7 @@ def neural_ssm(
     hidden: int = 16,
     states: str = "sampled",
 ) -> None:
-    """States that a network moves, seen through a readout: `z_t ~ N(f(z_{t-1}, u_t), Q)`, `y_t ~ p(y | C z_t + d)`.
+    """A network as transition, and a readout: `z_t ~ N(f(z_{t-1}, u_t), Q)`, `y_t ~ p(y | C z_t + d)`.
 
     One series, or many trials, from which minibatches can be drawn. Priors: `sigma_state ~ HalfNormal(0.5)` for each
     state; `z_1 ~ N(0, 1)`; a learned readout `C ~ N(0, s^2 / state)`, `d ~ N(location, s^2)`, where `location` and `s`
@@ -67,7 +67,7 @@ def neural_ssm(
         num_trials: number of trials where `y` is None; None for one series.
         batch_size: number of trials that a step of SVI takes, at random; all by default.
         transition: `f(z, u) -> (state,)`. An Equinox module is registered as the parameters `transition$params` (see
-            `pssm.nets` for some, and `nets.register` for what is trained); a plain function is used as it is. By
+            `pssm.nets` for modules, and `nets.register` for their trained parts); a plain function is used as it is. By
             default a residual perceptron.
         emission: "gaussian", "poisson" (log link; log rates above 15 count as 15, so that none overflows) or
             "bernoulli" (logit link).

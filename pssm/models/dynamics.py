@@ -23,7 +23,7 @@ def pendulum_system(
     *,
     dt: float = 0.05,
 ) -> NonlinearSSM:
-    """A pendulum pushed at random: state angle and velocity, `sin(angle)` (its place) is seen.
+    """A pendulum pushed at random: state angle and velocity, `sin(angle)` (its place) is observed.
 
     `stiffness` is gravity over length, in 1 / time^2. `Q` is that of a velocity pushed by white noise.
 
@@ -54,7 +54,7 @@ def lorenz63_system(
     dt: float = 0.02,
     observed: tuple[int, ...] = (0, 1, 2),
 ) -> NonlinearSSM:
-    """Convection after Lorenz: three states, chaotic at the usual parameters; those of `observed` are seen.
+    """Convection after Lorenz: three states, chaotic at the usual parameters; `observed` lists the observed ones.
 
     Source:
         Lorenz 1963.
@@ -80,9 +80,9 @@ def van_der_pol_system(
     """An oscillator whose friction changes sign with its size: `x'' = mu (1 - x^2) x' - x`.
 
     Args:
-        mu: how strong the friction is.
+        mu: strength of the friction.
         sigma_state: standard deviation of one step's noise in both states.
-        emission: what is seen of a state; by default both coordinates with noise of 0.3.
+        emission: distribution of the observation given a state; by default both coordinates with noise of 0.3.
         dt: time between steps.
 
     Source:

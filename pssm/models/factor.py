@@ -100,7 +100,7 @@ def dynamic_factor(
 
 
 def _errors(partial: Array, sigma: Array) -> LinearGaussianSSM:
-    """One autoregression for each series, `(obs, order)` partial autocorrelations, seen exactly."""
+    """One autoregression for each series, `(obs, order)` partial autocorrelations, observed exactly."""
     p, order = partial.shape
     phi, chol = jax.vmap(stationary_autoregression)(partial, sigma)
     companion = jnp.concatenate([phi[:, None], jnp.broadcast_to(jnp.eye(order - 1, order), (p, order - 1, order))], 1)
@@ -117,7 +117,7 @@ def _errors(partial: Array, sigma: Array) -> LinearGaussianSSM:
 
 
 def _sum(a: LinearGaussianSSM, b: LinearGaussianSSM) -> LinearGaussianSSM:
-    """The states of both, seen through their sum; the observations' noise is that of `b`, their offset that of `a`."""
+    """The states of both, observed through their sum; the observations' noise is that of `b`, the offset of `a`."""
     return LinearGaussianSSM(
         jnp.concatenate([a.m0, b.m0]),
         jsl.block_diag(a.chol_P0, b.chol_P0),

@@ -34,8 +34,8 @@ def lds(
     """A linear dynamical system: `z_t = A z_{t-1} + B u_t + N(0, 1)`, `y_t = C z_t + D u_t + d + N(0, diag(R))`.
 
     `A` is stable, the noise of the states is the identity, and `C` is lower triangular with a positive diagonal, so
-    that the basis of the states is settled. Priors are conjugate, and the same as those of `lds_prior`, so that MAP-EM
-    and this model agree: what `fit_em` climbs to is a stationary point of this model's log joint density.
+    that the basis of the states is determined. Priors are conjugate, and the same as those of `lds_prior`. MAP-EM and
+    this model therefore agree: `fit_em` converges to a stationary point of this model's log joint density.
 
         A ~ N(0.5, 1 / (4 n)) about the identity, stable;    B ~ N(0, 1 / (0.01 var u))
         C_ij ~ N(0, R_i / 0.1),    D_ij ~ N(0, R_i / (0.01 var u_j)),    d_i ~ N(location_i, R_i / 0.01)
@@ -121,7 +121,7 @@ def lds_values(ssm: LinearGaussianSSM) -> dict[str, Array]:
     """Values of the sites of `lds` that make the system `ssm`, for `numpyro.infer.init_to_value(values=...)`.
 
     Args:
-        ssm: time-invariant, with a regular `Q`; of `R` the diagonal is kept. An unstable `A` is shrunk.
+        ssm: time-invariant, with a regular `Q`; only the diagonal of `R` is used. An unstable `A` is shrunk.
 
     Raises:
         ValueError: `Q` is singular: there is no basis in which it is the identity.

@@ -35,8 +35,8 @@ def stochastic_volatility(
     """Returns whose log variance is an autoregression, `y_t ~ N(0, exp(z_t))`, `z_t = mu + phi (z_{t-1} - mu) + w_t`.
 
     Priors: `mu ~ N(log var(y), 4)`, `phi = 2 phi_unit - 1` with `phi_unit ~ Beta(20, 1.5)`, `sigma ~ HalfNormal(0.5)`.
-    The mean of a return says nothing of its variance, so a rule that linearises means has nothing to go by: with
-    `states="ekf"` and the like the data enter as `log y^2`, whose noise is taken for normal (quasi likelihood).
+    The mean of a return does not depend on the state, so a rule that linearises means gets no information: with
+    `states="ekf"` and the other rules the data enter as `log y^2`, with its noise treated as normal (quasi likelihood).
 
     Args:
         y: returns `(time,)` or `(time, 1)`, of mean zero; NaN where missing; None to predict.
@@ -134,7 +134,7 @@ def pendulum(
     u: ArrayLike | None = None,
     states: str = "sampled",
 ) -> None:
-    """A damped pendulum seen by the sine of its angle; see `pendulum_system`.
+    """A damped pendulum, observed by the sine of its angle; see `pendulum_system`.
 
     Priors: `stiffness ~ LogNormal(log 10, 0.5)`, `damping ~ HalfNormal(0.5)`, `sigma_force ~ HalfNormal(1)`,
     `sigma_obs ~ HalfNormal(0.5)`. Arguments as in `stochastic_volatility`; `dt` is the time between steps.
@@ -158,11 +158,11 @@ def lorenz63(
     u: ArrayLike | None = None,
     states: str = "sampled",
 ) -> None:
-    """The Lorenz system, some of its three states seen with noise; see `lorenz63_system`.
+    """The Lorenz system, some of its three states observed with noise; see `lorenz63_system`.
 
     Priors about the usual values: `sigma ~ LogNormal(log 10, 0.3)`, `rho ~ LogNormal(log 28, 0.3)`,
     `beta ~ LogNormal(log 8/3, 0.3)`; `sigma_state ~ HalfNormal(2)`, `sigma_obs ~ HalfNormal(2)`. Arguments as in
-    `pendulum`; `observed` are the numbers of the states that are seen.
+    `pendulum`; `observed` are the numbers of the observed states.
     """
     check_choice("states", states, STATES)
     _no_inputs(u)
@@ -186,7 +186,7 @@ def van_der_pol(
     u: ArrayLike | None = None,
     states: str = "sampled",
 ) -> None:
-    """The Van der Pol oscillator, seen directly or through many channels; see `van_der_pol_system`.
+    """The Van der Pol oscillator, observed directly or through many channels; see `van_der_pol_system`.
 
     Priors: `mu ~ HalfNormal(2)`, `sigma_state ~ HalfNormal(0.3)`; with a readout `C ~ N(0, 1)`, `d ~ N(location, 1)`
     (of the data; for counts of their logarithm), `sigma_obs ~ HalfNormal(scale)`.

@@ -1,8 +1,8 @@
-"""What models of several series share: their data, the basis of their states, and their observed site.
+"""The common parts of models of several series: their data, the basis of their states, and their observed site.
 
-`z -> M z` changes all matrices of a linear system and nothing that is observed, so a sampler that may move along it
-never settles. Here the transition's noise is the identity, which leaves rotations, and the loadings are zero above the
-diagonal and positive on it, which leaves none.
+`z -> M z` changes all matrices of a linear system but not the distribution of the data, so a sampler that can move
+along it does not converge. Here the transition's noise is the identity, so only rotations remain; and the loadings are
+zero above the diagonal and positive on it, which excludes rotations.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 class About(NamedTuple):
-    """The data and what the priors are scaled by."""
+    """The data, and their location and scale for the priors."""
 
     y: Array | None
     u: Array | None
@@ -119,7 +119,7 @@ def triangular_loadings(name: str, spread: Array, n: int) -> Array:
 
 
 def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
-    """The site `z`, `(time, state)`, driven by the noise where the path has no density of its own."""
+    """The site `z`, `(time, state)`, driven by the noise where the path has no density."""
     path = StatePath.from_ssm(ssm, about.num_steps, about.u)
     if ssm.chol_Q.shape[-1] < ssm.n_state:
         return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])

@@ -1,4 +1,4 @@
-"""What models of one series share: their data, the scales of their priors, and their observed site."""
+"""The common parts of models of one series: their data, the scales of their priors, and their observed site."""
 
 import jax.numpy as jnp
 import numpyro
@@ -33,7 +33,7 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
         return
     path = StatePath.from_ssm(ssm, length)
     stands = gaps is not None and (is_traced(gaps) or bool((gaps[1:] == 0).any()))
-    if stands or ssm.chol_Q.shape[-1] < ssm.n_state:  # no density of its own: sample the noise that drives the path
+    if stands or ssm.chol_Q.shape[-1] < ssm.n_state:  # the path has no density: sample the noise that drives it
         with numpyro.handlers.infer_config(config_fn=lambda site: named):
             z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     else:

@@ -37,7 +37,7 @@ def local_level(
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
-    """A random walk seen with noise: `y_t = level_t + v_t`, `level_t = level_{t-1} + w_t`.
+    """A random walk observed with noise: `y_t = level_t + v_t`, `level_t = level_{t-1} + w_t`.
 
     Priors: `sigma_level, sigma_obs ~ HalfNormal(scale)`, first level `N(location, (10 scale)^2)`.
 
@@ -75,7 +75,7 @@ def local_linear_trend(
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
-    """A level with a slope, both random walks, seen with noise.
+    """A level with a slope, both random walks, observed with noise.
 
     Priors: `sigma_level, sigma_obs ~ HalfNormal(scale)`, `sigma_slope ~ HalfNormal(scale / 10)`. Arguments as in
     `local_level`; the state is `(level, slope)`.
@@ -147,7 +147,7 @@ def structural(
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
-    """Any sum of level, trend, seasonal, cycle, autoregression and regression on inputs, seen with noise.
+    """Any sum of level, trend, seasonal, cycle, autoregression and regression on inputs, observed with noise.
 
     Args:
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
@@ -231,8 +231,8 @@ def autoregression(
     Companion form with a singular `Q` and `R = 0`, right with missing entries. Priors: `mean ~ Normal(location,
     scale)`, `ar_partial ~ Uniform(-1, 1)`, `sigma_ar ~ HalfNormal(scale)`; `phi` is deterministic.
 
-    With `states="sampled"` what is sampled are the values that were not observed, through their standard normal
-    innovations `z_base`; the states `z` `(time, order)` are deterministic.
+    With `states="sampled"` the values that were not observed are sampled, through their standard normal innovations
+    `z_base`; the states `z` `(time, order)` are deterministic.
 
     Args:
         y: as in `local_level`, like the arguments not listed here.
@@ -274,7 +274,7 @@ def _sampled_autoregression(data: Array | None, length: int, block: Block, shift
     values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
     seen = ~jnp.isnan(values)
     centred = jnp.where(seen, values, 0.0) - shift
-    # The first state: its first entry is x_1, the rest are the lags before the series, given x_1.
+    # The first state: its first entry is x_1, the others are the lags before the series, given x_1.
     first_e = jnp.where(seen[0], centred[0] / block.chol_P0[0, 0], noise[0])
     first = block.chol_P0 @ jnp.concatenate([first_e[None], noise[length:]])
 

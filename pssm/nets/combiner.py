@@ -1,4 +1,4 @@
-"""The parts of a deep Kalman filter's posterior: features of the series to come, and what joins them to the state."""
+"""The parts of a deep Kalman filter's posterior: features of the later data, and a network of them and the state."""
 
 from typing import Any
 

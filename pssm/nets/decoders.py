@@ -18,7 +18,7 @@ class LinearDecoder(eqx.Module):
     Args:
         n_state: size of the state.
         n_obs: number of observed variables.
-        num_read: how many states are read; all by default. The rest is the dynamics' memory.
+        num_read: number of states that are read; all by default. The others are the dynamics' memory.
         key: random key.
     """
 
@@ -43,7 +43,7 @@ class MLPDecoder(eqx.Module):
         n_obs: number of observed variables.
         hidden: width of the hidden layers.
         depth: number of hidden layers.
-        num_read: how many states are read; all by default. The rest is the dynamics' memory.
+        num_read: number of states that are read; all by default. The others are the dynamics' memory.
         key: random key.
     """
 

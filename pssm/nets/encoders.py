@@ -1,7 +1,7 @@
 """Encoders: `encode(y, u) -> Potential`, from one series with NaN for missing entries.
 
-The chain's potential at step t stands for what the data from t on say about the state, `p(y_{t:T} | z_t)`. It is the
-product of what the step itself says, `alpha_t`, and of what comes after it, `beta_{t+1}`. `SmoothingEncoder` makes
+The chain's potential at step t approximates the likelihood of the data from t on, `p(y_{t:T} | z_t)`. It is the product
+of a factor from the step itself, `alpha_t`, and a factor from the later steps, `beta_{t+1}`. `SmoothingEncoder` makes
 both, as published; `SequenceEncoder` makes the product at once. Causal encoders know the past only; they also run
 online, by `start() -> state` and `step(state, y_t, u_t) -> (state, Potential)`, with the same results.
 """
@@ -25,7 +25,7 @@ MIXERS = ("gru", "lstm", "s5", "attention")
 
 
 class LocalEncoder(eqx.Module):
-    """`alpha_t`, what a step's own data say about its state: a step without data says nothing at all.
+    """`alpha_t`, the factor from a step's own data; it is constant at a step without data.
 
     Args:
         front: features of a step, `(y_t, seen_t, u_t) -> (features,)`, such as `StepMLP` or `StridedCNN`.
@@ -67,10 +67,10 @@ class LocalEncoder(eqx.Module):
 
 
 class BackwardEncoder(eqx.Module):
-    """`beta_{t+1}`, what the data after t say about the state at t, from the numbers of a `LocalEncoder`.
+    """`beta_{t+1}`, the factor from the data after t on the state at t, from the numbers of a `LocalEncoder`.
 
     A mixer runs over them from the end to the start, and its output at t + 1 makes the pseudo-observation of t. The
-    last step, and steps after which nothing was observed, get none.
+    last step, and steps without later observations, get none.
 
     Args:
         mixer: a causal sequence mixer whose inputs are the local encoder's numbers, then the inputs `u`.
@@ -123,7 +123,7 @@ class SequenceEncoder(eqx.Module):
         head: `PotentialHead` from features and outputs side by side.
         reverse: the mixer runs from the end to the start, which smooths; else forward, and the encoder is causal if the
             mixer is. Where there are no data (from this step on, or at this step if it runs forward), the potential is
-            nothing.
+            constant.
     """
 
     front: Any
@@ -187,9 +187,9 @@ def sequence_encoder(
         mixer: "gru", "lstm", "s5" or "attention" (with a window of 32 steps).
         size: width of all layers.
         causal: the mixer sees the past only; else the steps from here on, or for "attention" both sides.
-        diagonal: whether the potentials have a diagonal: all guides but `family="moment_matched"` want one.
+        diagonal: whether the potentials have a diagonal: needed by all guides except `family="moment_matched"`.
         n_input: number of inputs `u`.
-        data: data `(..., obs)` for the scale of what the network sees.
+        data: data `(..., obs)` by whose mean and standard deviation the network's input is standardised.
         key: random key.
 
     Example:

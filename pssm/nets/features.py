@@ -1,6 +1,6 @@
-"""What a network sees of one step: front ends `(y_t, seen_t, u_t) -> features`, missing entries as inputs of their own.
+"""Features of one step: front ends `(y_t, seen_t, u_t) -> features`, with the mask of missing entries as an input.
 
-`y_t` comes with zeros where entries are missing, and `seen_t` says which are there.
+`y_t` has zeros where entries are missing; `seen_t` is True at the observed ones.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def seen_and_filled(y: Array) -> tuple[Array, Array]:
 
 
 class StepMLP(eqx.Module):
-    """A perceptron on the entries of a step, on which of them are there, and on the inputs.
+    """A perceptron on the entries of a step, on their mask, and on the inputs.
 
     Args:
         n_obs: number of observed variables.
@@ -65,9 +65,9 @@ class StepMLP(eqx.Module):
 
 
 class AdditiveFeatures(eqx.Module):
-    """A sum over the entries that are there, `sum_n seen_n phi(y_n, e_n)`, `e_n` a learned vector of each variable.
+    """A sum over the observed entries, `sum_n seen_n phi(y_n, e_n)`, `e_n` a learned vector of each variable.
 
-    What an entry contributes does not depend on which others are missing.
+    The contribution of an entry does not depend on which others are missing.
 
     Args:
         n_obs: number of observed variables.
@@ -115,13 +115,13 @@ class AdditiveFeatures(eqx.Module):
 
 
 class StridedCNN(eqx.Module):
-    """Convolutions with stride 2 on a frame and on which of its pixels are there; no pooling, which is slow on CPUs.
+    """Convolutions with stride 2 on a frame and on the mask of its pixels; no pooling, which is slow on CPUs.
 
     Args:
         shape: `(height, width)` or `(channels, height, width)` of a frame.
         num_features: size of the features.
         channels: channels of the layers, each of which halves height and width.
-        n_input: number of inputs `u`, which the last layer sees.
+        n_input: number of inputs `u`, which enter the last layer.
         key: random key.
     """
 

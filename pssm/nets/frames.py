@@ -1,4 +1,4 @@
-"""Networks of the Kalman autoencoders: what a frame says about its code, and weights from the codes before."""
+"""Networks of the Kalman autoencoders: the code of a frame, and weights from the earlier codes."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class HistoryWeights(eqx.Module):
 
     Args:
         size: size of a code; the one before the first is learned.
-        num_bases: how many weights.
+        num_bases: number of weights.
         hidden: size of the LSTM.
         mixer: another causal mixer of codes that runs step by step, such as `GRU(size, hidden)`.
         key: random key.

@@ -1,7 +1,7 @@
 """Hiding data from an encoder in training: functions `(key, y) -> y` with more NaN, and coordinated dropout.
 
-An encoder that always sees everything learns to copy each step; with steps hidden it has to use the others, and it has
-seen what missing data look like. The likelihood still scores all data, so the bound remains one.
+An encoder that always sees all data learns to copy each step. With hidden steps it has to use the others, and it is
+trained on missing data. The likelihood still scores all data, so the bound remains one.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def hide_steps(rate: float) -> Callable[[Key, Array], Array]:
 
 
 def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
-    """Hides everything after a random step, not before the first `shortest`: what a forecast will be asked for."""
+    """Hides everything after a random step, never one of the first `shortest`: the situation of a forecast."""
 
     def hide(key: Key, y: Array) -> Array:
         end = jax.random.randint(key, (), shortest, y.shape[0] + 1)
@@ -43,7 +43,7 @@ def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
 def coordinated_dropout(
     key: Key, y: Float[Array, "*shape"], rate: float
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Splits the entries at random: what the encoder sees, and what the likelihood scores, NaN elsewhere.
+    """Splits the entries at random: those that the encoder sees, and those that the likelihood scores; NaN elsewhere.
 
     No entry is scored that the encoder has seen, so it cannot learn to copy.
 

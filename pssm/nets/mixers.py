@@ -96,7 +96,7 @@ class LSTM(eqx.Module):
 
 
 class SelfAttention(eqx.Module):
-    """One block of self-attention over a window, then a perceptron, each added to what it is given.
+    """One block of self-attention over a window, then a perceptron, each added to its input.
 
     Scores fall linearly with the distance in time, at a rate of each head, so that no positions are needed and the
     result does not depend on where the series starts.
@@ -105,8 +105,8 @@ class SelfAttention(eqx.Module):
         in_size: size of an input.
         size: size of an output, divisible by `num_heads`.
         num_heads: number of heads.
-        window: how many steps back a step looks, itself included; None for all of them (then there is no `step`).
-        causal: whether it looks back only. Otherwise also `window - 1` steps ahead.
+        window: number of steps that a step attends to, itself included; None for all of them (then there is no `step`).
+        causal: whether it attends to the past only. Otherwise also `window - 1` steps ahead.
         key: random key.
 
     Source:

@@ -1,4 +1,4 @@
-"""Pseudo-observations: what an encoder says about every state, and the layer that makes them from numbers.
+"""Pseudo-observations: an encoder's Gaussian factors on the states, and the layer that makes them from numbers.
 
 A pseudo-observation is a `Potential` (see there for the formula), as a rule in the tied form: the likelihood of
 something like an observation of the state. The product of two is one of the same form.
@@ -18,7 +18,7 @@ PseudoObservation = Potential  # what an encoder calls it
 
 
 def as_pseudo_observation(found: Any, sd: Array, rank: int, diagonal: bool) -> Potential:
-    """What an encoder returned for one series, in the units of the state and of the right shape.
+    """An encoder's result for one series, in the units of the state and of the right shape.
 
     Accepted: a `Potential`, or several as a list or tuple, of which the product is taken; a tuple `(k, K)` or
     `(k, K, diag)` of arrays; numbers `(time, potential_size)`, of which `split_numbers` makes one.
@@ -88,7 +88,7 @@ class PotentialHead(eqx.Module):
         num_features: size of the features.
         n_state: size of the state.
         rank: columns of `K`.
-        diagonal: whether a diagonal goes beside them.
+        diagonal: whether there is a diagonal besides.
         tied: the tied form (default), or a free slope `k` as published.
         key: random key.
     """
@@ -108,7 +108,7 @@ class PotentialHead(eqx.Module):
 
     @property
     def size(self) -> int:
-        """How many numbers come out of `numbers`."""
+        """Size of the result of `numbers`."""
         return self.linear.out_features
 
     def numbers(self, features: Array) -> Array:

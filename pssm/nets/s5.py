@@ -2,7 +2,7 @@
 
     x_t = a x_{t-1} + B~ u_t,   y_t = 2 Re(C x_t) + d u_t,    a = exp(lambda dt),   B~ = lambda^{-1} (a - 1) B
 
-Complex states come in conjugate pairs, of which one of each is kept. The start is the normal part of the HiPPO matrix,
+Complex states come in conjugate pairs; one of each pair is kept. The start is the normal part of the HiPPO matrix,
 whose states hold the past's Legendre coefficients. It mixes a sequence and is no model of one.
 
 Source:
@@ -83,7 +83,7 @@ class S5(eqx.Module):
         return new, x
 
     def __call__(self, x: Sequence) -> Sequence:
-        """All steps, in a time that grows with the logarithm of their number where there are processors."""
+        """All steps, by an associative scan: on a parallel machine the time grows with the logarithm of `time`."""
         x = jax.vmap(self.into)(x)
         for layer in self.layers:
             x = layer(x)

@@ -1,7 +1,7 @@
 """Learned transitions `f(z, u) -> z'`, Equinox modules for `StatePath`, `NonlinearSSM` and `models.neural_ssm`.
 
 All start close to the identity or to a contraction, so that the first paths stay in range. `Saturated` keeps any
-transition in a range, a polynomial drift among them, which else can leave the floating-point numbers in a few steps.
+transition in a range, also a polynomial drift, which can otherwise overflow in a few steps.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ class ResidualTransition(eqx.Module):
 class MechanicalTransition(eqx.Module):
     """Places and velocities: `v' = v + scale h(z, u)`, `x' = x + v'`, with the state `z = [x, v]` and a perceptron `h`.
 
-    For motion that is seen in its places alone, as in frames: with `num_read=state / 2` a decoder reads no more.
+    For motion with observed places alone, as in frames: with `num_read=state / 2` a decoder reads the places.
 
     Args:
         n_state: size of the state, even; its second half are the velocities, in places a step.
@@ -174,7 +174,7 @@ class LocallyLinearTransition(eqx.Module):
 class GraphTransition(eqx.Module):
     """A linear map that follows a graph: `sum_k L^k Z theta_k`, `Z` the state as `(node, feature)`.
 
-    `L` is the symmetrically normalised adjacency, a constant that training does not touch (see `nets.register`).
+    `L` is the symmetrically normalised adjacency, a constant that training does not change (see `nets.register`).
 
     Args:
         adjacency: weights of the edges, `(node, node)`, not negative; symmetric.
