@@ -2,6 +2,7 @@
 
 from pssm.linalg.low_rank import Diagonal
 from pssm.linalg.square_root import (
+    complement,
     factor_from_covariance,
     orthogonalise,
     outer,
@@ -10,4 +11,13 @@ from pssm.linalg.square_root import (
     unless,
 )
 
-__all__ = ["Diagonal", "factor_from_covariance", "orthogonalise", "outer", "solve_lower", "triangularise", "unless"]
+__all__ = [
+    "Diagonal",
+    "complement",
+    "factor_from_covariance",
+    "orthogonalise",
+    "outer",
+    "solve_lower",
+    "triangularise",
+    "unless",
+]
