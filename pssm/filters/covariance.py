@@ -111,14 +111,14 @@ def until_steady_state(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, 
     """
     length = observed.shape[0]
     ragged = jnp.any(observed != observed[-1], axis=1)
-    complete_from = jnp.max(jnp.where(ragged, jnp.arange(length) + 1, 0))
+    same_mask_from = jnp.max(jnp.where(ragged, jnp.arange(length) + 1, 0))
 
     def step(state: tuple) -> tuple:
         t, chol, earlier, check, rows, _ = state
         next_chol, row = one_step(ssm, chol, observed[t])
         rows = jax.tree.map(lambda all_rows, x: set_row(all_rows, x, t), rows, row)
         due = t == check
-        steady = in_all_of_a_batch(due & (t >= complete_from) & unmoved(earlier, next_chol))
+        steady = in_all_of_a_batch(due & (t >= same_mask_from) & unmoved(earlier, next_chol))
         earlier = jnp.where(due, next_chol, earlier)
         return t + 1, next_chol, earlier, jnp.where(due, next_check(check), check), rows, steady
 
@@ -127,7 +127,7 @@ def until_steady_state(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, 
     capacity = _capacity(row, length)
     rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
     state = jnp.asarray(0), start, start, jnp.asarray(FIRST_CHECK), rows, jnp.asarray(False)
-    most = capacity if capacity == length else jnp.where(complete_from < capacity, capacity, 0)  # else in vain
+    most = capacity if capacity == length else jnp.where(same_mask_from < capacity, capacity, 0)  # else in vain
     t, _, _, _, rows, steady = jax.lax.while_loop(lambda s: (s[0] < most) & ~s[-1], step, state)
     return rows, t - 1, steady if capacity < length else True
 
