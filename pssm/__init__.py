@@ -29,15 +29,19 @@ from pssm.filters import log_likelihoods as log_likelihoods
 from pssm.filters import most_likely_states as most_likely_states
 from pssm.filters import particle_filter as particle_filter
 from pssm.filters import particle_smoother as particle_smoother
+from pssm.filters import predict as predict
 from pssm.filters import sample_states as sample_states
 from pssm.filters import simulate as simulate
+from pssm.filters import update as update
 from pssm.learning import DynamicTexture as DynamicTexture
 from pssm.learning import EMResult as EMResult
 from pssm.learning import fit_em as fit_em
 from pssm.nonlinear import NonlinearSSM as NonlinearSSM
 from pssm.results import FilterResult as FilterResult
 from pssm.results import ForecastResult as ForecastResult
+from pssm.results import PredictResult as PredictResult
 from pssm.results import SmootherResult as SmootherResult
+from pssm.results import UpdateResult as UpdateResult
 from pssm.ssm import LinearGaussianSSM as LinearGaussianSSM
 
 

@@ -6,6 +6,42 @@ from pssm._types import Array
 from pssm.linalg import outer
 
 
+class PredictResult(NamedTuple):
+    """The state one step ahead, before it is observed. Leading batch axes where the input had them.
+
+    Attributes:
+        mean: `E[z_t | y_{1:t-1}]`, `(state,)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:t-1})`, `(state, state)`.
+    """
+
+    mean: Array
+    chol: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:t-1})`, `(state, state)`."""
+        return outer(self.chol)
+
+
+class UpdateResult(NamedTuple):
+    """The state after one observation. Leading batch axes where the input had them.
+
+    Attributes:
+        mean: `E[z_t | y_{1:t}]`, `(state,)`.
+        chol: lower-triangular factor of `Cov(z_t | y_{1:t})`, `(state, state)`.
+        log_likelihood: `log p(y_t | y_{1:t-1})`, `()`; 0 where nothing is observed.
+    """
+
+    mean: Array
+    chol: Array
+    log_likelihood: Array
+
+    @property
+    def cov(self) -> Array:
+        """`Cov(z_t | y_{1:t})`, `(state, state)`."""
+        return outer(self.chol)
+
+
 class FilterResult(NamedTuple):
     """The filtered and predicted moments at each time. Leading batch axes where the input had them.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._checks import as_float, check_choice, check_finite, check_shape
+from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
 from pssm.linalg import factor_from_covariance, outer
 from pssm.linalg.small import along_time
@@ -285,6 +285,23 @@ class LinearGaussianSSM:
     def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
         """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
         return rebuild({**{name: getattr(self, name) for name in FIELDS}, **values}, ())
+
+    def at_time(self, t: Array | int) -> "LinearGaussianSSM":
+        """The model of one step, as `predict` and `update` take it: transition INTO time `t` and emission at it.
+
+        Args:
+            t: the time, 0 for the first observation; a traced one (in a scan) must lie within the arrays.
+
+        Raises:
+            ValueError: `t` lies outside of the time-varying arrays.
+        """
+        if not is_traced(t) and self.num_steps is not None and not 0 <= t < self.num_steps:
+            raise ValueError(f"`t` must be from 0 to {self.num_steps - 1}; got {t}.")
+        values = {}
+        for name in self.time_varying:
+            x = getattr(self, name)
+            values[name] = jax.lax.dynamic_index_in_dim(x, t, x.ndim - 1 - len(FIELDS[name]), keepdims=False)
+        return self.at(values)
 
     def starting_at(self, mean: Array, chol: Array) -> "LinearGaussianSSM":
         """The model with another first state, nothing checked (for scans)."""

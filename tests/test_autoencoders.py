@@ -13,10 +13,10 @@ import pytest
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 
-from pssm import LinearGaussianSSM, NonlinearSSM, gaussian_smoother, kalman_filter, nets
+from pssm import LinearGaussianSSM, NonlinearSSM, gaussian_filter, gaussian_smoother, kalman_filter, nets
 from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
+from pssm.filters.along import along_filter
 from pssm.guides import AmortizedFrames
-from pssm.guides.frames import along_filter
 from pssm.linalg import Diagonal
 from pssm.models import deep_markov, extended_kalman_vae, kalman_vae
 
@@ -255,6 +255,24 @@ def test_the_model_along_the_filter_is_that_of_the_extended_smoother(x64):
     )
     expected = gaussian_smoother(model, a, u)
     found = LinearGaussianPosterior(ssm, a).moments()
+    np.testing.assert_allclose(found.mean, expected.mean, atol=1e-9)
+    np.testing.assert_allclose(found.cov, expected.cov, atol=1e-9)
+
+
+def test_the_filter_along_a_series_knows_noise_that_varies(x64):
+    """Singular, and different at every step; with a first state that is known."""
+    a, u = RNG.normal(size=(STEPS, SIZE)), jnp.asarray(0.1 * RNG.normal(size=(STEPS, 1)))
+    a[3, 0] = np.nan
+    noise = jnp.asarray(RNG.normal(size=(STEPS, 3, 2)))
+    start = jnp.diag(jnp.array([0.0, 1.0, 2.0]))
+    path = StatePath(jnp.zeros(3), start, curved, noise, STEPS, u, time_varying=("chol_Q",))
+    ssm = along_filter(path, 0.2 * jnp.ones(SIZE), jnp.asarray(a), linearization="jacobian")
+    model = NonlinearSSM(
+        jnp.zeros(3), start, curved, noise, lambda z: dist.Normal(z[:SIZE], 0.2).to_event(1), time_varying=("chol_Q",)
+    )
+    expected = gaussian_filter(model, a, u)
+    found = kalman_filter(ssm, a)
+    assert float(found.log_likelihood) == pytest.approx(float(expected.log_likelihood), rel=1e-9)
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-9)
     np.testing.assert_allclose(found.cov, expected.cov, atol=1e-9)
 

@@ -10,7 +10,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
-from pssm.filters.kalman import prepare
+from pssm.filters.plan import prepare
 
 VAGUE = ("vague_1e8", "vague_1e10", "vague_1e8_tiny_r")
 # Known losses: rounding the inputs moves these derivatives by less than 1e-6, and yet they are off by more than 1e-3

@@ -9,7 +9,7 @@ import pytest
 import pssm
 from pssm import LinearGaussianSSM, NonlinearSSM
 
-STEPS, MODELS = 70, 3  # long enough for a standstill
+STEPS, MODELS = 70, 3  # long enough for a steady state
 RNG = np.random.default_rng(0)
 Y = jnp.asarray(RNG.normal(size=(MODELS, STEPS, 1)), jnp.float32)
 WEIGHTS = jnp.asarray(RNG.normal(size=(STEPS, 2)), jnp.float32)

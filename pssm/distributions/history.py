@@ -14,11 +14,10 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.posterior import LinearGaussianPosterior
 from pssm.filters import log_likelihood
-from pssm.filters.covariance import update
-from pssm.filters.kalman import emission_mean, transition_mean
+from pssm.filters.step import emission_mean, predict_one, transition_mean, update_factor, update_mean
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg.small import matvec
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
 MIXED = ("A", "C", "b", "d", "B", "D")
@@ -151,13 +150,12 @@ class HistoryMarginal(dist.Distribution):
             first, a, u = xs
             state, w = weights.step(state, before)
             now = bases.at(self._mix(w))
-            mean = jnp.where(first, bases.m0, transition_mean(now, mean, u))
-            chol = jnp.where(first, start, triangularise(jnp.concatenate([matmul(now.A, chol), bases.chol_Q], axis=1)))
+            predicted = predict_one(now, mean, chol, u)
+            mean, chol = jnp.where(first, bases.m0, predicted.mean), jnp.where(first, start, predicted.chol)
             observed = ~jnp.isnan(a)
-            expected = emission_mean(now, mean, u)
-            filled = jnp.where(observed, a, expected)
-            new = update(now, chol, observed)
-            mean = mean + matvec(new.gain, matvec(new.root, filled - expected))
+            filled = jnp.where(observed, a, emission_mean(now, mean, u))
+            new = update_factor(now, chol, observed)
+            mean, _ = update_mean(now, new.gain, new.root, mean, filled, observed, u)
             return (state, filled, (mean, new.new_chol)), w
 
         start = triangularise(bases.chol_P0)

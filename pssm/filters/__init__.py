@@ -7,6 +7,7 @@ from pssm.filters.particle_smoother import conditional_smc, particle_smoother
 from pssm.filters.particle_sweep import ParticleResult
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother, most_likely_states, sample_states
+from pssm.filters.step import predict, update
 
 __all__ = [
     "ParticleResult",
@@ -21,6 +22,8 @@ __all__ = [
     "most_likely_states",
     "particle_filter",
     "particle_smoother",
+    "predict",
     "sample_states",
     "simulate",
+    "update",
 ]

@@ -23,17 +23,16 @@ import jax.numpy as jnp
 
 from pssm._types import Array, Bool
 from pssm.batch import in_all_of_a_batch
+from pssm.filters.step import LOG_2PI
 from pssm.linalg.small import SMALL, along_time, batch_first
 from pssm.missing import split_missing
 from pssm.ssm import FIELDS, LinearGaussianSSM, rebuild
 
-LOG_2PI = math.log(2 * math.pi)
 
-
-def is_wide(ssm: LinearGaussianSSM, y: Array | None) -> bool:
+def is_wide(ssm: LinearGaussianSSM) -> bool:
     """Whether a series is worth collapsing, by its sizes: below, a step is one small fused loop."""
     n_obs, n = ssm.C.shape[-2:]
-    return y is not None and y.ndim == 2 and n_obs >= 2 * (n + 1) and n_obs + n > SMALL
+    return n_obs >= 2 * (n + 1) and n_obs + n > SMALL
 
 
 def can_collapse(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Bool[Array, ""]:
@@ -62,7 +61,7 @@ def basis(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
 def collapse(q: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[LinearGaussianSSM, Array, Array]:
     """Model and series in the basis `q`, and what the log-likelihood of each step lacks.
 
-    A step without any observation is NaN. Derivatives are right but for those by `chol_R`, see `_collapsed_score`.
+    A step without any observation is NaN. Derivatives are right but for those by `chol_R`, see `collapsed_score`.
     """
     loadings, readings = _whitened(ssm, y, u)
     observed, size = ~jnp.isnan(y), q.shape[2]
@@ -77,15 +76,8 @@ def collapse(q: Array, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tup
     return rebuild(fields, timed), small_y, jnp.where(empty, 0.0, lacking)
 
 
-def score_by_width(score: Callable[..., Any], general: Callable[..., Any], *args: Any) -> tuple[Array, tuple]:
-    """The log-likelihood and its gradient: by `score` of the collapsed series where possible, else by `general`."""
-    if not is_wide(*args[:2]):
-        return general(*args)
-    return where_collapsed(partial(_collapsed_score, score), general, *args)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _collapsed_score(
+def collapsed_score(
     score: Callable[..., Any], ssm: LinearGaussianSSM, y: Array, u: Array | None
 ) -> tuple[Array, tuple]:
     """The log-likelihood and its gradient with respect to `(ssm, y, u)`, by `score` of the collapsed series.
@@ -111,7 +103,7 @@ def _collapsed_score(
     return batch_first((value + jnp.sum(lacking), (rebuild(fields, ssm.time_varying), whole_y, by_u)))
 
 
-@_collapsed_score.defjvp
+@collapsed_score.defjvp
 def _collapsed_score_jvp(score: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple:
     return batch_first(jax.jvp(score, primals, tangents))
 

@@ -28,6 +28,7 @@ from pssm._types import Array, ArrayLike
 from pssm.filters.linearize import Linearization, Linearize, SigmaPoints, jacobian, rule
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother
+from pssm.filters.step import LOG_2PI
 from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.linalg.square_root import triangularise_once
@@ -35,7 +36,6 @@ from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import FilterResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
-LOG_2PI = 1.8378770664093453
 HALVINGS = 40
 
 

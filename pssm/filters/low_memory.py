@@ -10,22 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array
-from pssm.batch import over_batches
 from pssm.filters.covariance import one_step, timed_fields
-from pssm.filters.kalman import emission_mean, shift, transition_mean
+from pssm.filters.means import shift
+from pssm.filters.step import transition_mean, update_mean
 from pssm.linalg import triangularise
-from pssm.linalg.small import matvec
 from pssm.missing import split_missing
 from pssm.ssm import LinearGaussianSSM
 
 
-@jax.jit
 def low_memory_log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
-    """`log p(y)`; as `log_likelihood`."""
-    return over_batches(_one_series, ssm, (y, 2), (u, 2))
-
-
-def _one_series(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    """`log p(y)` of one series; as `log_likelihood`."""
     length = y.shape[0]
     piece = math.isqrt(length - 1) + 1
     filled, observed = split_missing(y)
@@ -41,8 +35,7 @@ def _one_series(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
         t, y_t, observed_t, u_t, u_next, timed = xs
         now, seen = ssm.at(timed), observed_t & (t < length)
         next_chol, row = one_step(now, chol, seen)
-        whitened = matvec(row.root, jnp.where(seen, y_t - emission_mean(now, mean, u_t), 0.0))
-        new_mean = mean + matvec(row.gain, whitened)
+        new_mean, whitened = update_mean(now, row.gain, row.root, mean, y_t, seen, u_t)
         return (next_chol, transition_mean(now, new_mean, u_next)), row.log_norm - 0.5 * jnp.sum(whitened**2)
 
     @jax.checkpoint

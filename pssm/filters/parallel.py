@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from pssm._types import Array
-from pssm.filters.covariance import Gains, one_step, timed_fields, update
-from pssm.filters.kalman import Means, emission_mean, shift, transition_mean
-from pssm.filters.smoother import complement
-from pssm.linalg import solve_lower, triangularise
+from pssm.filters.covariance import Gains, one_step, timed_fields
+from pssm.filters.means import Means, shift
+from pssm.filters.step import emission_mean, predict_factor, transition_mean, update_factor, update_mean
+from pssm.linalg import complement, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.missing import split_missing
 from pssm.results import FilterResult, SmootherResult
@@ -77,16 +77,13 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Gains, M
     filled, observed = split_missing(y)
     timed, ahead = timed_fields(ssm, ahead=False), timed_fields(ssm, ahead=True)
     steps = jax.vmap(lambda values, seen: _step(ssm.at(values), seen))(timed, observed)
-    first = update(ssm.at({name: x[0] for name, x in timed.items()}), ssm.chol_P0, observed[0]).new_chol
+    first = update_factor(ssm.at_time(0), ssm.chol_P0, observed[0]).new_chol
     zero = jnp.zeros_like(first)
     steps = jax.tree.map(lambda x, start: x.at[0].set(start), steps, _Step(zero, first, zero))
     filtered = jax.lax.associative_scan(jax.vmap(_compose), steps).U
 
-    def predict(U: Array, values: dict[str, Array]) -> Array:
-        now = ssm.at(values)
-        return triangularise(jnp.concatenate([matmul(now.A, U), now.chol_Q], axis=1))
-
-    chol = jax.vmap(predict)(filtered[:-1], {name: x[1:] for name, x in timed.items()})
+    into = {name: x[1:] for name, x in timed.items()}
+    chol = jax.vmap(lambda U, values: predict_factor(ssm.at(values), U))(filtered[:-1], into)
     chol = jnp.concatenate([triangularise(ssm.chol_P0)[None], chol])
     rows = jax.vmap(lambda chol, seen, values: one_step(ssm.at(values), chol, seen)[1])(chol, observed, ahead)
 
@@ -108,15 +105,15 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Gains, M
     mean = jax.lax.associative_scan(jax.vmap(compose), (F, g))[1]
 
     def finish(row: Gains, mean: Array, y_t: Array, seen: Array, u_t: Array | None, values: dict) -> tuple:
-        whitened = matvec(row.root, jnp.where(seen, y_t - emission_mean(ssm.at(values), mean, u_t), 0.0))
-        return Means(mean, mean + matvec(row.gain, whitened), whitened), row.log_norm - 0.5 * jnp.sum(whitened**2)
+        new_mean, whitened = update_mean(ssm.at(values), row.gain, row.root, mean, y_t, seen, u_t)
+        return Means(mean, new_mean, whitened), row.log_norm - 0.5 * jnp.sum(whitened**2)
 
     return rows, *jax.vmap(finish)(rows, mean, filled, observed, u, timed)
 
 
 def _step(ssm: LinearGaussianSSM, seen: Array) -> _Step:
     """The map of one step: an update in which the transition noise is all that is uncertain of the state."""
-    new = update(ssm, ssm.chol_Q, seen)
+    new = update_factor(ssm, ssm.chol_Q, seen)
     seen_A = matmul(new.root, matmul(ssm.C, ssm.A))
     # What is observed exactly leaves nothing of the earlier state, not the rounding of a difference.
     left = ssm.A - matmul(new.gain, seen_A)

@@ -18,18 +18,12 @@ import jax.numpy as jnp
 from pssm._checks import check_sample_shape
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.batch import apart, for_each, in_all_of_a_batch, over_batches, side_by_side
-from pssm.filters.covariance import (
-    FIRST_CHECK,
-    Gains,
-    by_step,
-    next_check,
-    over_series,
-    row_at,
-    unmoved,
-    with_gains,
-)
-from pssm.filters.kalman import Means, prepare, scan_means
-from pssm.linalg import orthogonalise, triangularise, unless
+from pssm.filters.covariance import FIRST_CHECK, Gains, by_step, next_check, row_at, unmoved
+from pssm.filters.means import Means, scan_means
+from pssm.filters.parallel import parallel_smoother
+from pssm.filters.passes import of_gains, run
+from pssm.filters.plan import Plan, plan_for, prepare
+from pssm.linalg import complement, triangularise, unless
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
 from pssm.results import SmootherResult
@@ -62,9 +56,7 @@ def kalman_smoother(
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    if method == "parallel":
-        return _parallel(ssm, series, inputs)
-    return _smooth(ssm, series, inputs, freeze=method == "auto")
+    return _smooth(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
 
 
 def sample_states(
@@ -108,7 +100,7 @@ def sample_states(
     each = ssm.n_state + ssm.chol_Q.shape[-1]
     noise = standard_normal(key, (*batch, count, series.shape[-2], each), series.dtype)
 
-    paths = _draws(ssm, series, inputs, noise)
+    paths = _draws(plan_for(ssm, series, inputs), ssm, series, inputs, noise)
     paths = jnp.moveaxis(paths, len(batch), 0)
     return paths.reshape(tuple(sample_shape) + paths.shape[1:])
 
@@ -126,22 +118,14 @@ def most_likely_states(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def complement(turn: Array) -> Array:
-    """`Q3` with `Q3' Q3 = 1 - Q1' Q1` for the orthogonal factor `[Q1, Q2]` of a transition.
-
-    Its rows are the first part of rows orthogonal to those of the factor.
-    """
-    n = turn.shape[0]
-    eye = jnp.eye(n, turn.shape[1], dtype=turn.dtype)
-    return orthogonalise(jnp.concatenate([turn, eye]))[1][n:, :n]
-
-
 # ------------------------------------------------------------------------------------------------------------- moments
 
 
-@partial(jax.jit, static_argnames="freeze")
-def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None, *, freeze: bool) -> SmootherResult:
-    return over_series(_smooth_with, ssm, y, u, freeze=freeze)
+@partial(jax.jit, static_argnames="plan")
+def _smooth(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    if plan.recursion == "parallel":
+        return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
+    return run(_smooth_with, plan, ssm, y, u)
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
@@ -153,7 +137,7 @@ def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Arra
 def _moments_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
     """As `smooth_complete`."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
-    covariances = _all_covariances if isinstance(last, int) else _settling_covariances
+    covariances = _all_covariances if isinstance(last, int) else _covariances_until_steady
     chol, cross = covariances(rows, last, y.shape[-2])
     mean = apart(_paths(rows, last, means), y.shape[:-2])
     return SmootherResult(mean, chol, cross, log_liks.sum(0).reshape(y.shape[:-2]))
@@ -164,14 +148,7 @@ def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Smooth
 
     All series have the same `chol` and `cross_cov`, which come once, without an axis for the series.
     """
-    return with_gains(_moments_with, ssm, y, u, gaps=jnp.zeros(y.shape[-2:], bool), freeze=True)
-
-
-@jax.jit
-def _parallel(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
-    from pssm.filters.parallel import parallel_smoother  # which is built on this module
-
-    return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
+    return of_gains(_moments_with, plan_for(ssm, y, u), jnp.ones(y.shape[-2:], bool), ssm, y, u)
 
 
 def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> Array:
@@ -246,11 +223,11 @@ def _all_covariances(rows: Gains, last: Array | int, length: int) -> tuple[Array
     return jnp.concatenate([chol, final.new_chol[None]]), cross
 
 
-def _settling_covariances(rows: Gains, last: Array, length: int) -> tuple[Array, Array]:
-    """The same where row `last` stands for all later steps.
+def _covariances_until_steady(rows: Gains, last: Array, length: int) -> tuple[Array, Array]:
+    """The same where row `last` is the steady state of the gain.
 
-    Back from the end the covariances settle once more, `late` steps before it; from there to step `last` they stand
-    still. Where the room for late rows does not suffice, every step is computed.
+    Back from the end the smoothed covariances reach a steady state of their own, `late` steps before it, which holds
+    down to step `last`. Where the room for late rows does not suffice, every step is computed.
     """
     capacity = rows.chol.shape[0]
     final = row_at(rows, last, last)
@@ -262,17 +239,17 @@ def _settling_covariances(rows: Gains, last: Array, length: int) -> tuple[Array,
         late = late + 1
         left, kept, chol, cross = _covariance_back(left, final, final.chol)
         due = late == check
-        still = in_all_of_a_batch(due & unmoved(earlier, kept))
+        steady = in_all_of_a_batch(due & unmoved(earlier, kept))
         check, earlier = jnp.where(due, next_check(check), check), jnp.where(due, kept, earlier)
-        return late, left, earlier, check, set_row(chols, chol, late), set_row(crosses, cross, late), still
+        return late, left, earlier, check, set_row(chols, chol, late), set_row(crosses, cross, late), steady
 
     room = jnp.minimum(capacity - 1, length - 1 - last)
     state = jnp.asarray(0), start, blank[0], jnp.asarray(FIRST_CHECK), set_row(blank, final.new_chol, 0), blank
-    late, left, _, _, late_chol, late_cross, still = jax.lax.while_loop(
+    late, left, _, _, late_chol, late_cross, steady = jax.lax.while_loop(
         lambda s: (s[0] < room) & ~s[-1], late_step, (*state, jnp.asarray(False))
     )
 
-    def settled() -> tuple[Array, Array]:
+    def by_steady_state() -> tuple[Array, Array]:
         def early_step(i: Array, state: tuple) -> tuple:
             left, chols, crosses = state
             t = last - 1 - i
@@ -285,18 +262,18 @@ def _settling_covariances(rows: Gains, last: Array, length: int) -> tuple[Array,
         return jnp.concatenate([early_chol, late_chol])[index], jnp.concatenate([early_cross, late_cross])[index[:-1]]
 
     if capacity == length:
-        return settled()
+        return by_steady_state()
     return jax.lax.cond(
-        still | jnp.all(late == length - 1 - last), settled, lambda: _all_covariances(rows, last, length)
+        steady | jnp.all(late == length - 1 - last), by_steady_state, lambda: _all_covariances(rows, last, length)
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- draws
 
 
-@jax.jit
-def _draws(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> Array:
-    return over_series(_draws_with, ssm, y, u, (noise, 3), freeze=True)
+@partial(jax.jit, static_argnames="plan")
+def _draws(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> Array:
+    return run(_draws_with, plan, ssm, y, u, (noise, 3))
 
 
 def _draws_with(

@@ -13,18 +13,15 @@ import numpyro.distributions as dist
 from jax.tree_util import Partial
 from numpyro.distributions import constraints
 
-from pssm._checks import as_float, check_choice
-from pssm._types import Array, ArrayLike
-from pssm.batch import map_batch
+from pssm._checks import check_choice
+from pssm._types import Array
 from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
 from pssm.distributions.unwrap import unwrap
+from pssm.filters.along import along_filter
 from pssm.guides.drawn import DrawnGuide
 from pssm.guides.model_run import ModelRun, plates_of, structure
-from pssm.linalg import Diagonal, outer
-from pssm.linalg.low_rank import as_matrix
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg import Diagonal
 from pssm.register import is_trainable, register
-from pssm.ssm import LinearGaussianSSM
 
 LINEARIZATIONS = ("local", "jacobian")
 
@@ -159,56 +156,3 @@ class AmortizedFrames(DrawnGuide):
         net = register(f"{self.prefix}_zeta", net)
         mean, scale = jnp.split(jax.vmap(net)(z.reshape(-1, n)).reshape(*z.shape[:-1], -1), 2, axis=-1)
         return numpyro.sample("zeta", dist.Normal(mean, jax.nn.softplus(scale)).to_event(1))
-
-
-def along_filter(
-    path: StatePath, sigma: ArrayLike, series: Array, *, linearization: str = "local"
-) -> LinearGaussianSSM:
-    """The linear-Gaussian model that an extended Kalman filter meets on its way along a series.
-
-    Observed are the first states, `a_t ~ N((z_t)_{1..size}, diag(sigma^2))`; step t is affine about the filtered mean
-    of t - 1.
-
-    Args:
-        path: the prior of the states, its noise constant.
-        sigma: standard deviations `(size,)`.
-        series: `(..., time, size)`, NaN where missing.
-        linearization: as in `AmortizedFrames`.
-    """
-    batch = jnp.broadcast_shapes(path.batch_shape, series.shape[:-2])
-    sigma = as_float("sigma", sigma)
-    size, n, f = series.shape[-1], path.n_state, path.transition
-    C = jnp.eye(size, n, dtype=series.dtype)
-
-    def affine(z: Array, u: Array | None) -> tuple[Array, Array]:
-        if linearization == "local":
-            return f.affine(z, u)
-        slope = jax.jacfwd(f)(z, u)
-        return slope, f(z, u) - matvec(slope, z)
-
-    def one(x: dict[str, Any]) -> tuple[Array, Array]:
-        Q = outer(as_matrix(x["chol_Q"]))
-
-        def step(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-            mean, P = carry
-            a, u = xs
-            seen = ~jnp.isnan(a)
-            for i in range(size):  # one number after the other, in Joseph's form: no solves, and P stays definite
-                gain = jnp.where(seen[i], P[:, i] / (P[i, i] + sigma[i] ** 2), 0.0)
-                mean = mean + gain * (jnp.where(seen[i], a[i], mean[i]) - mean[i])
-                half = P - gain[:, None] * P[i]
-                P = half - half[:, i, None] * gain + gain[:, None] * gain * sigma[i] ** 2
-            F, b = affine(mean, u)
-            return (matvec(F, mean) + b, matmul(matmul(F, P), F.T) + Q), (F, b)
-
-        # The step after t carries the input of t + 1; the transition into the first step is not used.
-        inputs = None if x["u"] is None else jnp.concatenate([x["u"][1:], x["u"][-1:]])
-        start = x["m0"], outer(as_matrix(x["chol_P0"]))
-        _, found = jax.lax.scan(step, start, (x["a"], inputs))
-        return jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:-1]]), found)
-
-    arrays, cores = path.arrays()
-    xs = {"u": None, **arrays, "a": series}
-    A, b = map_batch(one, batch, xs, {"u": 2, **cores, "a": 2})
-    m0, chol_P0, chol_Q = path.m0, as_matrix(path.chol_P0), as_matrix(path.chol_Q)
-    return LinearGaussianSSM(m0, chol_P0, A, chol_Q, C, jnp.diag(sigma), b=b, time_varying=("A", "b"))

@@ -3,6 +3,7 @@
 from pssm.linalg.low_rank import Diagonal
 from pssm.linalg.potential import Potential
 from pssm.linalg.square_root import (
+    complement,
     factor_from_covariance,
     orthogonalise,
     outer,
@@ -14,6 +15,7 @@ from pssm.linalg.square_root import (
 __all__ = [
     "Diagonal",
     "Potential",
+    "complement",
     "factor_from_covariance",
     "orthogonalise",
     "outer",

@@ -101,6 +101,16 @@ def orthogonalise(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _householder(m) if SMALL < rows <= cols else _gram_schmidt(m)
 
 
+def complement(turn: Array) -> Array:
+    """`Q3` with `Q3' Q3 = 1 - Q1' Q1` for orthonormal rows `[Q1, Q2]`, `Q1` square.
+
+    Its rows are the first part of rows orthogonal to those of the factor.
+    """
+    n = turn.shape[0]
+    eye = jnp.eye(n, turn.shape[1], dtype=turn.dtype)
+    return orthogonalise(jnp.concatenate([turn, eye]))[1][n:, :n]
+
+
 def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """By LAPACK's QR, which is fast, unless a row comes near to depending on those above it; then row by row.
 

@@ -1,4 +1,4 @@
-"""Covariances that stand still: the frozen recursion is the full one, in values, gradients and posteriors."""
+"""The steady state of the gain changes nothing: values, gradients and posteriors are those of the full recursion."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
-from pssm.filters.covariance import until_standstill
+from pssm.filters.covariance import until_steady_state
 
 STEPS = 150
 
@@ -20,7 +20,7 @@ def little_room(monkeypatch):
 
 
 def build(kind, dtype=np.float64):
-    """A model and a series of 150 steps whose covariances settle within some dozen of them."""
+    """A model and a series of 150 steps whose gain reaches its steady state within some dozen of them."""
     rng = np.random.default_rng(3)
     q = oracles.random_model(rng, n=3, p=2, offsets=True)
     q["A"] = 0.7 * np.linalg.qr(q["A"])[0]
@@ -38,7 +38,7 @@ def build(kind, dtype=np.float64):
         q["chol_Q"] = 0.1 * np.eye(3)
         start = LinearGaussianSSM(**q)
         q["chol_P0"] = np.asarray(pssm.kalman_filter(start, np.zeros((2000, 2))).predicted_chol[-1])
-    if kind == "a constant nobody sees":  # its variance stands still, yet nothing is ever forgotten
+    if kind == "a constant nobody sees":  # its variance is constant, yet nothing is ever forgotten
         q["A"] = np.diag([0.7, 0.5, 1.0])
         q["chol_Q"] = np.diag([0.5, 0.5, 0.0])
         q["chol_P0"] = np.diag([1.0, 1.0, 2.0])
@@ -56,8 +56,8 @@ KINDS = [
     "starts where it ends",
     "a constant nobody sees",
 ]
-standstill = jax.jit(lambda ssm, y: until_standstill(ssm, ~jnp.isnan(y))[1:])
-frozen, full = (
+steady_state = jax.jit(lambda ssm, y: until_steady_state(ssm, ~jnp.isnan(y))[1:])
+auto, full = (
     jax.jit(jax.value_and_grad(lambda ssm, y, m=m: pssm.log_likelihood(ssm, y, method=m), argnums=(0, 1)))
     for m in ("auto", "sequential")
 )
@@ -68,10 +68,10 @@ frozen, full = (
 def test_value_and_gradient(kind, dtype):
     with jax.enable_x64(dtype == np.float64):
         ssm, y = build(kind, dtype)
-        last, still = standstill(ssm, y)
-        assert still
+        last, steady = steady_state(ssm, y)
+        assert steady
         assert last < STEPS - 10
-        (value, gradient), (expected, gradients) = frozen(ssm, y), full(ssm, y)
+        (value, gradient), (expected, gradients) = auto(ssm, y), full(ssm, y)
         tight = dtype == np.float64
         np.testing.assert_allclose(value, expected, rtol=1e-12 if tight else 1e-5)
         for name in ("m0", "chol_P0", "A", "chol_Q", "C", "chol_R", "b", "d"):
@@ -83,16 +83,16 @@ def test_value_and_gradient(kind, dtype):
 def test_a_gap_at_the_end_keeps_every_step(x64):
     ssm, y = build("plain")
     y[-3] = np.nan
-    assert not standstill(ssm, y)[1]
-    np.testing.assert_allclose(frozen(ssm, y)[0], full(ssm, y)[0], rtol=1e-14)
+    assert not steady_state(ssm, y)[1]
+    np.testing.assert_allclose(auto(ssm, y)[0], full(ssm, y)[0], rtol=1e-14)
 
 
-def test_too_slow_to_stand_still(x64):
-    """A random walk with little noise settles after more steps than the series has."""
+def test_too_slow_for_a_steady_state(x64):
+    """The gain of a random walk with little noise reaches its steady state after more steps than the series has."""
     ssm = LinearGaussianSSM([0.0], [[10.0]], [[1.0]], [[0.01]], [[1.0]], [[1.0]])
     y = np.random.default_rng(0).normal(size=(STEPS, 1))
-    assert not standstill(ssm, y)[1]
-    for a, b in zip(jax.tree.leaves(frozen(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
+    assert not steady_state(ssm, y)[1]
+    for a, b in zip(jax.tree.leaves(auto(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
@@ -105,10 +105,10 @@ def test_room_for_every_step(kind, x64):
         ssm, y = build("plain")
         y = y[:90]
         y[-3] = np.nan
-    last, served = standstill(ssm, y)
-    assert served
+    last, steady = steady_state(ssm, y)
+    assert steady
     assert last == 89
-    for a, b in zip(jax.tree.leaves(frozen(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
+    for a, b in zip(jax.tree.leaves(auto(ssm, y)), jax.tree.leaves(full(ssm, y)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
     for function in (pssm.kalman_filter, pssm.kalman_smoother):
         a, b = (jax.jit(lambda m=m, f=function: f(ssm, y, method=m))() for m in ("auto", "sequential"))
@@ -117,11 +117,11 @@ def test_room_for_every_step(kind, x64):
 
 
 def test_change_of_units_changes_nothing(x64):
-    """The test for a standstill knows no units: the same step, whatever they are."""
+    """The test for the steady state knows no units: the same step, whatever they are."""
     ssm, y = build("plain")
     scaled = ssm.replace(**{k: 1e-9 * getattr(ssm, k) for k in ("m0", "chol_P0", "chol_Q", "chol_R", "b", "d")})
-    assert standstill(ssm, y) == standstill(scaled, 1e-9 * y)
-    np.testing.assert_allclose(frozen(scaled, 1e-9 * y)[0], frozen(ssm, y)[0] - y.size * np.log(1e-9), rtol=1e-12)
+    assert steady_state(ssm, y) == steady_state(scaled, 1e-9 * y)
+    np.testing.assert_allclose(auto(scaled, 1e-9 * y)[0], auto(ssm, y)[0] - y.size * np.log(1e-9), rtol=1e-12)
 
 
 def test_filter_and_smoother(x64):
@@ -156,7 +156,7 @@ def test_a_smoothed_mean_has_a_gradient(x64):
 
 
 def test_batches_are_their_elements(x64):
-    """Elements that settle at different times, and one that never does, in one call."""
+    """Elements with a steady state at different times, and one that never has any, in one call."""
     ssm, y = build("plain")
     others = np.stack([y, y, y])
     others[1, 5] = np.nan
