@@ -1,4 +1,4 @@
-"""What engines of Markov chains share: where a run is, and the compiled piece that gathers its draws."""
+"""The common part of engines of Markov chains: where a run is, the compiled piece that gathers draws, the files."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._types import Array
-from pssm.fitting.loop import Arrays, Parts
-from pssm.storage.packing import pack_leaves
+from pssm._checks import check_count
+from pssm._types import Array, Key
+from pssm.fitting.loop import Arrays, Parts, check_more
+from pssm.storage.packing import pack, pack_leaves, unpack, unpack_leaves
 
 SITE = "z/"  # before the name of a site; other names are fields of the sampler
 
@@ -34,10 +35,6 @@ class ChainsRun(NamedTuple):
         """Whether there is no draw yet."""
         return not self.draws
 
-    def leaves(self) -> Parts:
-        """State and pieces of draws, for a folder; a piece is written once."""
-        return {"state": [pack_leaves(self.state)], "draws": self.draws}
-
     def moved(self, state: Any, found: dict[str, Array], count: int, skipped: int = 0) -> "ChainsRun":
         """The run after `count` steps more; of the rows that were gathered, the first `skipped` are not kept."""
         kept = [{n: np.asarray(x)[:, skipped:count] for n, x in found.items()}] if skipped < count else []
@@ -49,6 +46,75 @@ class ChainsRun(NamedTuple):
             raise ValueError("`path`: the run is still in its warm-up; see `pssm.infer.resume`.")
         names = [n for n in self.draws[0] if all(n in d for d in self.draws)]
         return {n: np.concatenate([d[n] for d in self.draws], axis=1) for n in names}
+
+
+class ChainEngine:
+    """An engine of chains without its sampler: a subclass has `start`, `advance`, `words` and `result`.
+
+    Args:
+        model: the NumPyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        counted_warmup: warm-up steps that are steps of the run, before its draws.
+        options: everything else that the engine is made of: `num_samples`, the draws of each chain, and more.
+    """
+
+    counts, pace, save_every = ("iterations", "num_samples"), 10.0, 0.0
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        counted_warmup: int,
+        options: dict[str, Any],
+    ):
+        for name in ("num_warmup", "num_samples", "num_chains"):
+            check_count(name, options[name])
+        self.model, self.args, self.kwargs, self.options = model, args, kwargs, options
+        self.counted_warmup, self.target = counted_warmup, options["num_samples"]
+        self.total = counted_warmup + self.target
+
+    def start(self, key: Key) -> ChainsRun:
+        """The run before the first step."""
+        raise NotImplementedError
+
+    def done(self, run: ChainsRun) -> str:
+        """Whether all draws are there."""
+        return "num_samples" if run.steps >= self.total else ""
+
+    def leaves(self, run: ChainsRun) -> Parts:
+        """State and pieces of draws; a piece is written once."""
+        return {"state": [pack_leaves(run.state)], "draws": run.draws}
+
+    def restore(self, parts: Parts, steps: int, seconds: float) -> ChainsRun:
+        """The run that `leaves` was given."""
+        like = self.extended(None, self.target)  # a sampler that was started under `eval_shape` is of no use to a run
+        shapes = jax.eval_shape(lambda key: like.start(key).state, jax.random.key(0))
+        return ChainsRun(unpack_leaves(shapes, parts["state"][0]), parts["draws"], steps, seconds)
+
+    def settings(self) -> tuple[dict[str, Any], Arrays]:
+        """The options."""
+        return {"settings": {name: pack(x, {}) for name, x in self.options.items()}}, {}
+
+    @classmethod
+    def reopen(cls, saved: Any) -> Any:
+        """The engine of a saved folder."""
+        options = {name: unpack(x, {}) for name, x in saved.manifest["settings"].items()}
+        return cls(saved.model, saved.args, saved.kwargs, **{**options, "num_samples": saved.target(cls.counts)})
+
+    def extended(self, run: ChainsRun | None, target: int | None) -> Any:
+        """The engine for more draws."""
+        target = self.target if target is None else check_count("num_samples", target)
+        if run is not None:
+            check_more("num_samples", target, run.steps - self.counted_warmup, "draws there are")
+        new: Any = type(self)
+        return new(self.model, self.args, self.kwargs, **{**self.options, "num_samples": target})
+
+    def note(self, run: ChainsRun, ended: str) -> str:
+        """An early end in words."""
+        there = f"{run.steps - self.counted_warmup} of {self.target}"
+        return f"Sampling was interrupted with {there} draws in each chain." if ended == "interrupted" else ""
 
 
 def gather(step: Callable[[Any], Any], values: Callable[[Any], dict[str, Array]], longest: int) -> Callable[..., Any]:

@@ -12,23 +12,20 @@ from numpyro.infer.util import initialize_model
 
 from pssm._checks import check_count
 from pssm._types import Array, Key
-from pssm.fitting.chains import SITE, ChainsRun, gather
-from pssm.fitting.loop import Arrays, Parts, check_more
+from pssm.fitting.chains import SITE, ChainEngine, ChainsRun, gather
 from pssm.fitting.results import FitRecord
-from pssm.storage.packing import unpack_leaves
 
 OBJECTIVE = "estimate of the posterior (Markov chain of unadjusted steps: their bias is held small, not removed)"
 
 
-class MCLMCEngine:
+class MCLMCEngine(ChainEngine):
     """MCLMC on a model; arguments as in `pssm.infer.fit_mclmc`."""
 
-    kind, counts, pace, save_every, longest = "mclmc", ("steps", "num_samples"), 10.0, 5.0, 100
+    kind, longest = "mclmc", 100
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: int):
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.options = {name: check_count(name, value) for name, value in options.items()}
-        self.total = self.target = options["num_samples"]
+        check_count("thinning", options["thinning"])
+        super().__init__(model, args, kwargs, 0, options)  # the tuning is one piece, before the first step
         try:
             self._mclmc: Any = importlib.import_module("blackjax")  # takes seconds, and is an extra
         except ImportError:
@@ -83,38 +80,9 @@ class MCLMCEngine:
         sites = self._info.postprocess_fn(carry[0].position)
         return {**{SITE + n: jnp.asarray(x) for n, x in sites.items()}, "potential_energy": -carry[0].logdensity}
 
-    def done(self, run: ChainsRun) -> str:
-        """Whether all draws are there."""
-        return "num_samples" if run.steps >= self.total else ""
-
     def words(self, run: ChainsRun) -> str:
         """The length of a step, on average over the chains."""
         return f"step {float(run.state[1].step_size.mean()):.2g}"
-
-    def leaves(self, run: ChainsRun) -> Parts:
-        """State and pieces of draws."""
-        return run.leaves()
-
-    def settings(self) -> tuple[dict[str, Any], Arrays]:
-        """The arguments of `fit_mclmc`."""
-        return {"settings": self.options}, {}
-
-    @classmethod
-    def reopen(cls, saved: Any) -> "MCLMCEngine":
-        """The engine of a saved folder."""
-        return cls(saved.model, saved.args, saved.kwargs, **saved.manifest["settings"])
-
-    def restore(self, parts: Parts, steps: int, seconds: float) -> ChainsRun:
-        """The run that `leaves` was given."""
-        like = MCLMCEngine(self.model, self.args, self.kwargs, **self.options)
-        shapes = jax.eval_shape(lambda key: like.start(key).state, jax.random.key(0))
-        return ChainsRun(unpack_leaves(shapes, parts["state"][0]), parts["draws"], steps, seconds)
-
-    def extended(self, run: ChainsRun, target: int | None) -> "MCLMCEngine":
-        """The engine for more draws."""
-        target = self.target if target is None else target
-        check_more("num_samples", target, run.steps, "draws there are")
-        return MCLMCEngine(self.model, self.args, self.kwargs, **{**self.options, "num_samples": target})
 
     def result(self, run: ChainsRun, ended: str, seed: Any) -> FitRecord:
         """The fit as a record."""
@@ -122,10 +90,8 @@ class MCLMCEngine:
         draws = {n.removeprefix(SITE): x for n, x in found.items() if n.startswith(SITE)}
         stats = {n: x for n, x in found.items() if not n.startswith(SITE)}
         still = int(np.sum(~(np.asarray(run.state[1].step_size) > 1e-6)))
-        notes = {
-            f"MCLMC was interrupted with {run.steps} of {self.target} draws in each chain.": ended == "interrupted",
-            f"{still} chains do not move: their tuning failed. Raise `num_warmup`, or use `fit_nuts`.": still > 0,
-        }
+        stuck = f"{still} chains do not move: their tuning failed. Raise `num_warmup`, or use `fit_nuts`."
+        notes = (self.note(run, ended), stuck if still else "")
         return FitRecord("MCLMC", self.model, self.args, self.kwargs, lambda *_: draws, OBJECTIVE, ended=ended,
-                         warnings=tuple(text for text, holds in notes.items() if holds), stats=stats, seed=seed,
+                         warnings=tuple(filter(None, notes)), stats=stats, seed=seed,
                          seconds=run.seconds, run=run, engine=self)  # fmt: skip

@@ -10,23 +10,21 @@ from numpyro.infer import MCMC, NUTS, init_to_uniform
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
-from pssm.fitting.chains import SITE, ChainsRun, gather
-from pssm.fitting.loop import Arrays, Parts, check_more
+from pssm.fitting.chains import SITE, ChainEngine, ChainsRun, gather
 from pssm.fitting.results import MCMCFit
-from pssm.storage.packing import pack, unpack, unpack_leaves
 
 EXTRA_FIELDS = ("energy", "potential_energy", "num_steps", "accept_prob")
 CHUNK = 100  # steps in a piece, at most
 METHODS = ("vectorized", "sequential", "parallel")
 
 
-class NutsEngine:
+class NutsEngine(ChainEngine):
     """NUTS on a model. The kernel's state says what comes next, so pieces and breaks change no draw.
 
     Arguments as in `fit_nuts`; `options` are those of `numpyro.infer.NUTS`.
     """
 
-    kind, counts, pace, save_every = "nuts", ("iterations", "num_samples"), 10.0, 0.0
+    kind = "nuts"
 
     def __init__(
         self,
@@ -39,17 +37,15 @@ class NutsEngine:
         num_chains: int,
         chain_method: str = "vectorized",
         chunk: int | None = None,
-        **options: Any,
+        **nuts: Any,
     ):
-        for name, value in (("num_warmup", num_warmup), ("num_samples", num_samples), ("num_chains", num_chains)):
-            check_count(name, value)
         check_choice("chain_method", chain_method, METHODS)
-        self.model, self.args, self.kwargs, self.options = model, args, kwargs, options
-        self.target, self.num_warmup, self.num_chains = num_samples, num_warmup, num_chains
-        self.chain_method = chain_method if num_chains > 1 else "sequential"
+        chain_method = chain_method if num_chains > 1 else "sequential"
+        plain = {"num_samples": num_samples, "num_warmup": num_warmup, "num_chains": num_chains}
+        super().__init__(model, args, kwargs, num_warmup, {**plain, "chain_method": chain_method, **nuts})
+        self.num_warmup, self.num_chains, self.chain_method, self.nuts = num_warmup, num_chains, chain_method, nuts
         self.longest = check_count("chunk", CHUNK if chunk is None else chunk)
-        self.total = num_warmup + num_samples
-        self.kernel = self._new_kernel()
+        self.kernel = NUTS(model, init_strategy=init_to_uniform, **nuts)
         self._advance: Callable[..., Any] | None = None
 
     @classmethod
@@ -85,7 +81,7 @@ class NutsEngine:
     def mcmc(self, *, num_samples: int | None = None, **options: Any) -> MCMC:
         """NumPyro's `MCMC` with the same settings, not run; `options` are its own."""
         return MCMC(
-            self._new_kernel(),
+            NUTS(self.model, init_strategy=init_to_uniform, **self.nuts),
             num_warmup=self.num_warmup,
             num_samples=self.target if num_samples is None else num_samples,
             num_chains=self.num_chains,
@@ -95,7 +91,7 @@ class NutsEngine:
 
     def start(self, key: Key) -> ChainsRun:
         """The run before the first step."""
-        return ChainsRun(self._first_state(self.kernel, key), [])
+        return ChainsRun(self._first_state(key), [])
 
     def advance(self, run: ChainsRun, count: int) -> ChainsRun:
         """`count` steps more of every chain; draws are kept after the warm-up."""
@@ -104,48 +100,12 @@ class NutsEngine:
         state, found = self._advance(run.state, count)
         return run.moved(state, found, count, skipped=max(self.num_warmup - run.steps, 0))
 
-    def done(self, run: ChainsRun) -> str:
-        """Whether all draws are there."""
-        return "num_samples" if run.steps >= self.total else ""
-
     def words(self, run: ChainsRun) -> str:
         """The phase of the run."""
         return "warm-up" if run.steps < self.num_warmup else "sampling"
 
-    def leaves(self, run: ChainsRun) -> Parts:
-        """State and pieces of draws."""
-        return run.leaves()
-
-    def settings(self) -> tuple[dict[str, Any], Arrays]:
-        """The arguments of `fit_nuts`."""
-        plain = {"num_warmup": self.num_warmup, "num_chains": self.num_chains, "chain_method": self.chain_method}
-        return {"settings": plain | {n: pack(x, {}) for n, x in self.options.items()}}, {}
-
-    @classmethod
-    def reopen(cls, saved: Any) -> "NutsEngine":
-        """The engine of a saved folder."""
-        options = dict(saved.manifest["settings"])
-        options |= {n: unpack(options[n], {}) for n in ("dense_mass", "max_tree_depth")}
-        return cls(saved.model, saved.args, saved.kwargs, num_samples=saved.target(cls.counts), **options)
-
-    def restore(self, parts: Parts, steps: int, seconds: float) -> ChainsRun:
-        """The run that `leaves` was given."""
-        like = self._new_kernel()  # what a kernel keeps of its start under `eval_shape` is of no use to a run
-        shapes = jax.eval_shape(lambda key: self._first_state(like, key), jax.random.key(0))
-        return ChainsRun(unpack_leaves(shapes, parts["state"][0]), parts["draws"], steps, seconds)
-
-    def extended(self, run: ChainsRun, target: int | None) -> "NutsEngine":
-        """The engine for more draws."""
-        target = self.target if target is None else check_count("num_samples", target)
-        check_more("num_samples", target, run.steps - self.num_warmup, "draws there are")
-        plain = {n: getattr(self, n) for n in ("num_warmup", "num_chains", "chain_method")}
-        options = {**plain, "num_samples": target, "chunk": self.longest, **self.options}
-        return NutsEngine(self.model, self.args, self.kwargs, **options)
-
     def result(self, run: ChainsRun, ended: str, seed: Any) -> MCMCFit:
         """NumPyro's `MCMC` with the draws."""
-        there = run.steps - self.num_warmup
-        note = f"NUTS was interrupted with {there} of {self.target} draws in each chain."
         return MCMCFit(
             self.kernel,
             run.joined(),
@@ -154,18 +114,15 @@ class NutsEngine:
             seed=seed,
             seconds=run.seconds,
             ended=ended,
-            note=note if ended == "interrupted" else "",
+            note=self.note(run, ended),
             num_warmup=self.num_warmup,
             num_chains=self.num_chains,
             chain_method="vectorized" if self.chain_method == "vectorized" else "sequential",
         )
 
-    def _new_kernel(self) -> NUTS:
-        return NUTS(self.model, init_strategy=init_to_uniform, **self.options)
-
-    def _first_state(self, kernel: NUTS, key: Key) -> Any:
+    def _first_state(self, key: Key) -> Any:
         def init(key: Key) -> Any:
-            return kernel.init(key, self.num_warmup, None, model_args=self.args, model_kwargs=self.kwargs)
+            return self.kernel.init(key, self.num_warmup, None, model_args=self.args, model_kwargs=self.kwargs)
 
         if self.num_chains == 1:
             return init(key)
@@ -176,7 +133,7 @@ class NutsEngine:
         """`(state, count) -> (state, fields)`, fields `(chain, longest, ...)`; compiled once for every count."""
         kernel, args, kwargs = self.kernel, self.args, self.kwargs
         if kernel._sample_fn is None:  # a run from a file: the kernel has not been started
-            self._first_state(kernel, jax.random.key(0))
+            self._first_state(jax.random.key(0))
         constrain = kernel.postprocess_fn(args, kwargs)
         together = self.num_chains > 1 and self.chain_method == "vectorized"
         constrain = jax.vmap(constrain) if together else constrain

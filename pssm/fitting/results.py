@@ -122,7 +122,8 @@ def convergence(losses: np.ndarray) -> tuple[bool, str]:
     noise = float(np.sqrt(scatter[0] / len(early) + scatter[1] / len(late)))
     return (
         abs(fall) < max(0.1, 3 * noise, 0.3 * np.sqrt(scatter[1])),
-        f"between the second fifth and the last tenth of the run the loss fell by {fall:.3g} nats (+- {noise:.2g}).",
+        "between the second fifth and the last tenth of the run the loss "
+        f"{'fell' if fall >= 0 else 'rose'} by {abs(fall):.3g} nats (+- {noise:.2g}).",
     )
 
 
