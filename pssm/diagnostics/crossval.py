@@ -54,7 +54,9 @@ class _Refit(az.SamplingWrapper):
 
     def get_inference_data(self, fitted_model: dict[str, Any]) -> xr.DataTree:
         lead = ("chain", "draw")
-        site = np.moveaxis(self.score(fitted_model)[self.site], 2 + self.time, 2)  # what is left of a step stands behind
+        site = np.moveaxis(
+            self.score(fitted_model)[self.site], 2 + self.time, 2
+        )  # what is left of a step stands behind
         y = site.reshape(*site.shape[:3], -1).sum(-1)[:, :, self.seen]
         scores = xr.Dataset({"y": ((*lead, "time"), y)}, {"time": self.seen})
         posterior = {n: ((*lead, *(f"{n}_{i}" for i in range(x.ndim - 2))), x) for n, x in fitted_model.items()}
@@ -70,12 +72,16 @@ def _cut_along(axes: Axes, args: tuple[Any, ...]) -> tuple[str, int]:
     if not args or not site or not holds(axes.trace[site]["value"], args[0]):
         raise ValueError("`fit`: the first argument of its model must be the data, an array that one site observes.")
     if axes.time not in axes.names[site] or axes.names[site].index(axes.time) >= np.ndim(args[0]):
-        raise ValueError(f"`fit`: the time axis of {site!r} is not known; its axes are {axes.names[site]}. Give `dims`.")
+        raise ValueError(
+            f"`fit`: the time axis of {site!r} is not known; its axes are {axes.names[site]}. Give `dims`."
+        )
     others = [n for n in axes.data[1:] if axes.time in axes.names[n]]
     if others:
         raise ValueError(f"`fit`: the sites {others} run along time too, and their future would be known.")
     if not takes_missing(axes.trace[site]["fn"]):
-        raise ValueError(f"`fit`: NaN in {site!r} must mean missing; write `pssm.observe` in place of `numpyro.sample`.")
+        raise ValueError(
+            f"`fit`: NaN in {site!r} must mean missing; write `pssm.observe` in place of `numpyro.sample`."
+        )
     return site, axes.names[site].index(axes.time)
 
 

@@ -15,7 +15,15 @@ from numpyro.infer import MCMC
 
 from pssm._types import ArrayLike, Key
 from pssm._version import __version__
-from pssm.diagnostics.groups import LEAD, Namer, label_array, pointwise, pointwise_dims, pointwise_likelihoods, steps_seen
+from pssm.diagnostics.groups import (
+    LEAD,
+    Namer,
+    label_array,
+    pointwise,
+    pointwise_dims,
+    pointwise_likelihoods,
+    steps_seen,
+)
 from pssm.fitting.fit import SVIFit, model_of, posterior_draws
 from pssm.infer.axes import Axes, WholePlates, find_axes
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states

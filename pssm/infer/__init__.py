@@ -5,6 +5,7 @@ from pssm.fitting.devices import shard
 from pssm.fitting.fit import SVIFit, TrainingError, elbo, fit_nuts, fit_svi, posterior_draws
 from pssm.fitting.train import WeightedKL
 from pssm.infer.causal import causal_draws
+from pssm.infer.check import ModelCheck, check_model
 from pssm.infer.gibbs import particle_gibbs
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
@@ -16,6 +17,7 @@ from pssm.objectives.constraint import Constrained, constrain
 __all__ = [
     "Constrained",
     "EvidenceBound",
+    "ModelCheck",
     "PseudoMarginal",
     "SVIFit",
     "SavedFitError",
@@ -23,6 +25,7 @@ __all__ = [
     "TrainingError",
     "WeightedKL",
     "causal_draws",
+    "check_model",
     "constrain",
     "elbo",
     "fit_nuts",

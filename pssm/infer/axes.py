@@ -9,6 +9,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
+from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
 from pssm.distributions import (
@@ -132,9 +133,8 @@ def find_axes(
     kwargs = dict(kwargs or {})
     scans = _Scans()
     with WholePlates(), scans:
-        seeded = handlers.seed(handlers.substitute(model, data=dict(values or {})), jax.random.key(0))
-        trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-    sites = {n: s for n, s in trace.items() if s["type"] in ("sample", "deterministic")}
+        trace = trace_model(model, dict(values or {}), args, kwargs)
+    sites = {n: s for n, s in trace.items() if s["type"] in ("sample", "deterministic") and not is_factor(s)}
     found = {n: _declared(n, s, trace, n in scans.names) for n, s in sites.items()}
     for name, axes in _checked(dims or {}, sites).items():
         found[name] = list(axes)
@@ -157,6 +157,24 @@ def find_axes(
     _settle(found, sites, data)
     names = {n: tuple(a or f"{n}_dim_{i}" for i, a in enumerate(axes)) for n, axes in found.items()}
     return Axes(trace, names, data, time)
+
+
+def is_factor(site: dict[str, Any]) -> bool:
+    """Whether a site is `numpyro.factor`, which observes nothing."""
+    return site["type"] == "sample" and isinstance(innermost(site["fn"]), dist.Unit)
+
+
+def trace_model(
+    model: Callable[..., Any], values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A trace with these values; a site that cannot be drawn gets a value of its support."""
+
+    def start(site: dict[str, Any]) -> Any:
+        improper = site["type"] == "sample" and isinstance(core(site["fn"]), dist.ImproperUniform)
+        return init_to_uniform(site) if improper and not site["is_observed"] else None
+
+    started = handlers.substitute(handlers.substitute(model, substitute_fn=start), data=values)
+    return handlers.trace(handlers.seed(started, jax.random.key(0))).get_trace(*args, **kwargs)
 
 
 def _declared(name: str, site: dict[str, Any], trace: dict[str, Any], in_scan: bool) -> list[str | None]:
@@ -292,8 +310,7 @@ def _follow_paths(
 
         def entries(x: jax.Array, path: str = path, wanted: list[str] = wanted) -> dict[str, jax.Array]:
             with WholePlates():
-                seeded = handlers.seed(handlers.substitute(model, data={**latent, path: x}), jax.random.key(0))
-                run = handlers.trace(seeded).get_trace(*args, **kwargs)
+                run = trace_model(model, {**latent, path: x}, args, kwargs)
             return {
                 n: _entry_scores(run[n]["fn"], noise[n]) if n in noise else jnp.asarray(run[n]["value"], float)
                 for n in wanted
