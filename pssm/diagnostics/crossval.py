@@ -153,7 +153,8 @@ def leave_future_out(
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.
 
     Raises:
-        ValueError: `min_observations` leaves nothing to predict, the guide is another, or the data cannot be cut in time.
+        ValueError: `min_observations` leaves nothing to predict, the guide is another, or the data cannot be cut in
+            time.
 
     Source:
         Buerkner, Gabry & Vehtari 2020.

@@ -254,8 +254,8 @@ def _checked(dims: Mapping[str, tuple[str, ...]], sites: dict[str, Any]) -> dict
         shape = np.shape(sites[name]["value"])
         if isinstance(axes, str) or len(axes) != len(shape) or len(set(axes)) < len(axes):
             raise ValueError(
-                f"`dims` for {name!r} must have {len(shape)} names; got {axes!r}, and the shape is {shape}: one name for "
-                "each axis, no two alike."
+                f"`dims` for {name!r} must have {len(shape)} names; got {axes!r}, and the shape is {shape}. One name "
+                "for each axis, no two alike."
             )
     return {name: tuple(axes) for name, axes in dims.items() if name in sites}
 

@@ -297,8 +297,8 @@ def _odd_axes(name: str, s: dict[str, Any], axes: Axes) -> list[str]:
     steps = size.get(axes.time or "", 0)
     if axes.time in dims and size.get("series", 0) > steps > 0:
         return [
-            f"`{name}` has {size['series']} series of {steps} steps: time is the axis before the last; transpose the data "
-            "if that is not meant."
+            f"`{name}` has {size['series']} series of {steps} steps: time is the axis before the last; transpose the "
+            "data if that is not meant."
         ]
     return []
 

@@ -17,7 +17,7 @@ from pssm.diagnostics.tree import no_time_axis, rehearse
 from pssm.fitting.model_record import describe
 from pssm.infer.axes import Axes
 from pssm.infer.check import ModelCheck, check_model
-from pssm.study.methods import METHODS, model_of_method
+from pssm.study.methods import model_of_method
 
 Dims = Mapping[str, Sequence[str]]
 
