@@ -212,7 +212,12 @@ CASES = {
         options={"dims": {"yearly": ("time",)}},
     ),
     "a scan": Case(in_a_scan, counts(T), {"flow": ("time",), "level": ("time",)}, methods=NUTS),
-    "a plate in a scan": Case(plate_in_a_scan, counts(T, S), {"flow": ("time", "region"), "level": ("time", "region")}),
+    "a plate in a scan": Case(
+        plate_in_a_scan,
+        counts(T, S),
+        {"flow": ("time", "region"), "level": ("time", "region")},
+        methods=NUTS,
+    ),
     "as many states as steps": Case(
         as_many_states_as_steps,
         counts(T, 1),

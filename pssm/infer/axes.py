@@ -173,6 +173,7 @@ def trace_model(
         improper = site["type"] == "sample" and isinstance(core(site["fn"]), dist.ImproperUniform)
         return init_to_uniform(site) if improper and not site["is_observed"] else None
 
+    values = {name: jnp.asarray(x) for name, x in values.items()}  # a scan takes no NumPy arrays
     started = handlers.substitute(handlers.substitute(model, substitute_fn=start), data=values)
     return handlers.trace(handlers.seed(started, jax.random.key(0))).get_trace(*args, **kwargs)
 
@@ -325,10 +326,10 @@ def _follow_paths(
             except (NotImplementedError, TypeError, ValueError):  # a site that cannot be differentiated stays unknown
                 break
         for name in wanted if len(moved) == 2 else ():
-            _name_followed(found[name], name, [(step, np.asarray(change[name])) for step, change in moved])
+            _name_followed(found[name], [(step, np.asarray(change[name])) for step, change in moved])
 
 
-def _name_followed(axes: list[str | None], name: str, moved: list[tuple[int, np.ndarray]]) -> None:
+def _name_followed(axes: list[str | None], moved: list[tuple[int, np.ndarray]]) -> None:
     def follows(k: int) -> bool:
         for step, change in moved:
             where = np.flatnonzero((change != 0).any(tuple(i for i in range(change.ndim) if i != k)))
@@ -336,7 +337,7 @@ def _name_followed(axes: list[str | None], name: str, moved: list[tuple[int, np.
                 return False
         return True
 
-    along = [k for k in range(moved[0][1].ndim) if axes[k] is None and follows(k)]
+    along = [k for k, axis in enumerate(axes[: moved[0][1].ndim]) if axis is None and follows(k)]
     if len(along) == 1:
         axes[along[0]] = "time"
 

@@ -326,6 +326,10 @@ def _methods(model, args, kwargs, axes: Axes, latent: dict[str, Any], integrated
     if not chains or not guides:
         path = "" if path_model(model, *args, **kwargs) is not None else NO_PATH
         sampled = "" if sampled_model(model, *args, **kwargs) is not None else NO_PATH
+    plates = {n for n, s in plain.items() if s["type"] == "plate"}
+    inner = next((f.name for s in latent.values() for f in s["cond_indep_stack"] if f.name not in plates), None)
+    if not guides and inner is not None:
+        guides = f"NumPyro's automatic guides do not know the plate {inner!r}, which stands inside of a scan"
     mvn = f"AutoMultivariateNormal takes no part of a plate over the latent site `{local[0]}`" if local else ""
     exact = "" if "its states are integrated out exactly" in integrated.values() else "no LinearGaussianMarginal site"
     return {

@@ -240,7 +240,11 @@ def compare(
     reference = next((m for m in done if m.startswith("nuts")), "")
     notes: list[str] = list(task.check.warnings)
     evidence = _evidence(function, task, results, reference, seed)
-    parameters = parameter_rows({m: results[m] for m in done}, reference)
+    try:
+        parameters = parameter_rows({m: results[m] for m in done}, reference)
+    except Exception as error:  # the draws are there, whatever becomes of their table
+        notes.append(f"No table of parameters: {type(error).__name__}: {error}")
+        parameters = parameter_rows({}, reference)
     table = judge(results, reference, parameters, evidence)
     return Study(
         name,

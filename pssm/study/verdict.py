@@ -22,7 +22,7 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
 
     parameters = _parameters(results)
     rows: list[dict[str, Any]] = []
-    for name, result in results.items():
+    for name, result in results.items() if parameters else ():
         posterior = result.tree["posterior"].to_dataset()[parameters]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
