@@ -23,7 +23,7 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
 
     Args:
         fit: from `fit_svi`.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         num_particles: number of draws from the guide.
 
     Returns:
@@ -83,7 +83,7 @@ def log_evidence(
         model: a NumPyro model.
         draws: posterior draws with leading axes `(chain, draw)`.
         args: the model's positional arguments.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         num_particles: number of importance draws.
         kwargs: the model's keyword arguments.
 

@@ -99,7 +99,7 @@ def simulation_based_calibration(
         num_draws: posterior draws for each, independent or nearly so.
         sites: latent sites to rank; all by default.
         data_site: the observed site.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         num_warmup: of NUTS.
         thin: of NUTS, one draw in so many is kept.
         num_steps: of SVI.

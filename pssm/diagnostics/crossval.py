@@ -146,7 +146,8 @@ def leave_future_out(
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
         min_observations: size of the first past; half of the series by default.
         horizon: how many observations ahead.
-        key: random key, or a whole number, for the refits.
+        key: random key, or a whole number, for the refits; the default too is the same in each call, and gives the same
+            draws.
         dims: names of the axes of sites, as in `to_datatree`, where the model does not say which axis is time.
 
     Returns:

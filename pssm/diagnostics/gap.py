@@ -54,7 +54,7 @@ def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> 
 
     Args:
         fit: from `fit_svi`.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         num_particles: draws for the bound and for the evidence.
 
     Returns:

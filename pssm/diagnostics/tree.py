@@ -71,7 +71,7 @@ def to_datatree(
         future_time: labels of the forecast steps.
         u_future: inputs of the forecast steps.
         num_samples: number of draws from an SVI fit.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
 
     Returns:
         An `xarray.DataTree`.
