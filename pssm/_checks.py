@@ -88,7 +88,7 @@ def also_called(**names: str) -> Callable[[Callable[..., Any]], Callable[..., An
         rest = list(signature.parameters.values())
         place = next((i for i, p in enumerate(rest) if p.kind is inspect.Parameter.VAR_KEYWORD), len(rest))
         added = [inspect.Parameter(alias, inspect.Parameter.KEYWORD_ONLY, default=None) for alias in names]
-        renamed.__signature__ = signature.replace(parameters=[*rest[:place], *added, *rest[place:]])
+        renamed.__dict__["__signature__"] = signature.replace(parameters=[*rest[:place], *added, *rest[place:]])
         return renamed
 
     return decorate

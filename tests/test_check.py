@@ -176,7 +176,7 @@ def test_which_methods_apply_and_why_others_do_not(case, monkeypatch):
 
 def test_a_study_skips_what_does_not_apply_with_the_same_reason():
     case = CASES["a part of a plate"]
-    options = {"svi_steps": 5, "horizon": 0, "leave_future_out": False, "progress": False}
+    options = {"svi_steps": 12, "horizon": 0, "leave_future_out": False, "progress": False}
     with pytest.warns(UserWarning, match="SVI has not converged"):
         study = pssm.compare(case.model, case.y, ["nuts", "svi:normal"], **options)
     assert study.results["nuts"].status == "skipped"

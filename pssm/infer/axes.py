@@ -9,7 +9,6 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
-from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
 from pssm.distributions import (
@@ -171,7 +170,7 @@ def trace_model(
 
     def start(site: dict[str, Any]) -> Any:
         improper = site["type"] == "sample" and isinstance(core(site["fn"]), dist.ImproperUniform)
-        return init_to_uniform(site) if improper and not site["is_observed"] else None
+        return core(site["fn"]).support.feasible_like(jnp.zeros(site["fn"].shape())) if improper else None
 
     values = {name: jnp.asarray(x) for name, x in values.items()}  # a scan takes no NumPy arrays
     started = handlers.substitute(handlers.substitute(model, substitute_fn=start), data=values)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -202,7 +203,8 @@ def path_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable
 
 def _with_states(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model with its states sampled, where it has the option."""
-    return partial(model, states="sampled") if "states" in inspect.signature(model).parameters else model
+    option = inspect.signature(model).parameters.get("states")
+    return model if option is None or not isinstance(option.default, str) else partial(model, states="sampled")
 
 
 # The sites
@@ -215,8 +217,9 @@ def _site(name: str, s: dict[str, Any], axes: Axes) -> Site:
     if s["type"] == "plate":
         return Site(name, "plate", shape=(s["args"][0],))
     if s["type"] == "param":
-        leaves = numpyro.util.ravel_pytree(value)[0] if not hasattr(value, "shape") else value
-        return Site(name, "parameter", shape=np.shape(leaves))
+        leaves = jax.tree.leaves(value)
+        shape = np.shape(value) if jax.tree.structure(value) == jax.tree.structure(0) else (sum(map(np.size, leaves)),)
+        return Site(name, "parameter", shape=shape)
     if s["type"] == "deterministic":
         return Site(name, "deterministic", "", np.shape(value), axes.names[name])
     kind = type(innermost(s["fn"])).__name__
@@ -285,8 +288,8 @@ def _odd_values(name: str, s: dict[str, Any]) -> list[str]:
             f'`pssm.observe("{name}", distribution, obs)` in place of `numpyro.sample`.'
         ]
     support = fn.base.support if isinstance(fn, WithMissing) else fn.support
-    inside = np.asarray(support(jnp.nan_to_num(value, nan=1.0) if missing else value))
-    if not missing and not inside.all():
+    inside = np.ones(()) if support is None or missing else np.asarray(support(value))
+    if not inside.all():
         return [f"`{name}` has {int((~inside).sum())} entries outside of the support of {kind} ({support})."]
     return []
 
