@@ -24,6 +24,7 @@ from pssm.infer import SVIFit, fit_nuts, fit_svi
 from pssm.infer.axes import WholePlates, find_axes
 from pssm.study import compare as comparison
 from pssm.study import methods as study_methods
+from pssm.study.forecasts import resume_study
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SVI has not converged"),
@@ -183,9 +184,8 @@ def test_a_later_step_that_fails_is_named_and_leaves_the_rest(case, tmp_path, mo
         assert result.fit is not None
         assert words in result.note or (case == "k-hat" and method == "nuts"), result.note
         assert groups <= (set() if result.tree is None else set(result.tree.children))
-    if case == "saving":
-        monkeypatch.undo()
-    assert study.report(tmp_path / "report").is_file()
+    page = study.report(tmp_path / "report").read_text(encoding="utf-8")
+    assert ("could not be saved: LookupError" in page) == (case == "saving")
     assert len(study.table) == 2
 
 
@@ -199,6 +199,27 @@ def test_a_method_that_raises_anything_leaves_the_others(monkeypatch):
     study = pssm.compare(local, counts(T, 1), ["svi:mvn", "svi:normal"], **QUICK)
     assert [r.status for r in study.results.values()] == ["failed", "done"]
     assert "LookupError" in study.results["svi:mvn"].note
+
+
+def test_an_interrupted_study_of_a_dict_goes_on(tmp_path, monkeypatch):
+    case, run = CASES["a dict"], comparison.run_method
+
+    def some(name, *args, **kwargs):
+        if name == "svi:normal":
+            raise KeyboardInterrupt
+        return run(name, *args, **kwargs)
+
+    monkeypatch.setattr(comparison, "run_method", some)
+    methods = ["svi:mvn", "svi:normal"]
+    first = pssm.compare(case.model, case.y, methods, time=DAYS, out=tmp_path / "out", **case.options, **QUICK)
+    assert [r.status for r in first.results.values()] == ["done", "interrupted"]
+    monkeypatch.undo()
+    study = resume_study(tmp_path / "out", model=case.model, progress=False)
+    assert [r.status for r in study.results.values()] == ["done", "done"]
+    assert study.settings["data_sha256"] == first.settings["data_sha256"]
+    np.testing.assert_array_equal(study.time, DAYS)
+    for result in study.results.values():
+        assert result.tree["observed_data"]["yearly"].dims == ("yearly_time",)
 
 
 # Errors before the first step

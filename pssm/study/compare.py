@@ -72,9 +72,17 @@ class Study:
         return str(good.loc[good["seconds_run"].idxmin(), "method"]) if len(good) else ""
 
     def save(self, path: str | Path) -> Path:
-        """Writes `table.csv`, `parameters.csv`, `summary.json` and one netCDF file per method into a folder."""
+        """Writes `table.csv`, `parameters.csv`, `summary.json` and one netCDF file per method into a folder.
+
+        A netCDF file that cannot be written is named in `warnings`, and costs no other file.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        for result in self.results.values():
+            try:
+                save_result(result, folder)
+            except Exception as error:  # the tables, the report and the other results are written all the same
+                self.warnings.append(f"{result.name}: its results could not be saved: {type(error).__name__}: {error}")
         _write(folder / "table.csv", self.table.to_csv(index=False))
         _write(folder / "parameters.csv", self.parameters.to_csv(index=False))
         summary = {
@@ -90,8 +98,6 @@ class Study:
             "warnings": self.warnings,
         }
         _write(folder / "summary.json", json.dumps(summary, indent=2))
-        for result in self.results.values():
-            save_result(result, folder)
         return folder
 
     def report(self, path: str | Path) -> Path:
