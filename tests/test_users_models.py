@@ -239,6 +239,10 @@ def transposed(y):
     numpyro.sample("flow", dist.Normal(z, 1.0), obs=y)
 
 
+def unnamed_arguments(y, *rest):
+    flat_counts(y)
+
+
 def plain(y):
     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
     numpyro.sample("flow", dist.Normal(mean, 1.0), obs=y)
@@ -259,6 +263,7 @@ BEFORE = {
     "names of columns": (panel, counts(S, T, 1), {"column": ["a", "b"]}, "`column` must be 3 different names"),
     "names of axes": (flat_counts, counts(T), {"dims": {"arrivals": ("a", "b")}}, "`dims` for 'arrivals' must have 1"),
     "names of no site": (flat_counts, counts(T), {"dims": {"arivals": ("a",)}}, "`dims` names 'arivals'"),
+    "arguments without names": (unnamed_arguments, counts(T), {"args": (1,)}, "`args`: .* wrap it in one that names"),
     "too many arguments": (flat_counts, counts(T), {"args": (1, 2)}, "`args` does not fit"),
 }
 
@@ -267,7 +272,7 @@ BEFORE = {
 def test_what_cannot_work_ends_before_the_first_step(case, tmp_path, monkeypatch):
     model, y, options, words = BEFORE[case]
     monkeypatch.setattr(comparison, "run_method", broken)
-    error = TypeError if case == "too many arguments" else ValueError
+    error = TypeError if "args" in options else ValueError
     with pytest.raises(error, match=words):
         pssm.compare(model, y, ["nuts", "svi:normal"], out=tmp_path / "out", **options, **QUICK)
     assert not (tmp_path / "out").exists()

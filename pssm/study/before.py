@@ -120,12 +120,13 @@ def as_model(
 
 def _by_name(model: Callable[..., Any], y: Any, args: Sequence[Any]) -> dict[str, Any]:
     """The positional arguments after the data by their names, which leaves the data alone in front."""
+    signature = inspect.signature(model)
     try:
-        bound = inspect.signature(model).bind_partial(y, *args).arguments
+        bound = signature.bind_partial(y, *args).arguments
     except TypeError as error:
         raise TypeError(f"`args` does not fit the model: {error}.") from None
     names = list(bound)[1:]
-    if len(names) != len(args):
+    if any(signature.parameters[n].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for n in names):
         raise TypeError(
             "`args`: the model takes its positional arguments without names; wrap it in one that names them."
         )
