@@ -288,9 +288,11 @@ def _odd_values(name: str, s: dict[str, Any]) -> list[str]:
             f'`pssm.observe("{name}", distribution, obs)` in place of `numpyro.sample`.'
         ]
     support = fn.base.support if isinstance(fn, WithMissing) else fn.support
-    inside = np.ones(()) if support is None or missing else np.asarray(support(value))
+    inside = np.asarray(True if support is None or missing else support(value))
     if not inside.all():
-        return [f"`{name}` has {int((~inside).sum())} entries outside of the support of {kind} ({support})."]
+        return [
+            f"`{name}` has {int(np.logical_not(inside).sum())} entries outside of the support of {kind} ({support})."
+        ]
     return []
 
 
