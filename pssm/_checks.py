@@ -4,8 +4,12 @@ Shapes and dtypes are static, so looking at them costs nothing under `jit`. Valu
 there (outside of `jit`, `vmap` and `grad`): a traced array passes.
 """
 
+import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +63,35 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
     close = get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"`{name}` must be one of {', '.join(repr(c) for c in choices)}; got {value!r}.{hint}")
+
+
+def also_called(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function whose arguments have second names: `@also_called(n_state="num_states")`.
+
+    Raises:
+        TypeError: (from the function) both names are given.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        places = list(signature.parameters)
+
+        @functools.wraps(function)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            for alias in names.keys() & kwargs.keys():
+                name = names[alias]
+                if name in kwargs or len(args) > places.index(name):
+                    raise TypeError(f"`{alias}` and `{name}` are two names for one argument; give one of them.")
+                kwargs[name] = kwargs.pop(alias)
+            return function(*args, **kwargs)
+
+        rest = list(signature.parameters.values())
+        place = next((i for i, p in enumerate(rest) if p.kind is inspect.Parameter.VAR_KEYWORD), len(rest))
+        added = [inspect.Parameter(alias, inspect.Parameter.KEYWORD_ONLY, default=None) for alias in names]
+        renamed.__dict__["__signature__"] = signature.replace(parameters=[*rest[:place], *added, *rest[place:]])
+        return renamed
+
+    return decorate
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> int:

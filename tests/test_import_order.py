@@ -38,6 +38,7 @@ ORDER = [
     "models",
     "modes",
     "guides",
+    "inspection",
     "objectives",
     "kernels",
     "fitting",

@@ -46,7 +46,7 @@ def pendulum_clips(
         friction: of the hinge.
         push: standard deviation of the random change of the velocity after each frame.
         noise: standard deviation of the noise of pixels; 0 for none.
-        seed: seed of the random numbers.
+        seed: seed of the random numbers; the default too gives the same draws in each call.
 
     Example:
         >>> clips = pendulum_clips(3, 20)
@@ -93,7 +93,7 @@ def bouncing_ball(
         radius: of the ball, in sides; it is drawn as a blob of that width.
         speed: least and largest speed, in sides a frame.
         noise: standard deviation of the noise of pixels; 0 for none.
-        seed: seed of the random numbers.
+        seed: seed of the random numbers; the default too gives the same draws in each call.
 
     Example:
         >>> clips = bouncing_ball(3, 20)

@@ -13,10 +13,11 @@ from numpyro.infer import MCMC
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Key
-from pssm.diagnostics.tree import pointwise_likelihoods
+from pssm.diagnostics.groups import pointwise_dims, pointwise_likelihoods
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.results import SVIFit, model_of, posterior_draws
 from pssm.fitting.start import GUIDES, initial_state
+from pssm.inspection.axes import Axes, find_axes, holds, takes_missing
 
 NUM_DRAWS = 4000  # of a guide
 
@@ -24,19 +25,23 @@ NUM_DRAWS = 4000  # of a guide
 class _Refit(az.SamplingWrapper):
     """Refits with the future set to missing: shapes stay, so one compiled program serves every refit."""
 
-    def __init__(self, fit: MCMC | SVIFit, key: Key | int):
+    def __init__(self, fit: MCMC | SVIFit, key: Key | int, dims: dict[str, tuple[str, ...]] | None = None):
         model, args, self.kwargs = model_of(fit)
+        axes = find_axes(model, args, self.kwargs, dims=dims, series=True)
+        self.site, self.axis = _cut_along(axes, args)
         self.data, self.rest = np.array(args[0], dtype=float), args[1:]
         self.key, self.fits = key, 0
-        self.seen = np.flatnonzero(~np.isnan(self.data.reshape(len(self.data), -1)).all(1))  # steps with data
+        rows = np.moveaxis(self.data, self.axis, 0)
+        self.seen = np.flatnonzero(~np.isnan(rows.reshape(len(rows), -1)).all(1))  # steps with data
+        self.time = pointwise_dims(axes.trace[self.site], axes.names[self.site], axes.time).index(axes.time)
         # Scores are those of the whole series, the future too, under the parameters fitted to the past.
-        self.score = pointwise_likelihoods(model, ("y",), args, self.kwargs)
+        self.score = pointwise_likelihoods(model, (self.site,), args, self.kwargs, axes)
         self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else _same_nuts(fit, self.rest, self.kwargs)
         super().__init__(model=model, idata_orig=self.get_inference_data(posterior_draws(fit, num_samples=NUM_DRAWS)))
 
     def sel_observations(self, idx: np.ndarray) -> tuple[Any, Any]:
         kept = self.data.copy()
-        kept[self.seen[np.asarray(idx)]] = np.nan
+        np.moveaxis(kept, self.axis, 0)[self.seen[np.asarray(idx)]] = np.nan
         return kept, np.asarray(idx)
 
     def sample(self, modified_observed_data: np.ndarray) -> dict[str, Any]:
@@ -45,14 +50,35 @@ class _Refit(az.SamplingWrapper):
 
     def get_inference_data(self, fitted_model: dict[str, Any]) -> xr.DataTree:
         lead = ("chain", "draw")
-        site = self.score(fitted_model)["y"]  # (chain, draw, time), or with the series of a step apart
-        y = site.reshape(*site.shape[:2], len(self.data), -1).sum(-1)[:, :, self.seen]
+        site = np.moveaxis(
+            self.score(fitted_model)[self.site], 2 + self.time, 2
+        )  # what is left of a step stands behind
+        y = site.reshape(*site.shape[:3], -1).sum(-1)[:, :, self.seen]
         scores = xr.Dataset({"y": ((*lead, "time"), y)}, {"time": self.seen})
         posterior = {n: ((*lead, *(f"{n}_{i}" for i in range(x.ndim - 2))), x) for n, x in fitted_model.items()}
         return xr.DataTree.from_dict({"/posterior": xr.Dataset(posterior), "/log_likelihood": scores})
 
     def log_likelihood__i(self, excluded_obs: Any, idata__i: xr.DataTree) -> xr.DataArray:
         return idata__i["log_likelihood"]["y"].isel(time=np.asarray(excluded_obs))
+
+
+def _cut_along(axes: Axes, args: tuple[Any, ...]) -> tuple[str, int]:
+    """The observed site that holds the first argument of the model, and the time axis of that argument."""
+    site = axes.data[0] if axes.data else ""
+    if not args or not site or not holds(axes.trace[site]["value"], args[0]):
+        raise ValueError("`fit`: the first argument of its model must be the data, an array that one site observes.")
+    if axes.time not in axes.names[site] or axes.names[site].index(axes.time) >= np.ndim(args[0]):
+        raise ValueError(
+            f"`fit`: the time axis of {site!r} is not known; its axes are {axes.names[site]}. Give `dims`."
+        )
+    others = [n for n in axes.data[1:] if axes.time in axes.names[n]]
+    if others:
+        raise ValueError(f"`fit`: the sites {others} run along time too, and their future would be known.")
+    if not takes_missing(axes.trace[site]["fn"]):
+        raise ValueError(
+            f"`fit`: NaN in {site!r} must mean missing; write `pssm.observe` in place of `numpyro.sample`."
+        )
+    return site, axes.names[site].index(axes.time)
 
 
 def _same_nuts(fit: MCMC, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Key, Any], dict[str, jax.Array]]:
@@ -89,13 +115,19 @@ def _same_svi(fit: SVIFit) -> Callable[[Key, Any], dict[str, jax.Array]]:
 
 
 def leave_future_out(
-    fit: MCMC | SVIFit, *, min_observations: int | None = None, horizon: int = 1, key: Key | int = 0
+    fit: MCMC | SVIFit,
+    *,
+    min_observations: int | None = None,
+    horizon: int = 1,
+    key: Key | int = 0,
+    dims: dict[str, tuple[str, ...]] | None = None,
 ) -> Any:
     """Expected log predictive density of the next `horizon` observations, each predicted from its past alone.
 
     ArviZ's `lfo_cv`: importance weights correct an earlier fit to the posterior given the past, and the model is
-    refitted where the weights are too uneven. The first positional argument of the model must be the data, `(time,)` or
-    `(time, 1)`, with NaN for missing: steps without data are not counted, neither in the past nor ahead.
+    refitted where the weights are too uneven. The first positional argument of the model must be the data of one
+    observed site of any name, with NaN for missing: steps without data are not counted, neither in the past nor ahead.
+    Several series of one step are scored together.
 
     Args:
         fit: from `fit_nuts` or `fit_svi` (with the guides "normal" and "mvn"), states integrated out.
@@ -103,12 +135,14 @@ def leave_future_out(
         horizon: number of observations ahead.
         key: random key, or a whole number, for the refits. Calls with equal keys, also the
             default, give equal draws.
+        dims: names of the axes of sites, as in `to_datatree`, where the model does not say which axis is time.
 
     Returns:
         ArviZ's `ELPDData` with `elpd`, `se`, `n_refits` and pointwise values.
 
     Raises:
-        ValueError: `min_observations` leaves no observation to predict, or the guide is of another kind.
+        ValueError: `min_observations` leaves no observation to predict, the guide is of another kind,
+            or the data cannot be cut in time.
 
     Source:
         Buerkner, Gabry & Vehtari 2020.
@@ -116,7 +150,7 @@ def leave_future_out(
     check_count("horizon", horizon)
     if isinstance(fit, SVIFit) and type(fit.svi.guide) not in GUIDES.values():
         raise ValueError(f"`fit` must have a guide among {list(GUIDES)}; got {type(fit.svi.guide).__name__}.")
-    refit = _Refit(fit, key)
+    refit = _Refit(fit, key, dims)
     length = len(refit.seen)
     least = length // 2 if min_observations is None else min_observations
     if not 1 <= least < length - horizon + 1:

@@ -1,33 +1,39 @@
 """Fits as ArviZ DataTrees with every dimension and coordinate named, and their files."""
 
-import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 import xarray as xr
-from numpyro.infer import MCMC
 
 from pssm._types import ArrayLike, Key
 from pssm._version import __version__
-from pssm.distributions import LinearGaussianMarginal, StatePath, WithMissing
-from pssm.fitting.results import SVIFit, flatten_draws, model_of, posterior_draws, trace_with
+from pssm.diagnostics.groups import (
+    LEAD,
+    Namer,
+    label_array,
+    pointwise,
+    pointwise_dims,
+    pointwise_likelihoods,
+    steps_seen,
+)
+from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
-from pssm.observed import log_prob_observed
+from pssm.inspection.axes import Axes, WholePlates, find_axes
+from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
 
-# Names of the axes of the vector sites in pssm's own models.
-SITE_DIMS = {"phi": ("lag",), "ar_partial": ("lag",), "beta": ("input",), "z": ("time", "state")}
+Attempt = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset | None]
 
 
 def to_datatree(
-    fit: MCMC | SVIFit,
+    fit: Fit,
     *,
     model: Callable[..., Any] | None = None,
     time: ArrayLike | None = None,
@@ -46,14 +52,16 @@ def to_datatree(
     Groups: `posterior` (chain, draw, ...), `sample_stats` (NUTS), `log_likelihood` with one entry for each time step
     at which something was observed (`log p(y_t | y_{1:t-1}, parameters)` where the states are integrated out),
     `observed_data`, and on demand `smoothed_states` and `forecast`. Draws of an SVI fit are one chain, so that every
-    ArviZ function takes the tree.
+    ArviZ function takes the tree. The name of the time axis is in the attribute `time_axis`. A site whose name no file
+    can hold is renamed ("/" becomes ".", the name of an axis gets "_"); its own name is in its attribute `site`.
 
     Args:
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
         model: the model that scores, smooths and forecasts; by default the one that was fitted. Give the model with
             its states integrated out where the fit sampled them.
         time: labels of the time steps; 0, 1, ... by default.
-        dims: names of the axes of sites, over those worked out from plates, paths and series.
+        dims: names of the axes of sites, `{"counts": ("region", "time")}`, over those that are worked out from
+            plates, paths, scans and series. The name "time" makes an axis that of time.
         coords: labels of axes, by axis name. Those of `state` are taken from a site with
             `infer={"state_names": (...)}`, as pssm's models have it.
         log_likelihood: add the pointwise log-likelihood.
@@ -62,13 +70,14 @@ def to_datatree(
         future_time: labels of the forecast steps.
         u_future: inputs of the forecast steps.
         num_samples: number of draws from an SVI fit.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
 
     Returns:
         An `xarray.DataTree`.
 
     Raises:
-        ValueError: labels of the wrong length, or states asked of a model that has none integrated out.
+        ValueError: labels of the wrong length, a time axis that is not known, or states asked of a model that has
+            none integrated out.
         TypeError: `fit` is not a fit.
 
     Example:
@@ -79,40 +88,115 @@ def to_datatree(
         >>> dict(to_datatree(mcmc)["log_likelihood"].sizes)
         {'chain': 2, 'draw': 50, 'time': 100}
     """
-    fitted, args, kwargs = model_of(fit)
-    draws = posterior_draws(fit, num_samples=num_samples, key=key)
-    first = {name: x[0, 0] for name, x in draws.items()}
-    fitted_trace = trace_with(fitted, first, *args, **kwargs)
-    model = fitted if model is None else model
-    trace = fitted_trace if model is fitted else trace_with(model, first, *args, **kwargs)
-    named = {**_site_dims(fitted_trace, draws), **_site_dims(trace, {})}
-    named |= _checked_dims(dims or {}, named)
-    observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-    labels = _labels(observed, time, {**_state_names(fitted_trace), **_state_names(trace), **(coords or {})})
-    tree = {"posterior": _dataset(draws, named, labels, lead=("chain", "draw"), drop=("_base",))}
-    if isinstance(fit, MCMC):
-        extra = fit.get_extra_fields(group_by_chain=True)
-        rename = {"potential_energy": "lp", "num_steps": "n_steps", "accept_prob": "acceptance_rate"}
-        stats = {rename.get(n, n): np.asarray(x) for n, x in extra.items()}
-        if "lp" in stats:
-            stats["lp"] = -stats["lp"]
-        tree["sample_stats"] = _dataset(stats, {n: () for n in stats}, {}, lead=("chain", "draw"))
-    if observed:
-        data = {n: np.asarray(s["value"]) for n, s in observed.items()}
-        tree["observed_data"] = _dataset(data, named, labels, lead=())
-        if log_likelihood:
-            tree["log_likelihood"] = _log_likelihood(model, draws, observed, named, labels, args, kwargs)
-    if states:
-        tree["smoothed_states"] = _state_group(model, draws, args, kwargs, labels)
-    if forecast:
-        tree["forecast"] = _forecast_group(model, draws, args, kwargs, forecast, future_time, u_future, key, labels)
-    axes = sorted({str(name) for data in tree.values() for name in data.dims} - {"chain", "draw"})
+    built = build_tree(
+        fit,
+        lambda what, make: make(),
+        model=model,
+        time=time,
+        dims=dims,
+        coords=coords,
+        log_likelihood=log_likelihood,
+        states=states,
+        forecast=forecast,
+        future_time=future_time,
+        u_future=u_future,
+        num_samples=num_samples,
+        key=key,
+    )
+    check_coords(built, coords)
+    return built
+
+
+def build_tree(
+    fit: Fit,
+    attempt: Attempt,
+    *,
+    model: Callable[..., Any] | None = None,
+    time: ArrayLike | None = None,
+    dims: dict[str, tuple[str, ...]] | None = None,
+    coords: dict[str, ArrayLike] | None = None,
+    log_likelihood: bool = True,
+    states: bool = False,
+    forecast: int = 0,
+    future_time: ArrayLike | None = None,
+    u_future: ArrayLike | None = None,
+    num_samples: int = 4000,
+    key: Key | int = 0,
+) -> xr.DataTree:
+    """`to_datatree`, with each group after the draws made through `attempt(name, make)`, which may return None."""
+    record = record_of(fit)
+    args, kwargs, scorer = record.args, record.kwargs, record.model if model is None else model
+    fitted = record.model
+    if record.params:  # a model's own parameters have the values that were fitted
+        fitted, scorer = (numpyro.handlers.substitute(m, data=record.params) for m in (fitted, scorer))
+    with WholePlates():
+        draws = posterior_draws(fit, num_samples=num_samples, key=key)
+        axes = _axes_of(fitted, scorer, args, kwargs, draws, dims, series=time is not None)
+        names = Namer(axes, _labels(axes, time, coords))
+        own = {n: x for n, x in draws.items() if not (n.endswith("_base") and n.removesuffix("_base") in draws)}
+        tree = {"posterior": names.dataset(own, LEAD)}
+        if record.stats:
+            tree["sample_stats"] = names.dataset(stats := _stats(record.stats), LEAD, dims=dict.fromkeys(stats, ()))
+        run = _Run(scorer, args, kwargs, draws, axes, names, fit if model is None else None)
+        if axes.data:
+            tree["observed_data"] = names.dataset({n: np.asarray(axes.trace[n]["value"]) for n in axes.data})
+        wanted = {
+            "log_likelihood": (bool(axes.data) and log_likelihood, run.log_likelihood),
+            "smoothed_states": (states, run.states),
+            "forecast": (forecast, lambda: run.forecast(forecast, future_time, u_future, key)),
+        }
+        for group, (asked, make) in wanted.items():
+            made = attempt(group, make) if asked else None
+            if made is not None:
+                tree[group] = made
+    built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
+    built.attrs.update(_provenance(record, axes))
+    return built
+
+
+def rehearse(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    dims: dict[str, tuple[str, ...]] | None = None,
+    time: ArrayLike | None = None,
+    coords: dict[str, ArrayLike] | None = None,
+    horizon: int = 0,
+    future_time: ArrayLike | None = None,
+) -> xr.DataTree:
+    """The tree that a fit of this model will have, with one draw of zeros, saved and loaded: all that can fail, fails.
+
+    Raises:
+        ValueError: names, axes or labels do not fit.
+    """
+    axes = find_axes(model, args, kwargs, dims=dims, series=time is not None)
+    names = Namer(axes, _labels(axes, time, coords))
+    unknown = {n: s["value"] for n, s in axes.trace.items() if n in axes.names and n not in axes.data}
+    tree = {"posterior": names.dataset({n: np.zeros((1, 1, *np.shape(x))) for n, x in unknown.items()}, LEAD)}
+    if axes.data:
+        tree["observed_data"] = names.dataset({n: np.asarray(axes.trace[n]["value"]) for n in axes.data})
+        shapes = {
+            n: jax.eval_shape(lambda n=n: pointwise(axes.trace[n], axes.names[n], axes.time)).shape for n in axes.data
+        }
+        scores = {n: np.zeros((1, 1, *shape)) for n, shape in shapes.items()}
+        tree["log_likelihood"] = names.dataset(scores, LEAD, dims=_score_dims(axes, names))
+    if horizon:
+        steps = {"horizon": _future(horizon, future_time)}
+        tree["forecast"] = names.dataset({"mean": np.zeros(horizon)}, dims={"mean": ("horizon",)}, labels=steps)
+    built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
+    check_coords(built, coords)
+    with tempfile.TemporaryDirectory() as folder:
+        load_tree(save_tree(built, Path(folder) / "rehearsal.nc"))
+    return built
+
+
+def check_coords(tree: xr.DataTree, coords: dict[str, ArrayLike] | None) -> None:
+    """Refuses labels of an axis that no group has."""
+    axes = sorted({str(name) for group in tree.children.values() for name in group.dims} - {*LEAD})
     for name in coords or {}:
         if name not in axes:
             raise ValueError(f"`coords` has labels for {name!r}, which is no axis of this fit. Its axes: {axes}.")
-    built = xr.DataTree.from_dict({f"/{group}": data for group, data in tree.items()})
-    built.attrs.update(_provenance(fit, observed))
-    return built
 
 
 def save_tree(tree: xr.DataTree, path: str | Path) -> Path:
@@ -122,9 +206,8 @@ def save_tree(tree: xr.DataTree, path: str | Path) -> Path:
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    tree.to_netcdf(partial, engine="h5netcdf")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        tree.to_netcdf(partial, engine="h5netcdf")
     return path
 
 
@@ -141,163 +224,135 @@ def load_tree(path: str | Path) -> xr.DataTree:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _core(fn: dist.Distribution) -> dist.Distribution:
-    """The distribution inside expansions, masks and `WithMissing`; `Independent` stays."""
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | WithMissing):
-        fn = fn.base if isinstance(fn, WithMissing) else fn.base_dist
-    return fn
-
-
-def _is_series(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and site["is_observed"] and len(site["fn"].event_shape) == 2
-
-
-def _site_dims(trace: dict[str, Any], draws: dict[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
-    """Axis names for every site: plates by their names, paths and series as (time, ...), the rest by the site."""
-    named: dict[str, tuple[str, ...]] = {}
-    for name, site in trace.items():
-        if site["type"] not in ("sample", "deterministic"):
-            continue
-        ndim = np.ndim(site["value"])
-        event: tuple[str, ...] = ()
-        plates = {}
-        if site["type"] == "sample":
-            plates = {f.dim: f.name for f in site["cond_indep_stack"]}
-            fn = _core(site["fn"])
-            if isinstance(fn, StatePath):
-                event = ("time", "state")
-            elif _is_series(site):
-                event = ("time", "series")
-        if not event and len(SITE_DIMS.get(name, ())) <= ndim:
-            event = SITE_DIMS.get(name, ())
-        missing = ndim - len(event)
-        event_dim = len(site["fn"].event_shape) if site["type"] == "sample" else len(event)
-        lead = []
-        for axis in range(missing):
-            dim = axis - (ndim - event_dim)  # negative, counted from the last batch axis
-            lead.append(plates.get(dim, f"{name}_dim_{axis}"))
-        named[name] = (*lead, *event)
+def _axes_of(fitted, scorer, args, kwargs, draws, dims, *, series: bool) -> Axes:
+    """The axes of the sites of both models, and of draws that are no sites."""
+    first = {name: x[0, 0] for name, x in draws.items()}
+    axes = find_axes(fitted, args, kwargs, values=first, dims=dims, series=series)
+    if scorer is not fitted:
+        other = find_axes(scorer, args, kwargs, values=first, dims=dims, series=series)
+        axes = other._replace(names={**axes.names, **other.names}, trace={**axes.trace, **other.trace})
     for name, x in draws.items():
-        named.setdefault(name, tuple(f"{name}_dim_{i}" for i in range(x.ndim - 2)))
-    return named
+        axes.names.setdefault(name, tuple(f"{name}_dim_{i}" for i in range(x.ndim - 2)))
+    for name in dims or {}:
+        if name not in axes.names:
+            raise ValueError(f"`dims` names {name!r}, which is no site of this fit. Its sites: {sorted(axes.names)}.")
+    return axes
 
 
-def _checked_dims(dims: dict[str, tuple[str, ...]], named: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    for name, axes in dims.items():
-        if name not in named:
-            raise ValueError(f"`dims` names {name!r}, which is no site of this fit. Its sites: {sorted(named)}.")
-        if len(axes) != len(named[name]):
-            raise ValueError(f"`dims` for {name!r} must have {len(named[name])} names; got {tuple(axes)}.")
-    return {name: tuple(axes) for name, axes in dims.items()}
-
-
-def _state_names(trace: dict[str, Any]) -> dict[str, ArrayLike]:
-    """The labels of the states that a model gives one of its sites."""
-    for site in trace.values():
+def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | None) -> dict[str, np.ndarray]:
+    """Labels of axes: the names of states that a model gives one of its sites, those of `coords`, and of time."""
+    labels = {}
+    for site in axes.trace.values():
         if "state_names" in (site.get("infer") or {}):
-            return {"state": np.asarray(site["infer"]["state_names"])}
-    return {}
-
-
-def _labels(observed: dict[str, Any], time: ArrayLike | None, coords: dict[str, ArrayLike]) -> dict[str, np.ndarray]:
-    labels = {name: np.asarray(x) for name, x in coords.items()}
+            labels["state"] = np.asarray(site["infer"]["state_names"])
+            break
+    labels |= {name: label_array(f"coords[{name!r}]", x) for name, x in (coords or {}).items()}
     if time is not None:
-        labels["time"] = np.asarray(time)
-    for site in observed.values():
-        if _is_series(site):
-            length = np.shape(site["value"])[-2]
-            labels.setdefault("time", np.arange(length))
-            if len(labels["time"]) != length:
-                raise ValueError(f"`time` must have {length} labels; got {len(labels['time'])}.")
+        if axes.time is None:
+            raise ValueError(f"`time` has labels, but {no_time_axis(axes)}")
+        labels[axes.time] = label_array("time", time)
+        if axes.steps is not None and len(labels[axes.time]) != axes.steps:
+            raise ValueError(f"`time` must have {axes.steps} labels; got {len(labels[axes.time])}.")
     return labels
 
 
-def _dataset(
-    arrays: dict[str, np.ndarray],
-    named: dict[str, tuple[str, ...]],
-    labels: dict[str, np.ndarray],
-    *,
-    lead: tuple[str, ...],
-    drop: tuple[str, ...] = (),
-) -> xr.Dataset:
-    variables = {n: x for n, x in arrays.items() if not any(n.endswith(end) for end in drop)}
-    data = {n: ((*lead, *named[n]), x) for n, x in variables.items()}
-    sizes: dict[str, int] = {}
-    for dims, x in data.values():
-        sizes.update(zip(dims, np.shape(x), strict=True))
-    for name, label in labels.items():
-        if name in sizes and len(label) != sizes[name]:
-            raise ValueError(f"`coords` for {name!r} must have {sizes[name]} labels; got {len(label)}.")
-    axes = {n: labels.get(n, np.arange(size)) for n, size in sizes.items()}
-    return xr.Dataset(data, coords=axes)
+def no_time_axis(axes: Axes) -> str:
+    """Says that the time axis of the data is not known, and what to do."""
+    if not axes.data:
+        return "the model observes nothing: give it data."
+    name = axes.data[0]
+    shape, known = np.shape(axes.trace[name]["value"]), axes.names[name]
+    shown = ", ".join("?" if a.startswith(f"{name}_dim_") else a for a in known)
+    example = tuple("time" if i == len(known) - 1 else f"axis{i}" for i in range(len(known)))
+    return (
+        f"which axis of the observed site {name!r} is time cannot be known from the model: its shape is {shape}, its "
+        f'axes are ({shown}). Name them, as in `dims={{{name!r}: {example}}}`, or call the plate over time "time".'
+    )
 
 
-def _pointwise(site: dict[str, Any]) -> jax.Array:
-    """Log-likelihood of a site, one entry for each time step where it is a series."""
-    fn, value = _core(site["fn"]), site["value"]
-    if isinstance(fn, LinearGaussianMarginal):
-        return fn.log_prob_steps(value)
-    if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 2:
-        return log_prob_observed(fn.base_dist, value).sum(-1)
-    if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and fn.base_dist.event_dim == 1:
-        return log_prob_observed(fn.base_dist, value)
-    return site["fn"].log_prob(value)
+def _stats(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    rename = {"potential_energy": "lp", "num_steps": "n_steps", "accept_prob": "acceptance_rate"}
+    stats = {rename.get(n, n): np.asarray(x) for n, x in found.items()}
+    return {n: -x if n == "lp" else x for n, x in stats.items()}
 
 
-def pointwise_likelihoods(
-    model: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
-    """A function of posterior draws `(chain, draw, ...)`: the log-likelihoods of these sites, compiled once."""
-
-    def one(sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        trace = trace_with(model, sample, *args, **kwargs)
-        return {name: _pointwise(trace[name]) for name in names}
-
-    compiled = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))
-
-    def of_draws(draws: dict[str, Any]) -> dict[str, np.ndarray]:
-        chains, count = next(iter(draws.values())).shape[:2]
-        flat = compiled(flatten_draws(draws))
-        return {n: np.asarray(x).reshape(chains, count, *x.shape[1:]) for n, x in flat.items()}
-
-    return of_draws
+def _score_dims(axes: Axes, names: Namer) -> dict[str, tuple[str, ...]]:
+    found = {n: pointwise_dims(axes.trace[n], axes.names[n], axes.time) for n in axes.data}
+    return {n: tuple(names.dims[n][axes.names[n].index(a)] for a in kept) for n, kept in found.items()}
 
 
-def _log_likelihood(model, draws, observed, named, labels, args, kwargs) -> xr.Dataset:
-    arrays = pointwise_likelihoods(model, observed, args, kwargs)(draws)
-    dims = {n: named[n][: x.ndim - 2] for n, x in arrays.items()}
-    group = _dataset(arrays, dims, labels, lead=("chain", "draw"))
-    series = [np.asarray(s["value"]) for s in observed.values() if _is_series(s)]
-    if not series:
-        return group
-    # A step without data scores 0 for every draw, which `az.loo` refuses and counts as a data point.
-    seen = np.any([~np.isnan(np.moveaxis(x, -2, 0)).reshape(x.shape[-2], -1).all(1) for x in series], axis=0)
-    return group.isel(time=seen) if seen.any() else group
-
-
-def _state_group(model, draws, args, kwargs, labels) -> xr.Dataset:
-    moments = smoothed_states(model, draws, *args, **kwargs)
-    data = {
-        "mean": moments.state.mean,
-        "sd": moments.state.sd,
-        "signal_mean": moments.signal.mean,
-        "signal_sd": moments.signal.sd,
-    }
-    dims = {n: ("time", "series" if n.startswith("signal") else "state") for n in data}
-    return _dataset(data, dims, labels, lead=())
-
-
-def _forecast_group(model, draws, args, kwargs, horizon, future_time, u_future, key, labels) -> xr.Dataset:
-    f = forecast_draws(model, draws, horizon, *args, u_future=u_future, key=key, **kwargs)
-    steps = np.arange(1, horizon + 1) if future_time is None else np.asarray(future_time)
+def _future(horizon: int, future_time: ArrayLike | None) -> np.ndarray:
+    steps = np.arange(1, horizon + 1) if future_time is None else label_array("future_time", future_time)
     if len(steps) != horizon:
         raise ValueError(f"`future_time` must have {horizon} labels; got {len(steps)}.")
-    names = [f"q{round(100 * q):02d}" for q in QUANTILES]
-    data = {"mean": f.mean, "sd": f.sd, **dict(zip(names, f.quantiles, strict=True))}
-    return _dataset(data, dict.fromkeys(data, ("horizon", "series")), {**labels, "horizon": steps}, lead=())
+    return steps
 
 
-def _provenance(fit: MCMC | SVIFit, observed: dict[str, Any]) -> dict[str, str | int]:
+class _Run(NamedTuple):
+    """What the groups after the draws are made from."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    draws: dict[str, Any]
+    axes: Axes
+    names: Namer
+    fit: Any = None  # whose states are meant; None where another model scores the draws
+
+    def log_likelihood(self) -> xr.Dataset:
+        """Pointwise log-likelihoods, at the steps at which something was observed."""
+        axes = self.axes
+        arrays = pointwise_likelihoods(self.model, axes.data, self.args, self.kwargs, axes)(self.draws)
+        group = self.names.dataset(arrays, LEAD, dims=_score_dims(axes, self.names))
+        # A step without data scores 0 for every draw, which `az.loo` refuses and counts as a data point.
+        seen = steps_seen(axes)
+        return group if seen is None or not seen.any() else group.isel({str(axes.time): seen})
+
+    def states(self) -> xr.Dataset:
+        """Smoothed states, and the signal of each observed site."""
+        data, dims = {}, {}
+        for site, end in self._sites():
+            lead = self._axes_before_time(site)
+            if self.fit is None:
+                moments = smoothed_states(self.model, self.draws, *self.args, site=site, **self.kwargs)
+            else:
+                moments = smoothed_states(self.fit, site=site)
+            state, signal = moments.state, moments.signal
+            data |= {"mean": state.mean, "sd": state.sd, f"signal_mean{end}": signal.mean, f"signal_sd{end}": signal.sd}
+            dims |= {name: (*lead, self.axes.time or "time", "state") for name in ("mean", "sd")}
+            dims |= {f"signal_{what}{end}": self.names.dims[site] for what in ("mean", "sd")}
+        return self.names.dataset(data, dims=dims)
+
+    def forecast(self, horizon: int, future_time: Any, u_future: Any, key: Any) -> xr.Dataset:
+        """Moments and quantiles of the steps after the data, of each observed site."""
+        labels = {"horizon": _future(horizon, future_time)}
+        data, dims = {}, {}
+        for site, end in self._sites():
+            options = {"u_future": u_future, "key": key, "site": site}
+            if self.fit is None:
+                f = forecast_draws(self.model, self.draws, horizon, *self.args, **options, **self.kwargs)
+            else:
+                f = forecast_draws(self.fit, horizon, **options)
+            lead = self._axes_before_time(site)
+            found = {"mean": f.mean, "sd": f.sd}
+            found |= {f"q{round(100 * q):02d}": x for q, x in zip(QUANTILES, f.quantiles, strict=True)}
+            data |= {f"{name}{end}": x for name, x in found.items()}
+            own = (*lead, "horizon", *self.names.dims[site][len(lead) + 1 :])
+            dims |= {f"{name}{end}": own for name in found}
+        return self.names.dataset(data, dims=dims, labels=labels)
+
+    def _sites(self) -> list[tuple[str, str]]:
+        """The observed sites along time, and the ending of their names in a group: none where there is one."""
+        found = [n for n in self.axes.data if self.axes.time in self.axes.names[n]] or list(self.axes.data)
+        return [(name, f"_{name}" if len(found) > 1 else "") for name in found]
+
+    def _axes_before_time(self, site: str) -> tuple[str, ...]:
+        dims = self.names.dims[site]
+        return dims[: dims.index(self.axes.time)] if self.axes.time in dims else dims[:-2]
+
+
+def _provenance(record: FitRecord, axes: Axes) -> dict[str, str | int]:
+    time = {} if axes.time is None else {"time_axis": axes.time.replace("/", ".")}
     return {
         "schema_version": 1,
         "inference_library": "numpyro",
@@ -305,10 +360,11 @@ def _provenance(fit: MCMC | SVIFit, observed: dict[str, Any]) -> dict[str, str |
         "jax_version": jax.__version__,
         "backend": jax.default_backend(),
         "dtype": str(jnp.result_type(float)),
-        "method": "NUTS" if isinstance(fit, MCMC) else f"SVI ({type(fit.svi.guide).__name__})",
+        "method": record.method,
         "pssm_version": __version__,
-        "data_sha256": data_digest({n: s["value"] for n, s in observed.items()}),
+        "data_sha256": data_digest({n: axes.trace[n]["value"] for n in axes.data}),
+        **time,
     }
 
 
-__all__ = ["data_digest", "load_tree", "marginal_site", "save_tree", "to_datatree"]
+__all__ = ["build_tree", "data_digest", "load_tree", "marginal_site", "rehearse", "save_tree", "to_datatree"]

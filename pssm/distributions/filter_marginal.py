@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions.util import validate_sample
 
-from pssm._checks import as_float, check_count
+from pssm._checks import also_called, as_float, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions.marginal import real_or_missing_matrix
 from pssm.filters import gaussian_filter, gaussian_smoother
@@ -25,7 +25,8 @@ class GaussianFilterMarginal(dist.Distribution):
         model: the model.
         num_steps: number of time steps.
         u: inputs `(time, input)`.
-        method: "ekf", "ukf", "cubature", "gauss_hermite" or a rule of one's own, as in `gaussian_filter`.
+        linearize: "ekf", "ukf", "cubature", "gauss_hermite" or a rule of one's own, as in `gaussian_filter`. `method`
+            is the older name.
         num_iters: iterations of each update.
 
     Example:
@@ -45,25 +46,31 @@ class GaussianFilterMarginal(dist.Distribution):
     reparametrized_params: list[str] = []
     understands_missing = True
 
+    @also_called(method="linearize")
     def __init__(
         self,
         model: NonlinearSSM,
         num_steps: int,
         u: ArrayLike | None = None,
         *,
-        method: str | Linearize = "ekf",
+        linearize: str | Linearize = "ekf",
         num_iters: int = 1,
         validate_args: bool | None = None,
     ):
         self.model = check_nonlinear(model)
         self.num_steps, self.num_iters = check_count("num_steps", num_steps), check_count("num_iters", num_iters)
-        rule(method)
-        self.method = method
+        rule(linearize)
+        self.method = linearize
         self.u = None if u is None else as_float("u", u)
         if self.u is not None and self.u.ndim == 1:
             self.u = self.u[:, None]
         size = self.model.emission_size(None if self.u is None else self.u[0])
         super().__init__((), (self.num_steps, size), validate_args=validate_args)
+
+    @property
+    def linearize(self) -> str | Linearize:
+        """The rule."""
+        return self.method
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:

@@ -50,7 +50,8 @@ class StatePath(dist.Distribution):
         u: inputs `(..., time, input)`.
         b: offset `(..., state)`; with a matrix only.
         B: effect of the inputs `(..., state, input)`; with a matrix only.
-        time_varying: names among "transition", "chol_Q", "b", "B" that have a time axis in front.
+        time_varying: names among "transition" (or "A", as in a `LinearGaussianSSM`), "chol_Q", "b", "B" that have a
+            time axis in front.
 
     Raises:
         ValueError, TypeError: a shape does not fit; the message names the argument.
@@ -97,6 +98,8 @@ class StatePath(dist.Distribution):
             raise ValueError("`b` and `B` go with a transition matrix; put them into the `transition` function.")
         if isinstance(time_varying, str):
             raise TypeError(f"`time_varying` must be a tuple of names; got the string {time_varying!r}.")
+        if self.is_linear:  # a matrix has the name that it has in a LinearGaussianSSM, too
+            time_varying = tuple(dict.fromkeys({"A": "transition"}.get(name, name) for name in time_varying))
         for name in time_varying:
             check_choice("time_varying", name, _TIMED if self.is_linear else ("chol_Q",))
         self.time_varying = tuple(time_varying)

@@ -8,6 +8,7 @@ from pssm.infer.causal import causal_draws
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
 from pssm.infer.transport import transport_reparam
+from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal
 from pssm.objectives import Constrained, TraceConditionalKL_ELBO, WeightedKL, constrain
@@ -18,6 +19,7 @@ __all__ = [
     "EvidenceBound",
     "FitRecord",
     "MCMCFit",
+    "ModelCheck",
     "PseudoMarginal",
     "SVIFit",
     "SavedFitError",
@@ -25,6 +27,7 @@ __all__ = [
     "TrainingError",
     "WeightedKL",
     "causal_draws",
+    "check_model",
     "constrain",
     "elbo",
     "fit_mclmc",

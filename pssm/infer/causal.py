@@ -27,7 +27,7 @@ def causal_draws(
             for a path in plates, `(*batch, time, ...)`, with NaN for missing.
         origins: how many observations are known, each from 0 to `time`.
         num_samples: draws for every origin.
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         batch_size: origins that run at once.
 
     Returns:

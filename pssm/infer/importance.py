@@ -40,7 +40,7 @@ class EvidenceBound(NamedTuple):
 
 
 def log_weights(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 1000, batch_size: int = 500) -> np.ndarray:
-    """`log p(y, z) - log q(z)` of draws from the guide, `(num_particles,)`."""
+    """`log p(y, z) - log q(z)` of draws from the guide, `(num_particles,)`; the same draws for the same `key`."""
     params = fit.svi.get_params(fit.state)
 
     def one(k: Array) -> Array:
@@ -100,7 +100,7 @@ def importance_bound(
 
     Args:
         fit: from `fit_svi` (or `SVIFit.of` for a run of your own).
-        key: random key, or a whole number.
+        key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         num_particles: draws, or particles.
         resample_every: block length of the particle filter, for a guide with one unbatched `LowRankChain` site.
         num_outer: with `resample_every`, how many draws of the other latent sites, a particle filter for each. Where

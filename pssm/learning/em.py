@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from pssm._checks import check_count
+from pssm._checks import also_called, check_count
 from pssm._types import Array, ArrayLike, Float, Key
 from pssm.learning.arguments import (
     affine_space,
@@ -66,6 +66,7 @@ class LikelihoodFellError(RuntimeError):
         self.result = result
 
 
+@also_called(num_states="ssm", n_state="ssm")
 def fit_em(
     y: ArrayLike | list[ArrayLike],
     ssm: LinearGaussianSSM | int,
@@ -94,8 +95,8 @@ def fit_em(
 
     Args:
         y: `(time, obs)`, `(sequence, time, obs)`, or a list of `(time_i, obs)`; NaN entries are missing.
-        ssm: where to start, or a number of states: the start is then found by subspace identification, with a mean
-            `d`, and with `B` and `D` where there are inputs.
+        ssm: where to start, or a number of states (`num_states` and `n_state` are second names): the start is then
+            found by subspace identification, with a mean `d`, and with `B` and `D` where there are inputs.
         u: inputs, shaped as `y`, where the model has `B` or `D`.
         num_iters: most iterations.
         tol: stop when an iteration gains less than `tol * (1 + |log-likelihood|)`; 0 for never.
@@ -112,7 +113,8 @@ def fit_em(
             (`Q`, `P0`); never more than the least one of the start.
         restarts: further starts, near the first one, each with a fifth of the iterations; EM continues with the best.
         polish_steps: most steps of L-BFGS after EM, which is slow near the maximum. They do not keep to `floor`.
-        key: random key or whole number, for the restarts.
+        key: random key or whole number, for the restarts; the default too is the same in each call, and gives the same
+            draws.
         progress_bar: show one.
 
     Returns:

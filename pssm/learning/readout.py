@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._checks import as_float, check_choice, check_count, check_finite
+from pssm._checks import also_called, as_float, check_choice, check_count, check_finite
 from pssm._types import Array, ArrayLike, Float
 from pssm.learning.em import fit_em
 from pssm.ssm import LinearGaussianSSM
@@ -27,6 +27,7 @@ class Readout(NamedTuple):
     explained: Float[Array, " obs"]
 
 
+@also_called(n_state="num_states")
 def initial_readout(y: ArrayLike, num_states: int, *, method: str = "fa", num_iters: int = 50) -> Readout:
     """A start for the readout of a state-space model, from the data alone.
 
@@ -36,7 +37,7 @@ def initial_readout(y: ArrayLike, num_states: int, *, method: str = "fa", num_it
 
     Args:
         y: `(time, obs)` or `(trial, time, obs)`; NaN entries are missing.
-        num_states: size of the state, at most the number of variables.
+        num_states: size of the state, at most the number of variables; `n_state` is a second name for it.
         method: "fa" (factor analysis: a variance for every variable) or "pca" (probabilistic PCA: one variance).
         num_iters: most iterations of EM.
 

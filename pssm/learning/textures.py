@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._checks import check_choice, check_count
+from pssm._checks import also_called, check_choice, check_count
 from pssm._types import ArrayLike, Key
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import log_likelihood as log_likelihood_of
@@ -85,6 +85,7 @@ class DynamicTexture:
         self.states, self._energy = states, energy
 
     @classmethod
+    @also_called(n_state="num_states")
     def fit(
         cls,
         frames: Any,
@@ -102,7 +103,7 @@ class DynamicTexture:
         Args:
             frames: `(time, height, width)` or `(time, height, width, colour)`, at least `num_states + 2` frames; any
                 array with slices, of any real dtype, so that a `numpy.memmap` may be larger than memory.
-            num_states: size of the state, at most the number of pixels.
+            num_states: size of the state, at most the number of pixels; `n_state` is a second name for it.
             num_noise: directions of the transition's noise; all of them by default.
             method: "svd" (closed form) or "em" (exact likelihood, started at the former; see `prior_frames`).
             stable: move eigenvalues of an unstable transition inside the unit circle, with a warning.

@@ -14,7 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from pssm._checks import check_choice, check_count
+from pssm._checks import also_called, check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import HistoryMarginal, StatePath, observe
 from pssm.linalg import Diagonal
@@ -41,6 +41,7 @@ class Bases(eqx.Module):
         self.C = 0.05 * jax.random.normal(two, (num_bases, n_obs, n_state))
 
 
+@also_called(n_state="num_states")
 def kalman_vae(
     y: ArrayLike | None = None,
     *,
@@ -74,7 +75,7 @@ def kalman_vae(
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         u: inputs, `(time, input)` or `(trial, time, input)`.
-        num_states: size of the state.
+        num_states: size of the state; `n_state` is a second name for it.
         num_codes: size of the code.
         num_bases: number of linear systems.
         num_obs: number of observed variables, needed where `y` is None.
@@ -127,6 +128,7 @@ def kalman_vae(
     in_trials(one, about, batch_size)
 
 
+@also_called(n_state="num_states")
 def extended_kalman_vae(
     y: ArrayLike | None = None,
     *,
@@ -158,7 +160,7 @@ def extended_kalman_vae(
         y: data `(time, obs)` or `(trial, time, obs)`, a frame's pixels in a row; NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         u: inputs of the transition, `(time, input)` or `(trial, time, input)`.
-        num_states: size of the state, at least `num_codes`.
+        num_states: size of the state, at least `num_codes`; `n_state` is a second name for it.
         num_codes: size of the code.
         num_bases: number of matrices that are mixed.
         num_obs: number of observed variables, needed where `y` is None.

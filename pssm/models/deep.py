@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
-from pssm._checks import as_float, check_choice, check_count
+from pssm._checks import also_called, as_float, check_choice, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
 from pssm.filters.linearize import NAMES
@@ -35,6 +35,7 @@ class ResidualMLP(eqx.Module):
         return z + self.scale * self.mlp(z if u is None else jnp.concatenate([z, u]))
 
 
+@also_called(n_state="num_states")
 def neural_ssm(
     y: ArrayLike | None = None,
     *,
@@ -62,7 +63,7 @@ def neural_ssm(
         y: data `(time, obs)` or `(trial, time, obs)`; NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         u: inputs of the transition, `(time, input)` or `(trial, time, input)`.
-        num_states: size of the state.
+        num_states: size of the state; `n_state` is a second name for it.
         num_obs: number of observed variables, needed where `y` is None.
         num_trials: number of trials where `y` is None; None for one series.
         batch_size: number of trials that a step of SVI takes, at random; all by default.
@@ -118,6 +119,7 @@ def neural_ssm(
     in_trials(one, about, batch_size)
 
 
+@also_called(n_state="num_states")
 def deep_markov(
     y: ArrayLike | None = None,
     *,
@@ -144,7 +146,7 @@ def deep_markov(
         y: data `(time, obs)` or `(trial, time, obs)`; NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         u: inputs of the transition, `(time, input)` or `(trial, time, input)`.
-        num_states: size of the state.
+        num_states: size of the state; `n_state` is a second name for it.
         num_obs: number of observed variables, needed where `y` is None.
         num_trials: number of trials where `y` is None; None for one series.
         batch_size: number of trials that a step of SVI takes, at random; all by default.

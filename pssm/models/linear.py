@@ -5,7 +5,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from pssm._checks import check_choice, check_count, check_series
+from pssm._checks import also_called, check_choice, check_count, check_series
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StableMatrixNormal
 from pssm.learning import MatrixNormalInverseWishart, Prior, fit_em
@@ -20,6 +20,7 @@ ROOM_A, ROOM_C, ROOM_INPUT, ROOM_MEAN = 4.0, 0.1, 0.01, 0.01  # precisions, in u
 NOISE_SHARE = 0.1  # mode of the prior of a series' noise, in units of its variance
 
 
+@also_called(n_state="num_states")
 def lds(
     y: ArrayLike | None = None,
     *,
@@ -48,7 +49,8 @@ def lds(
     Args:
         y: data `(time, obs)`, or `(sequence, time, obs)` for independent sequences of one system; NaN where missing;
             None to predict.
-        num_states: size `n` of the state. With more states than series some rotations are left open.
+        num_states: size `n` of the state; `n_state` is a second name for it. With more states than series some
+            rotations are left open.
         num_steps: number of steps, needed where `y` is None.
         num_obs: number of series, likewise.
         u: inputs `(time, input)`, or `(sequence, time, input)`.
@@ -87,6 +89,7 @@ def lds(
     observe_series(ssm, about, states)
 
 
+@also_called(n_state="num_states")
 def lds_prior(
     y: ArrayLike,
     num_states: int,
@@ -167,6 +170,7 @@ def unit_noise(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
     return ssm.replace(chol_Q=one, chol_P0=FIRST_SD * one, **{k: jnp.asarray(x, ssm.dtype) for k, x in fields.items()})
 
 
+@also_called(n_state="num_states")
 def lds_start(
     y: ArrayLike, num_states: int, *, u: ArrayLike | None = None, num_iters: int = 100, progress_bar: bool = False
 ) -> LinearGaussianSSM:

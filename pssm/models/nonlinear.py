@@ -12,7 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 
-from pssm._checks import check_choice, check_count
+from pssm._checks import also_called, check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import GaussianFilterMarginal, StableMatrixNormal, StatePath, observe
 from pssm.filters.linearize import NAMES
@@ -81,6 +81,7 @@ def stochastic_volatility(
     _observe(quasi, about._replace(y=logs), states)
 
 
+@also_called(n_state="num_states")
 def poisson_lds(
     y: ArrayLike | None = None,
     *,
@@ -97,7 +98,7 @@ def poisson_lds(
 
     Args:
         y: counts `(time, obs)`; NaN where missing; None to predict.
-        num_states: size of the state.
+        num_states: size of the state; `n_state` is a second name for it.
         num_steps: number of steps, needed where `y` is None.
         num_obs: number of series, likewise.
         u: inputs `(time, input)`.

@@ -4,9 +4,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ import numpy as np
 import numpyro
 import pandas as pd
 
-from pssm import models
 from pssm._checks import check_choice
 from pssm._types import ArrayLike
 from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
+from pssm.diagnostics.groups import sites_of
 from pssm.diagnostics.tree import data_digest
-from pssm.fitting.model_record import describe
-from pssm.fitting.results import trace_with
+from pssm.study.before import Dims, Task, as_model, first_argument, prepare
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
@@ -36,7 +34,7 @@ class Study:
     Attributes:
         name: what was studied.
         model_name: the model's name.
-        y: data `(time, obs)`, NaN where missing.
+        y: data `(time, obs)`, NaN where missing; of a panel, all series side by side.
         time: labels of the time steps.
         column: the series' name, or those of several in a row.
         results: a `MethodResult` for each method, in the order asked for.
@@ -74,9 +72,17 @@ class Study:
         return str(good.loc[good["seconds_run"].idxmin(), "method"]) if len(good) else ""
 
     def save(self, path: str | Path) -> Path:
-        """Writes `table.csv`, `parameters.csv`, `summary.json` and one netCDF file per method into a folder."""
+        """Writes `table.csv`, `parameters.csv`, `summary.json` and one netCDF file per method into a folder.
+
+        A netCDF file that cannot be written is named in `warnings`, and costs no other file.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        for result in self.results.values():
+            try:
+                save_result(result, folder)
+            except Exception as error:  # the tables, the report and the other results are written all the same
+                self.warnings.append(f"{result.name}: its results could not be saved: {type(error).__name__}: {error}")
         _write(folder / "table.csv", self.table.to_csv(index=False))
         _write(folder / "parameters.csv", self.parameters.to_csv(index=False))
         summary = {
@@ -92,8 +98,6 @@ class Study:
             "warnings": self.warnings,
         }
         _write(folder / "summary.json", json.dumps(summary, indent=2))
-        for result in self.results.values():
-            save_result(result, folder)
         return folder
 
     def report(self, path: str | Path) -> Path:
@@ -105,7 +109,7 @@ class Study:
 
 def compare(
     model: str | Callable[..., Any],
-    y: ArrayLike,
+    y: ArrayLike | Mapping[str, Any],
     methods: Iterable[str] = DEFAULT_METHODS,
     *,
     seed: int = 0,
@@ -120,6 +124,8 @@ def compare(
     future_time: ArrayLike | None = None,
     name: str = "",
     column: str | Sequence[str] = "y",
+    args: Sequence[Any] = (),
+    dims: Dims | None = None,
     out: str | Path | None = None,
     finished: dict[str, MethodResult] | None = None,
     progress: bool = True,
@@ -127,9 +133,14 @@ def compare(
 ) -> Study:
     """Runs several inference methods on one model and the same data, and says which to trust.
 
+    Before anything is sampled the model is run once, its axes are named, and a tree with these names is saved and
+    loaded: what does not fit ends the study there. Later, a step that fails (a forecast, a figure) is named in the note
+    of its method and costs no more than itself.
+
     Args:
         model: a NumPyro model whose first argument is the data, or the name of one in `pssm.models`.
-        y: data `(time,)` or `(time, obs)`, NaN where missing.
+        y: the model's first argument: a series `(time,)` or `(time, obs)`, a panel such as `(region, time, obs)`, or a
+            dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
             "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
             "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate).
@@ -147,6 +158,8 @@ def compare(
         future_time: labels of the forecast steps.
         name: what is studied, for the report.
         column: the series' name, or those of several.
+        args: the model's further positional arguments.
+        dims: names of the axes of sites, `{"counts": ("region", "time")}`, where the model does not say which is time.
         out: a folder in which each method's result is saved as soon as it is there; `pssm resume` goes on from it.
         finished: results of an earlier run by method, taken as they are.
         progress: show progress.
@@ -156,7 +169,8 @@ def compare(
         A `Study`. A method that fails is in it with its error; Ctrl-C ends the running method and keeps what is done.
 
     Raises:
-        ValueError: an unknown model or method, or data that do not fit the model.
+        ValueError: an unknown model or method, data that do not fit the model, labels that do not fit its axes, or a
+            time axis that cannot be known: all before anything is run.
 
     Example:
         >>> from pssm import datasets
@@ -165,31 +179,40 @@ def compare(
         >>> list(study.results)
         ['svi:mvn']
     """
-    function, model_name = _model(model, model_options)
+    function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))
     if not methods:
         raise ValueError(f"`methods` is empty; choose among {', '.join(METHODS)}.")
     for method in methods:
         check_choice("methods", method, METHODS)
-    data = np.asarray(y, dtype=float)
-    data = data[:, None] if data.ndim == 1 else data
-    if data.size == 0 or np.isnan(data).all():
-        raise ValueError(f"`y` has no observed value (shape {data.shape}).")
-    names = series_names(column, data.shape[1])
     settings = Settings(seed, num_warmup, num_samples, num_chains, svi_steps, horizon, budget, progress)
-    labels = {
-        "time": np.arange(len(data)) if time is None else np.asarray(time),
-        "future_time": future_time,
-        "coords": {"series": list(names)},
-    }
-    values = jnp.asarray(data)
-    trace_with(function, {}, values)  # options that do not fit fail here, before anything is run or written
+    task = prepare(
+        function,
+        first_argument(function, y),
+        methods,
+        time=time,
+        future_time=future_time,
+        horizon=horizon,
+        column=column,
+        dims=dims,
+    )
+    labels = task.labels
     say = _speaker(progress)
+    say(f"{task.check}\n")
     fresh = finished is None
     finished = {m: r for m, r in (finished or {}).items() if m in methods}
-    own_name = name or model_name
     plan = Plan(
-        function, data, methods, settings, leave_future_out, labels["time"], future_time, own_name, names, finished
+        function,
+        jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, task.y),
+        methods,
+        settings,
+        leave_future_out,
+        labels["time"],
+        labels["future_time"],
+        name or model_name,
+        (column,) if isinstance(column, str) else tuple(column),
+        finished,
+        task.dims,
     )
     folder = None if out is None else StudyFolder(out, plan)
 
@@ -205,48 +228,51 @@ def compare(
         say(f"[{position}/{len(methods)}] {method}")
         reached = None if folder is None else folder.checkpoint(method, fresh=fresh)
         try:
-            result = run_method(method, function, values, settings, labels, reached)
+            if task.check.methods[method]:
+                result = MethodResult(method, "skipped", task.check.methods[method], OBJECTIVES[method])
+            else:
+                result = run_method(method, function, task.y, settings, labels, reached)
             if leave_future_out and result.status == "done":
-                _add_elpd(result, function, data, settings)
+                _add_elpd(result, function, labels["dims"], settings)
         except KeyboardInterrupt:
             interrupted = True
             result = MethodResult(method, "interrupted", "stopped from the keyboard", OBJECTIVES[method])
-        except (FloatingPointError, RuntimeError, ValueError, np.linalg.LinAlgError) as error:
+        except Exception as error:  # one method must not cost the others
             result = MethodResult(method, "failed", f"{type(error).__name__}: {error}", OBJECTIVES[method])
         results[method] = result
         if folder is not None:
-            save_result(result, folder.out)
-            if result.status != "interrupted":
-                folder.add(result)
-    done = [m for m in methods if results[m].status == "done"]
+            result.attempt("saved results", lambda r=result: _keep(r, folder))
+    done = [m for m in methods if results[m].status == "done" and results[m].tree is not None]
     reference = next((m for m in done if m.startswith("nuts")), "")
-    evidence = _evidence(function, values, results, reference, seed)
-    parameters = parameter_rows({m: results[m] for m in done}, reference)
+    notes: list[str] = list(task.check.warnings)
+    evidence = _evidence(function, task, results, reference, seed)
+    try:
+        parameters = parameter_rows({m: results[m] for m in done}, reference)
+    except Exception as error:  # the draws are there, whatever becomes of their table
+        notes.append(f"No table of parameters: {type(error).__name__}: {error}")
+        parameters = parameter_rows({}, reference)
     table = judge(results, reference, parameters, evidence)
     return Study(
         name,
         model_name,
-        data,
+        task.series,
         np.asarray(labels["time"]),
-        ", ".join(names),
+        ", ".join(task.columns),
         results,
         reference,
         table,
         parameters,
-        _settings(settings, data, model_name, model_options),
-        _warnings(results, reference),
+        _settings(settings, task.y, model_name, model_options),
+        notes + _warnings(results, reference),
         interrupted,
     )
 
 
-def series_names(column: str | Sequence[str], count: int) -> tuple[str, ...]:
-    """A name for each of `count` series; one name for several is numbered."""
-    if isinstance(column, str):
-        return (column,) if count == 1 else tuple(f"{column} {i + 1}" for i in range(count))
-    names = tuple(str(name) for name in column)
-    if len(names) != count or len(set(names)) < count:
-        raise ValueError(f"`column` must be {count} different names, one for each column of `y`; got {names}.")
-    return names
+def _keep(result: MethodResult, folder: StudyFolder) -> None:
+    """Saves a method's results, and notes that it is finished."""
+    save_result(result, folder.out)
+    if result.status != "interrupted":
+        folder.add(result)
 
 
 def save_result(result: MethodResult, folder: Path) -> None:
@@ -256,54 +282,45 @@ def save_result(result: MethodResult, folder: Path) -> None:
         save_tree(result.tree, tree_path(folder, result.name))
 
 
-def _model(model: str | Callable[..., Any], options: dict[str, Any]) -> tuple[Callable[..., Any], str]:
-    if isinstance(model, str):
-        check_choice("model", model, models.NAMES)
-        return partial(getattr(models, model), **options), model
-    registered, bound, _ = describe(model) if callable(model) else (None, {}, "")
-    if registered is not None and bound:  # as when it is given by name
-        return partial(getattr(models, registered), **{**bound, **options}), registered
-    if not callable(model):
-        raise TypeError(f"`model` must be a NumPyro model or a name in pssm.models; got {type(model).__name__}.")
-    name = getattr(model, "__name__", None) or getattr(getattr(model, "func", None), "__name__", "model")
-    return (partial(model, **options) if options else model), name
-
-
-def _add_elpd(result: MethodResult, model: Callable[..., Any], data: np.ndarray, settings: Settings) -> None:
+def _add_elpd(
+    result: MethodResult, model: Callable[..., Any], dims: dict[str, tuple[str, ...]], settings: Settings
+) -> None:
     """Leave-future-out cross-validation, where refits are affordable and steps are scored one by one."""
     from pssm.diagnostics import leave_future_out as lfo
 
-    if (
-        result.fit is None
-        or result.tree is None
-        or "forecast" not in result.tree
-        and "smoothed_states" not in result.tree
-    ):
-        return
-    if result.name in PATH_METHODS:
+    groups = set() if result.tree is None else set(result.tree.children)
+    if result.fit is None or not groups & {"forecast", "smoothed_states"} or result.name in PATH_METHODS:
         return
     if settings.budget is not None and 3 * result.seconds_run > settings.budget:
-        result.note = f"{result.note} No leave-future-out: refits would not fit into the budget.".strip()
+        result.add_note("No leave-future-out: refits would not fit into the budget.")
         return
-    score = lfo(result.fit, key=settings.seed + 2)
-    result.diagnostics |= {"elpd_lfo": float(score.elpd), "elpd_lfo_se": float(score.se)}
+    score = result.attempt("leave-future-out", lambda: lfo(result.fit, key=settings.seed + 2, dims=dims))
+    if score is not None:
+        result.diagnostics |= {"elpd_lfo": float(score.elpd), "elpd_lfo_se": float(score.se)}
 
 
-def _evidence(model, values, results: dict[str, MethodResult], reference: str, seed: int) -> tuple[float, str]:
+def _evidence(
+    model: Callable[..., Any], task: Task, results: dict[str, MethodResult], reference: str, seed: int
+) -> tuple[float, str]:
     """The log evidence by importance sampling around the reference's draws, where its weights can be trusted."""
     tree = results[reference].tree if reference else None
     if tree is None or reference in PATH_METHODS:
         return float("nan"), ""
-    draws = {str(n): x.values for n, x in tree["posterior"].data_vars.items()}
+    draws = {n: x for n, x in sites_of(tree["posterior"]).items() if n in task.check.of_kind("latent")}
     if sum(int(np.prod(x.shape[2:])) for x in draws.values()) > 30:
         return float("nan"), "not estimated: too many parameters"
-    estimate = log_evidence(model, draws, values, key=seed + 3, num_particles=4000)
+    if "ImproperUniform" in {site.distribution for site in task.check.sites}:
+        return float("nan"), "not defined: a prior is improper"
+    try:
+        estimate = log_evidence(model, draws, task.y, key=seed + 3, num_particles=4000)
+    except Exception as error:  # the draws are there, whatever becomes of this number
+        return float("nan"), f"not estimated: {type(error).__name__}: {error}"
     if estimate.khat > 0.7 or not np.isfinite(estimate.log_evidence):
         return float("nan"), f"not estimated: importance weights too uneven (k-hat {estimate.khat:.2f})"
     return estimate.log_evidence, f"importance sampling, standard error {estimate.standard_error:.2g}"
 
 
-def _settings(settings: Settings, data: np.ndarray, model_name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _settings(settings: Settings, y: Any, model_name: str, options: dict[str, Any]) -> dict[str, Any]:
     import arviz
 
     return {
@@ -318,7 +335,7 @@ def _settings(settings: Settings, data: np.ndarray, model_name: str, options: di
         "svi_steps": settings.svi_steps,
         "horizon": settings.horizon,
         "budget_seconds": settings.budget,
-        "data_sha256": data_digest({"y": data}),
+        "data_sha256": data_digest({"y": np.asarray(y)} if not isinstance(y, Mapping) else _leaves(y)),
         "pssm": __version__,
         "numpyro": numpyro.__version__,
         "jax": jax.__version__,
@@ -328,6 +345,12 @@ def _settings(settings: Settings, data: np.ndarray, model_name: str, options: di
         "dtype": str(jnp.result_type(float)),
         "processors": os.cpu_count(),
     }
+
+
+def _leaves(y: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of nested dicts by their paths."""
+    leaves = jax.tree_util.tree_flatten_with_path(dict(y))[0]
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves if isinstance(x, jax.Array)}
 
 
 def _warnings(results: dict[str, MethodResult], reference: str) -> list[str]:

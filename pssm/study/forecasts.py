@@ -12,10 +12,13 @@ import xarray as xr
 
 from pssm import plots
 from pssm._checks import check_choice
+from pssm.diagnostics.groups import sites_of
 from pssm.fitting.results import model_of
 from pssm.infer import forecast, load, posterior_draws
 from pssm.infer.predict import QUANTILES
-from pssm.study.compare import Study, compare, series_names
+from pssm.inspection.axes import find_axes
+from pssm.study.before import series_of
+from pssm.study.compare import Study, compare
 from pssm.study.saved import is_study, labels_after, load_plan
 
 NAMES = [f"q{round(100 * q):02d}" for q in QUANTILES]
@@ -42,29 +45,31 @@ def forecast_saved(
     """
     if is_study(path):
         plan = load_plan(path)
-        done = [n for n in plan.methods if n in plan.finished and plan.finished[n].status == "done"]
+        finished = {n: r for n, r in plan.finished.items() if r.status == "done" and r.tree is not None}
+        done = [n for n in plan.methods if n in finished]
         if not done:
             raise ValueError(f"`path` {path}: no method of this study is finished; see `pssm resume`.")
         method = done[0] if method is None else method
         check_choice("method", method, done)
-        posterior = plan.finished[method].tree["posterior"]
-        draws: dict[str, Any] = {str(n): x.values for n, x in posterior.data_vars.items()}
-        model, y, time, kwargs, series = plan.model, plan.y, plan.time, {}, list(plan.columns)
+        draws: dict[str, Any] = sites_of(plan.finished[method].tree["posterior"])
+        model, data, time, kwargs, column, dims = plan.model, plan.y, plan.time, {}, plan.column, plan.dims
         horizon = horizon or plan.settings.horizon
     else:
         fit = load(path)
         model, args, kwargs = model_of(fit)
         if not args or np.ndim(args[0]) not in (1, 2):
             raise ValueError(f"`path` {path}: the first argument of its model is no series.")
-        y = np.asarray(args[0], float).reshape(len(args[0]), -1)
+        data, time, column, dims = np.asarray(args[0], float).reshape(len(args[0]), -1), None, "y", None
         draws, method = posterior_draws(fit, num_samples=1000), "NUTS" if hasattr(fit, "sampler") else "SVI"
-        series = list(series_names("y", y.shape[1]))
-        time = np.arange(len(y))
+    y, columns, _ = series_of(find_axes(model, (data,), kwargs, dims=dims, series=True), column)
+    series = list(columns)
+    time = np.arange(len(y)) if time is None else time
     horizon = horizon or max(10, len(y) // 10)
-    found = forecast(model, draws, horizon, y, key=seed, **kwargs)
+    found = forecast(model, draws, horizon, data, key=seed, **kwargs)
     future = labels_after(time, horizon)
-    data = {"mean": found.mean, "sd": found.sd, **dict(zip(NAMES, found.quantiles, strict=True))}
-    group = xr.Dataset({n: (("horizon", "series"), x) for n, x in data.items()}, {"horizon": future, "series": series})
+    moments = {"mean": found.mean, "sd": found.sd, **dict(zip(NAMES, found.quantiles, strict=True))}
+    rows = {n: np.moveaxis(np.asarray(x), -2, 0).reshape(horizon, -1) for n, x in moments.items()}
+    group = xr.Dataset({n: (("horizon", "series"), x) for n, x in rows.items()}, {"horizon": future, "series": series})
     past = xr.Dataset({"y": (("time", "series"), y)}, {"time": time, "series": series})
     table = group.to_dataframe().reset_index().rename(columns={"horizon": "time"})
     return table, xr.DataTree.from_dict({"/observed_data": past, "/forecast": group}), method
@@ -124,7 +129,8 @@ def resume_study(path: str | Path, *, model: Any = None, progress: bool = True) 
         time=plan.time,
         future_time=plan.future_time,
         name=plan.name,
-        column=plan.columns,
+        column=plan.column,
+        dims=plan.dims,
         out=path,
         finished=plan.finished,
     )

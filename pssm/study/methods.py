@@ -1,11 +1,9 @@
 """The inference methods that a study runs side by side: one function each, from model and data to a labelled result."""
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ from numpyro.infer import MCMC
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from numpyro.infer.util import initialize_model
 
-from pssm.diagnostics import to_datatree
 from pssm.diagnostics.bound import elbo_and_khat
-from pssm.distributions import NonCenteredPath, StatePath
-from pssm.fitting.results import record_of, trace_with
+from pssm.diagnostics.tree import build_tree
+from pssm.fitting.results import record_of
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
@@ -34,6 +31,8 @@ from pssm.infer import (
     transport_reparam,
 )
 from pssm.infer.predict import marginal_site
+from pssm.inspection.axes import trace_model
+from pssm.inspection.check import NO_PATH, path_model, sampled_model
 from pssm.storage.folder import MANIFEST, FitFolder
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
@@ -107,6 +106,18 @@ class MethodResult:
     diagnostics: dict[str, float] = field(default_factory=dict)
     fit: MCMC | SVIFit | None = None
 
+    def add_note(self, text: str) -> None:
+        """Adds a sentence to the note."""
+        self.note = f"{self.note} {text}".strip()
+
+    def attempt(self, what: str, make: Callable[[], Any]) -> Any:
+        """What `make()` returns; where it fails, None, and the note says that there is no `what`, and why."""
+        try:
+            return make()
+        except Exception as error:  # hours of sampling must not be lost to what comes after them
+            self.add_note(f"No {what.replace('_', ' ')}: {type(error).__name__}: {error}")
+            return None
+
 
 def run_method(
     name: str,
@@ -119,12 +130,15 @@ def run_method(
 ) -> MethodResult:
     """Runs one method; a method that cannot run on this model is "skipped", with the reason.
 
+    What follows the fit (the groups of its tree, its diagnostics) is tried step by step: a step that fails is named in
+    the note, and the result keeps the fit and the rest.
+
     Args:
         name: one of `METHODS`.
         model: a NumPyro model whose first argument is the data.
-        y: data `(time, obs)`.
+        y: data, the model's first argument.
         settings: how much work to do.
-        labels: `time`, `future_time` and `coords` for the result's axes.
+        labels: `time`, `future_time`, `coords` and `dims` for the result's axes.
         checkpoint: a folder for what a run has reached; it goes on from there if there is something.
         kwargs: the model's keyword arguments.
 
@@ -132,16 +146,13 @@ def run_method(
         A `MethodResult` without its verdict, which needs the reference method.
 
     Raises:
-        FloatingPointError, RuntimeError, ValueError: as the fits raise them.
+        Exception: as the fit raises it.
     """
     result = MethodResult(name, objective=OBJECTIVES[name])
-    fitted_model = model
-    if name in PATH_METHODS:
-        sampled = (sampled_model if name == "nuts:states" else path_model)(model, y, **kwargs)
-        if sampled is None:
-            result.status, result.note = "skipped", "the model has no sampled form (no `states` option, no StatePath)"
-            return result
-        fitted_model = sampled
+    fitted_model = model_of_method(name, model, y, **kwargs)
+    if fitted_model is None:
+        result.status, result.note = "skipped", NO_PATH
+        return result
     settings, result.note, possible = within_budget(name, fitted_model, y, settings, **kwargs)
     if not possible:
         result.status = "skipped"
@@ -152,35 +163,55 @@ def run_method(
     result.fit = fit
     result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
     result.seconds_run = time.perf_counter() - start - result.seconds_compile
-    exact = marginal_site(trace_with(model, {}, y, **kwargs)) is not None
-    result.tree = to_datatree(
-        fit,
-        model=model if exact else None,
-        time=labels.get("time"),
-        coords=labels.get("coords"),
-        states=exact,
-        forecast=settings.horizon if exact else 0,
-        future_time=labels.get("future_time"),
-        key=settings.seed,
-    )
     if isinstance(fit, SVIFit):
         result.losses = np.asarray(fit.losses)
         if not fit.surrogate:
-            value, error, shape = elbo_and_khat(fit, key=settings.seed + 1)
-            result.diagnostics = {"elbo": value, "elbo_se": error, "khat": shape}
+            found = result.attempt("ELBO and k-hat", lambda: elbo_and_khat(fit, key=settings.seed + 1))
+            result.diagnostics |= dict(zip(("elbo", "elbo_se", "khat"), found or (), strict=False))
         else:
             ended = -result.losses[-len(result.losses) // 10 :].mean()
-            result.note = f"{result.note} Its objective ended at {ended:.2f}: no bound.".strip()
+            result.add_note(f"Its objective ended at {ended:.2f}: no bound.")
         if not fit.converged:
-            result.note = f"{result.note} Not converged: {fit.message}".strip()
+            result.add_note(f"Not converged: {fit.message}")
     else:
-        result.diagnostics = {"divergences": float(np.sum(fit.get_extra_fields()["diverging"]))}
+        result.diagnostics["divergences"] = float(np.sum(fit.get_extra_fields()["diverging"]))
+    exact = marginal_site(trace_model(model, {}, (y,), kwargs)) is not None
+    result.tree = result.attempt(
+        "labelled results",
+        lambda: build_tree(
+            fit,
+            result.attempt,
+            model=model if exact else None,
+            time=labels.get("time"),
+            coords=labels.get("coords"),
+            dims=labels.get("dims"),
+            states=exact,
+            forecast=settings.horizon if exact else 0,
+            future_time=labels.get("future_time"),
+            key=settings.seed,
+        ),
+    )
     if exact:
-        p = one_step_probabilities(model, posterior_draws(fit, num_samples=400), y, **kwargs)
-        seen = np.flatnonzero(~np.isnan(p).all(1))[result.tree["smoothed_states"].sizes["state"] :]
-        inside = (p[seen] > 0.05) & (p[seen] < 0.95)
-        result.diagnostics["coverage90"] = float(inside[~np.isnan(p[seen])].mean()) if seen.size else float("nan")
+        coverage = result.attempt("coverage of the forecasts", lambda: _coverage(fit, model, y, kwargs, result.tree))
+        result.diagnostics["coverage90"] = float("nan") if coverage is None else coverage
     return result
+
+
+def _coverage(fit: Any, model: Callable[..., Any], y: Any, kwargs: dict[str, Any], tree: xr.DataTree | None) -> float:
+    """How often the central 90 % of one-step forecasts held what came, after as many steps as there are states."""
+    p = np.asarray(one_step_probabilities(model, posterior_draws(fit, num_samples=400), y, **kwargs))
+    p = np.moveaxis(p, -2, 0).reshape(p.shape[-2], -1)
+    first = tree["smoothed_states"].sizes["state"] if tree is not None and "smoothed_states" in tree.children else 0
+    seen = np.flatnonzero(~np.isnan(p).all(1))[first:]
+    inside = (p[seen] > 0.05) & (p[seen] < 0.95)
+    return float(inside[~np.isnan(p[seen])].mean()) if seen.size else float("nan")
+
+
+def model_of_method(name: str, model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """The form of the model that a method fits: as it is, or with its path sampled; None where it has no such form."""
+    if name not in PATH_METHODS:
+        return model
+    return (sampled_model if name == "nuts:states" else path_model)(model, y, **kwargs)
 
 
 def _fit(
@@ -225,34 +256,6 @@ def _run_fit(
         target_accept_prob=0.9,
         **common,
     )
-
-
-def sampled_model(model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[..., Any] | None:
-    """The model with its path as a non-centred site, or None where it has no such form."""
-    if "states" in inspect.signature(model).parameters:
-        model = partial(model, states="sampled")
-    trace = trace_with(model, {}, y, **kwargs)
-    paths = [n for n, s in trace.items() if s["type"] == "sample" and _is_path(s["fn"])]
-    if not paths and "z" not in trace:
-        return None
-    return numpyro.handlers.reparam(model, config={n: NonCenteredPath() for n in paths}) if paths else model
-
-
-def path_model(model: Callable[..., Any], y: Any, **kwargs: Any) -> Callable[..., Any] | None:
-    """The model with its path as a `StatePath` site, or None where it has no such form.
-
-    A path whose noise is singular is sampled through that noise, and has none.
-    """
-    if "states" in inspect.signature(model).parameters:
-        model = partial(model, states="sampled")
-    trace = trace_with(model, {}, y, **kwargs)
-    return model if any(s["type"] == "sample" and _is_path(s["fn"]) for s in trace.values()) else None
-
-
-def _is_path(fn: Any) -> bool:
-    while hasattr(fn, "base_dist") and not isinstance(fn, StatePath):
-        fn = fn.base_dist
-    return isinstance(fn, StatePath)
 
 
 def within_budget(

@@ -226,7 +226,7 @@ def _figures(study: Any) -> Iterable[tuple[str, Callable[[], Figure], str, str]]
         if {"smoothed_states", "forecast"} & set(tree.children) and "observed_data" in tree.children:
             yield (
                 f"states_{_file_name(name, used)}.png",
-                lambda tree=tree, name=name: plots.plot_states(tree, title=name, ylabel=str(study.column)),
+                lambda tree=tree, name=name: plots.plot_states(_as_y(tree), title=name, ylabel=str(study.column)),
                 f"Data, smoothed signal and forecast by {name}",
                 f"{name}: data, smoothed signal and forecast. The band should widen where data are missing (hatched) "
                 "and leave no pattern in the points around it; about nine in ten later values should fall in the "
@@ -270,6 +270,34 @@ def _figures(study: Any) -> Iterable[tuple[str, Callable[[], Figure], str, str]]
             "SVI losses: line, the median of a block of steps; band, its middle 80 %. A curve that still falls at the "
             "end wants more steps; a lower end is a tighter bound.",
         )
+
+
+def _as_y(tree: Any) -> Any:
+    """The tree as `plot_states` takes it: the observed site is `y`, with time in front and its series side by side."""
+    observed = tree["observed_data"].to_dataset()
+    time = str(tree.attrs.get("time_axis", "time"))
+    site = next((n for n, x in observed.data_vars.items() if time in x.dims), None)
+    if site is None or (site == "y" and observed[site].ndim <= 2 and time == "time"):
+        return tree
+    groups = {
+        "observed_data": observed[[site]].rename({site: "y"}),
+        **{n: g.to_dataset() for n, g in tree.children.items() if n in ("smoothed_states", "forecast")},
+    }
+    return type(tree).from_dict({n: _side_by_side(g, time) for n, g in groups.items()})
+
+
+def _side_by_side(group: Any, time: str) -> Any:
+    """A group with the axes (time or horizon, one other); the axes before these are merged into the last."""
+    group = group.rename({time: "time"}) if time in group.dims and time != "time" else group
+    found = {}
+    for name, x in group.data_vars.items():
+        first = "horizon" if "horizon" in x.dims else "time"
+        rest = [d for d in x.dims if d != first]
+        values = x.transpose(first, *rest).values.reshape(x.sizes[first], -1)
+        last = "state" if "state" in rest else "series"
+        labels = {last: group[last]} if rest == [last] else {}
+        found[name] = type(x)(values, dims=(first, last), coords={first: group[first], **labels})
+    return type(group)(found)
 
 
 def _file_name(method: str, used: set[str]) -> str:

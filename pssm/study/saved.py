@@ -24,19 +24,20 @@ class Plan(NamedTuple):
 
     Attributes:
         model: the model, with its options.
-        y: data `(time, obs)`.
+        y: the model's first argument: data `(time, obs)`, or as the model takes them.
         methods: the methods, in their order.
         settings: how much work each may do.
         leave_future_out: whether one-step forecasts were to be scored.
         time: labels of the time steps.
         future_time: labels of the forecast steps, or None.
         name: what is studied.
-        columns: the names of the series.
+        columns: the name of the series, or the names of several.
         finished: the methods that are done, failed or could not run, with what they gave.
+        dims: names of the axes of sites.
     """
 
     model: Callable[..., Any]
-    y: np.ndarray
+    y: Any
     methods: tuple[str, ...]
     settings: Settings
     leave_future_out: bool
@@ -45,6 +46,12 @@ class Plan(NamedTuple):
     name: str
     columns: tuple[str, ...]
     finished: dict[str, MethodResult]
+    dims: dict[str, tuple[str, ...]] | None = None
+
+    @property
+    def column(self) -> str | tuple[str, ...]:
+        """The argument `column` of `compare`."""
+        return self.columns[0] if len(self.columns) == 1 else self.columns
 
 
 class StudyFolder:
@@ -73,6 +80,7 @@ class StudyFolder:
             "leave_future_out": plan.leave_future_out,
             "name": plan.name,
             "columns": list(plan.columns),
+            "dims": {name: list(axes) for name, axes in (plan.dims or {}).items()},
         }
         self.folder = FitFolder.create(self.out / FOLDER, manifest, force=True)
         self.folder.put("arguments", arrays)
@@ -154,6 +162,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
             str(m["name"]),
             tuple(str(x) for x in m["columns"]),
             finished,
+            {str(n): tuple(str(a) for a in axes) for n, axes in (m.get("dims") or {}).items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SavedFitError(f"`path` {out / FOLDER}: the study cannot be read: {error!r}") from None

@@ -12,6 +12,7 @@ from pssm.study.methods import GUIDE_NAMES, MethodResult
 RHAT_MAX, ESS_MIN = 1.01, 400.0
 KHAT_GOOD, KHAT_MAX = 0.5, 0.7
 SD_CLOSE, SD_OFF = 0.10, 0.25  # relative error of a posterior sd
+MOST_ENTRIES = 200  # of a site that is in the table of parameters
 MEAN_CLOSE, MEAN_OFF = 0.15, 0.5  # error of a posterior mean in posterior sds
 
 
@@ -21,7 +22,7 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
 
     parameters = _parameters(results)
     rows: list[dict[str, Any]] = []
-    for name, result in results.items():
+    for name, result in results.items() if parameters else ():
         posterior = result.tree["posterior"].to_dataset()[parameters]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,11 +49,16 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
 
 
 def _parameters(results: dict[str, MethodResult]) -> list[str]:
-    """Sites that every method has and that do not run over time."""
+    """Sites that every method has, that do not run over time, and that are not too large for a table."""
     shared: list[str] | None = None
     for result in results.values():
-        posterior = result.tree["posterior"]
-        names = [str(n) for n, x in posterior.data_vars.items() if "time" not in x.dims]
+        posterior, time = result.tree["posterior"], str(result.tree.attrs.get("time_axis", "time"))
+        names = [
+            str(n)
+            for n, x in posterior.data_vars.items()
+            if not any(d in (time, "time") or d.endswith("_time") for d in map(str, x.dims))
+            and x.size <= MOST_ENTRIES * x.sizes["chain"] * x.sizes["draw"]
+        ]
         shared = names if shared is None else [n for n in shared if n in names]
     return shared or []
 

@@ -1,0 +1,180 @@
+"""Before the first step of a study: the model runs once, and names, axes, labels and files are tried out."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pssm import models
+from pssm._checks import check_choice
+from pssm._types import ArrayLike
+from pssm.diagnostics.groups import label_array
+from pssm.diagnostics.tree import no_time_axis, rehearse
+from pssm.fitting.model_record import describe
+from pssm.inspection.axes import Axes
+from pssm.inspection.check import ModelCheck, check_model
+from pssm.study.methods import model_of_method
+
+Dims = Mapping[str, Sequence[str]]
+
+
+class Task(NamedTuple):
+    """A model and its data, ready to be fitted.
+
+    Attributes:
+        model: the model, with its options.
+        y: its first argument.
+        series: the values of its first observed site, `(time, obs)`, all other axes side by side.
+        columns: the names of those.
+        check: what `check_model` found.
+        labels: `time`, `future_time`, `coords` and `dims` for the trees of results.
+        dims: names of axes, as they were asked for.
+    """
+
+    model: Callable[..., Any]
+    y: Any
+    series: np.ndarray
+    columns: tuple[str, ...]
+    check: ModelCheck
+    labels: dict[str, Any]
+    dims: dict[str, tuple[str, ...]]
+
+
+def prepare(
+    model: Callable[..., Any],
+    y: Any,
+    methods: Iterable[str],
+    *,
+    time: ArrayLike | None,
+    future_time: ArrayLike | None,
+    horizon: int,
+    column: str | Sequence[str],
+    dims: Dims | None,
+) -> Task:
+    """Runs the model once, names its axes, and saves and loads an empty tree of each of its forms.
+
+    Raises:
+        ValueError: the model observes nothing or has nothing to infer, its data do not fit its distributions, the time
+            axis is not known, or labels do not fit.
+    """
+    values = jax.tree.map(_as_array, y)
+    leaves = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
+    if not any(x.size and not bool(jnp.isnan(x).all()) for x in leaves):
+        raise ValueError(f"`y` has no observed value (shape {', '.join(str(x.shape) for x in leaves)}).")
+    asked = {name: tuple(axes) if not isinstance(axes, str) else axes for name, axes in (dims or {}).items()}
+    check = check_model(model, values, dims=asked)
+    unknown = [name for name in asked if name not in check.axes.names]
+    if unknown:
+        raise ValueError(f"`dims` names {unknown[0]!r}, which is no site. The sites: {sorted(check.axes.names)}.")
+    if check.problems:
+        raise ValueError("`model` cannot be fitted to `y`: " + " ".join(check.problems))
+    if check.time is None:
+        raise ValueError(f"`dims`: {no_time_axis(check.axes)}")
+    series, columns, coords = series_of(check.axes, column)
+    labels = {
+        "time": np.arange(len(series)) if time is None else label_array("time", time),
+        "future_time": None if future_time is None else label_array("future_time", future_time),
+        "coords": coords,
+        "dims": dict(check.axes.names),
+    }
+    exact = not check.methods["exact marginal"]
+    forms = {"nuts:states": "sampled", "nuts": "whole", "svi:mvn": "whole", "svi:normal": "whole"}
+    one_of_each = {forms.get(m, "path"): m for m in methods if not check.methods[m]}
+    for method in one_of_each.values():
+        form = model_of_method(method, model, values)
+        if form is not None:
+            rehearse(
+                form,
+                (values,),
+                {},
+                dims=labels["dims"],
+                time=labels["time"],
+                coords=coords,
+                horizon=horizon if exact else 0,
+                future_time=labels["future_time"],
+            )
+    return Task(model, values, series, columns, check, labels, asked)
+
+
+def as_model(
+    model: str | Callable[..., Any], y: Any, args: Sequence[Any], options: dict[str, Any]
+) -> tuple[Callable[..., Any], str]:
+    """The model with its options and further positional arguments, and its name."""
+    if isinstance(model, str):
+        check_choice("model", model, models.NAMES)
+        model = getattr(models, model)
+    elif not callable(model):
+        raise TypeError(f"`model` must be a NumPyro model or a name in pssm.models; got {type(model).__name__}.")
+    registered, bound, _ = describe(model)
+    if registered is not None:  # the same, given by name or with options bound to it
+        model, options = getattr(models, registered), {**bound, **options}
+    name = registered or getattr(model, "__name__", None) or getattr(getattr(model, "func", None), "__name__", "model")
+    if args:
+        options = {**_by_name(model, y, args), **options}
+    return (partial(model, **options) if options or registered else model), name
+
+
+def _by_name(model: Callable[..., Any], y: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """The positional arguments after the data by their names, which leaves the data alone in front."""
+    signature = inspect.signature(model)
+    try:
+        bound = signature.bind_partial(y, *args).arguments
+    except TypeError as error:
+        raise TypeError(f"`args` does not fit the model: {error}.") from None
+    names = list(bound)[1:]
+    if any(signature.parameters[n].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for n in names):
+        raise TypeError(
+            "`args`: the model takes its positional arguments without names; wrap it in one that names them."
+        )
+    return {name: bound[name] for name in names}
+
+
+def first_argument(model: Callable[..., Any], y: Any) -> Any:
+    """The data as the model takes them: one series as `(time, 1)` for pssm's own models, as they are for others."""
+    if isinstance(y, Mapping):
+        return dict(y)
+    data = np.asarray(y, dtype=float)
+    return data[:, None] if data.ndim == 1 and describe(model)[0] is not None else data
+
+
+def series_names(column: str | Sequence[str], count: int) -> tuple[str, ...]:
+    """A name for each of `count` series; one name for several is numbered."""
+    if isinstance(column, str):
+        return (column,) if count == 1 else tuple(f"{column} {i + 1}" for i in range(count))
+    names = tuple(str(name) for name in column)
+    if len(names) != count or len(set(names)) < count:
+        raise ValueError(f"`column` must be {count} different names, one for each column of `y`; got {names}.")
+    return names
+
+
+def as_series(values: Any, dims: tuple[str, ...], time: str) -> np.ndarray:
+    """Values of a site as `(time, obs)`: all axes but time side by side."""
+    x = np.asarray(values, dtype=float)
+    return np.moveaxis(x, dims.index(time), 0).reshape(x.shape[dims.index(time)], -1)
+
+
+def series_of(axes: Axes, column: str | Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], dict[str, list[str]]]:
+    """The first observed site as `(time, obs)`, the names of its columns, and labels of the axis they stand on."""
+    name = next(n for n in axes.data if axes.time in axes.names[n])
+    dims, value = axes.names[name], axes.trace[name]["value"]
+    series = as_series(value, dims, str(axes.time))
+    others = [a for a in dims if a != axes.time]
+    if len(others) == 1 and (others == ["series"] or not isinstance(column, str)):
+        names = series_names(column, series.shape[1])
+        return series, names, {others[0]: list(names)}
+    if len(others) == 2 and "series" in others and not isinstance(column, str):
+        plate = next(a for a in others if a != "series")
+        size = np.shape(value)[dims.index(plate)]
+        if series.shape[1] == size:  # one variable in each of several series
+            return series, series_names(column, size), {plate: list(series_names(column, size))}
+    return series, series_names(column, series.shape[1]), {}
+
+
+def _as_array(x: Any) -> Any:
+    """Numbers as a JAX array; what is no number (a text, None) as it is."""
+    found = np.asarray(x)
+    return jnp.asarray(found) if found.dtype.kind in "fiub" else x
