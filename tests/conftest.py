@@ -8,7 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+import shapes
 
+shapes.install()  # before anything of the package is imported
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
