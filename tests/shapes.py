@@ -1,37 +1,77 @@
-"""Checks the shapes in signatures whenever a test calls the package: jaxtyping's import hook with beartype.
+"""Checks the shapes in signatures whenever a test calls the package, by jaxtyping and beartype.
 
-`conftest.py` installs the hook before anything of `pssm` is imported, so every function of the package is checked in
-every test. What is checked are the annotations that hold a shape, `Float[Array, "*batch time state"]`, alone or inside
-a tuple, an optional or a named tuple; sizes of one name must agree within a call. Plain types are left to pyright and
-to the functions' own errors, which name the argument.
+`conftest.py` installs the hook before anything of `pssm` is imported. From then on every function and method whose
+annotations hold a shape, `Float[Array, "*batch time state"]`, alone or inside a tuple, an optional or the fields of a
+named tuple, is checked at every call: sizes of one name must agree. Plain types are left to pyright and to the
+functions' own errors, which name the argument. jaxtyping's own hook would wrap all functions, nested ones at every
+call: a quarter more time for the tests, and warnings that name the wrapper's line in place of the caller's.
 """
 
+import ast
 import inspect
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 import numpy as np
 from beartype import beartype
 from beartype.vale import Is
-from jaxtyping import AbstractArray, install_import_hook
+from jaxtyping import AbstractArray, jaxtyped
 
-# Modules whose annotations are not checked yet, with the reason. No other module may be left out.
+# Modules whose signatures are not checked, each with its reason. Keep it empty.
 LEFT_OUT: dict[str, str] = {}
 
 
 def install() -> None:
     """Has every module of the package checked that is imported from now on."""
-    install_import_hook("pssm", "shapes.check_shapes")
+    if any(name.partition(".")[0] == "pssm" for name in sys.modules):
+        raise ImportError("`pssm` is imported already: its shapes would not be checked.")
+    sys.meta_path.insert(0, _Finder())
 
 
-def check_shapes(function):
-    """A `typechecker` for jaxtyping: beartype over the annotations of `function` that hold a shape."""
-    if function.__module__ in LEFT_OUT:
-        return function
-    with_shapes = {name: _checked(hint) for name, hint in function.__annotations__.items() if _has_shape(hint)}
-    if not with_shapes:
-        return function
-    function.__annotations__ = with_shapes
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] != "pssm" or fullname in LEFT_OUT:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def get_code(self, fullname):
+        """From the source and never from the cache, in which the undecorated code belongs."""
+        tree = ast.parse(self.get_data(self.path))
+        for node in _functions(tree):
+            # Innermost: `jax.jit` and `property` wrap what is checked.
+            node.decorator_list.append(ast.parse("__import__('shapes').checked", mode="eval").body)
+        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+
+
+def _functions(tree):
+    """Functions of a module and methods of its classes."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node)
+
+
+def checked(function):
+    """The function, with its arguments and its result checked where an annotation holds a shape."""
+    private = function.__name__.startswith("_") and not function.__name__.startswith("__")
+    hints = [hint for hint in function.__annotations__.values() if _has_shape(hint, named_tuples=not private)]
+    return jaxtyped(function, typechecker=_shapes_alone) if hints else function
+
+
+def _shapes_alone(function):
+    """beartype over the annotations of `function` that hold a shape."""
+    function.__annotations__ = {
+        name: _of_any_kind(hint) for name, hint in function.__annotations__.items() if _has_shape(hint)
+    }
     return beartype(function)
 
 
@@ -42,23 +82,23 @@ def _fields(hint) -> dict:
     return {name: field for name, field in hint.__annotations__.items() if _has_shape(field)}
 
 
-def _has_shape(hint) -> bool:
+def _has_shape(hint, named_tuples=True) -> bool:
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
-        return True
-    return bool(_fields(hint)) or any(_has_shape(part) for part in get_args(hint))
+        return bool(hint.dim_str)  # a key or any other scalar has none
+    return bool(named_tuples and _fields(hint)) or any(_has_shape(part, named_tuples) for part in get_args(hint))
 
 
-def _checked(hint):
-    """A named tuple is checked field by field (beartype alone looks at its class); NumPy arrays are welcome."""
-    fields = {name: _checked(field) for name, field in _fields(hint).items()}
+def _of_any_kind(hint):
+    """NumPy arrays are as welcome as JAX's; a named tuple is looked at field by field, beartype stops at its class."""
+    fields = {name: _of_any_kind(field) for name, field in _fields(hint).items()}
     if fields:
         return Annotated[hint, Is[lambda found: all(_fits(getattr(found, name), fields[name]) for name in fields)]]
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return hint.dtype[hint.array_type | np.ndarray, hint.dim_str]
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_checked(part) for part in get_args(hint))]  # noqa: UP007: made of parts
+        return Union[tuple(_of_any_kind(part) for part in get_args(hint))]  # noqa: UP007: made of parts
     if get_origin(hint) is tuple:
-        return tuple[tuple(_checked(part) for part in get_args(hint))]
+        return tuple[tuple(_of_any_kind(part) for part in get_args(hint))]
     return hint
 
 
