@@ -96,7 +96,7 @@ def _of_any_kind(hint):
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return hint.dtype[hint.array_type | np.ndarray, hint.dim_str]
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_of_any_kind(part) for part in get_args(hint))]  # noqa: UP007: made of parts
+        return Union[tuple(_of_any_kind(part) for part in get_args(hint))]  # noqa: UP007 (made of parts)
     if get_origin(hint) is tuple:
         return tuple[tuple(_of_any_kind(part) for part in get_args(hint))]
     return hint

@@ -1,4 +1,4 @@
-"""Every distribution of the package behaves as NumPyro expects: one table, one line for each kind, the same tests for all.
+"""Every distribution of the package behaves as NumPyro expects: a table with a line for each, the same tests for all.
 
 What a density must be is tested where its distribution is; here it must agree with the draws.
 """
@@ -123,7 +123,7 @@ TABLE = [
         ),
         POTENTIALS,
     ),
-    Case("ConditionedPath", lambda p: ConditionedPath(towards, p["h"], np.ones(N)), {"h": (STEPS, N)}),
+    Case("ConditionedPath", lambda p: ConditionedPath(towards, p["h"], p["h"][..., 0, :].reshape(-1, N)[0]), {"h": (STEPS, N)}),
     Case("LinearGaussianPosterior", lambda p: LinearGaussianPosterior(linear(p), p["y"]), {**MODEL, "y": (STEPS, P)}),
     Case("LinearGaussianMarginal", lambda p: LinearGaussianMarginal(linear(p), STEPS), MODEL, of_data=True),
     Case(
@@ -224,7 +224,7 @@ def test_shapes(name):
     for batch in [(), (2,)] if case.batches else [()]:
         d = case.build(parameters(case, batch))
         assert d.batch_shape == batch
-        for lead in ((), (4,), (2, 3)):
+        for lead in ((), (2, 3)):
             x = draw(d, jax.random.key(0), lead)
             assert x.shape == (*lead, *batch, *d.event_shape) == d.shape(lead)
             if case.density:
@@ -234,20 +234,20 @@ def test_shapes(name):
 
 
 @every_density
-def test_one_precision_from_parameters_to_density(name):
-    """Also where JAX is in 64 bits: arrays of single precision stay so."""
+def test_single_precision_stays_single(name):
+    """Also where JAX is in 64 bits."""
     case = CASES[name]
     d = case.build(parameters(case, dtype=np.float32))
-    single = name.split()[0] in ("ConditionedPath", "StableMatrixNormal") or "WithMissing n" in name
-    expected = jnp.float32 if single else a_value(d).dtype
-    assert a_value(d).dtype == log_prob(d, a_value(d)).dtype == expected
+    x = a_value(d)
+    assert "WithMissing" in name or x.dtype == jnp.float32  # NumPyro's own draws have the default precision
+    assert log_prob(d, x.astype(jnp.float32)).dtype == jnp.float32
 
 
 @every_density
 def test_a_batch_is_its_elements(name):
     case = CASES[name]
     many = parameters(case, (2,))
-    singles = [case.build(jax.tree.map(lambda x: x[i], many)) for i in range(2)]
+    singles = [case.build({name: x[i] for name, x in many.items()}) for i in range(2)]
     x = jnp.stack([a_value(d, i) for i, d in enumerate(singles)])
     expected = [log_prob(d, x[i]) for i, d in enumerate(singles)]
     if case.batches:
