@@ -39,7 +39,11 @@ done
 say "pssm compare nile: runs from the wheel"
 
 # The older Python, of this machine alone: nothing is downloaded.
-python=$(UV_PYTHON_DOWNLOADS=never "$uv" python find --no-project "$OLDER" 2>/dev/null || true)
+python=
+for candidate in "$(command -v "python$OLDER" || true)" "${PYENV_ROOT:-${HOME:-/}/.pyenv}/versions/$OLDER".*/bin/python; do
+    # A pyenv shim may stand for a version that is not there.
+    if [ -z "$python" ] && "$candidate" -c 'import sys, venv' >/dev/null 2>&1; then python=$candidate; fi
+done
 if [ -z "$python" ]; then
     echo "not run: the tests with Python $OLDER, which is not on this machine"
     exit 0
