@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help study test slow lint docs bench experiments clean FORCE
+.PHONY: help study test slow lint docs pages notebooks stranger api bench experiments clean FORCE
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
@@ -29,8 +29,22 @@ test: lint ## lint, then run all tests but the slow ones
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow"
 
 slow: export JAX_PLATFORMS = cpu
-slow: $(STAMP) ## the tests that take longest, which `make test` leaves out; BUDGET=300: as many as begin in 300 s
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow $(if $(BUDGET),--budget $(BUDGET))
+slow: $(STAMP) ## the slow tests; PART=2/5: the second fifth; BUDGET=900: as many as begin in 900 s
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow --ignore tests/test_pages.py \
+	    $(if $(PART),--part $(PART)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DURATIONS),--durations-file $(DURATIONS))
+
+pages: export JAX_PLATFORMS = cpu
+pages: $(STAMP) ## run the Python blocks of README and docs
+	$(PY) -m pytest -n 2 -q tests/test_pages.py
+
+notebooks: export PSSM_EXECUTE_NOTEBOOKS = 1
+notebooks: docs ## build the documentation and run the notebooks
+
+stranger: $(STAMP) ## install the wheel in an empty environment and run it; quick tests with an older Python
+	@sh scripts/stranger.sh
+
+api: $(STAMP) ## write the public names and their arguments to tests/api_snapshot.txt
+	JAX_PLATFORMS=cpu $(PY) scripts/api_snapshot.py >tests/api_snapshot.txt
 
 lint: $(STAMP) ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .

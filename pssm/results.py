@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pssm._types import Array
+from pssm._types import Array, Float
 from pssm.linalg import outer
 
 
@@ -54,20 +54,20 @@ class FilterResult(NamedTuple):
         predicted_chol: factor of `Cov(z_t | y_{1:t-1})`, `(time, state, state)`.
     """
 
-    log_likelihood: Array
-    log_likelihoods: Array
-    mean: Array
-    chol: Array
-    predicted_mean: Array
-    predicted_chol: Array
+    log_likelihood: Float[Array, "*batch"]
+    log_likelihoods: Float[Array, "*batch time"]
+    mean: Float[Array, "*batch time state"]
+    chol: Float[Array, "*batch time state state"]
+    predicted_mean: Float[Array, "*batch time state"]
+    predicted_chol: Float[Array, "*batch time state state"]
 
     @property
-    def cov(self) -> Array:
+    def cov(self) -> Float[Array, "*batch time state state"]:
         """`Cov(z_t | y_{1:t})`, `(time, state, state)`."""
         return outer(self.chol)
 
     @property
-    def predicted_cov(self) -> Array:
+    def predicted_cov(self) -> Float[Array, "*batch time state state"]:
         """`Cov(z_t | y_{1:t-1})`, `(time, state, state)`."""
         return outer(self.predicted_chol)
 
@@ -82,13 +82,13 @@ class SmootherResult(NamedTuple):
         log_likelihood: `log p(y_{1:T})`, `()`.
     """
 
-    mean: Array
-    chol: Array
-    cross_cov: Array
-    log_likelihood: Array
+    mean: Float[Array, "*batch time state"]
+    chol: Float[Array, "*batch time state state"]
+    cross_cov: Float[Array, "*batch time-1 state state"]
+    log_likelihood: Float[Array, "*batch"]
 
     @property
-    def cov(self) -> Array:
+    def cov(self) -> Float[Array, "*batch time state state"]:
         """`Cov(z_t | y_{1:T})`, `(time, state, state)`."""
         return outer(self.chol)
 
@@ -103,7 +103,7 @@ class ForecastResult(NamedTuple):
         state_cov: `Cov(z_{T+h} | y_{1:T})`, `(horizon, state, state)`.
     """
 
-    mean: Array
-    cov: Array
-    state_mean: Array
-    state_cov: Array
+    mean: Float[Array, "*batch horizon obs"]
+    cov: Float[Array, "*batch horizon obs obs"]
+    state_mean: Float[Array, "*batch horizon state"]
+    state_cov: Float[Array, "*batch horizon state state"]

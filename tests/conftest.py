@@ -1,4 +1,4 @@
-"""Settings and fixtures for all tests: CPU, a shared compilation cache, 64-bit arithmetic on request."""
+"""Settings and fixtures for all tests: CPU, a shared compilation cache, 64-bit arithmetic on request, slow tests."""
 
 import os
 import time
@@ -8,42 +8,76 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+import shapes
+import slow_parts
 
+shapes.install()  # before anything of the package is imported
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-
-SLOW = {
-    line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and not line.startswith("#")
-}
+SPENT = "the budget is spent"
+STARTED = pytest.StashKey[float]()
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--budget", type=float, help="seconds after which no further test is begun")
+    parser.addoption("--part", type=slow_parts.part, help="k/n: the k-th of n parts of about equal time")
+    parser.addoption("--durations-file", type=Path, help="write the seconds of every test here, for balanced parts")
 
 
 def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
-
-
-STARTED = pytest.StashKey[float]()
+    config.stash[LEFT_OUT] = []
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of `slow.txt`; with a budget, begins at another file every day, so that all have a turn."""
+    """Marks the tests of `slow.txt`; leaves out those of other parts."""
     for item in items:
-        if item.nodeid in SLOW:
+        if item.nodeid in slow_parts.SLOW:
             item.add_marker(pytest.mark.slow)
-    if config.getoption("budget") and items:
-        files = list(dict.fromkeys(item.path for item in items))
-        first = int(time.time() / 86400) * 7 % len(files)
-        order = {path: (i - first) % len(files) for i, path in enumerate(files)}
-        items.sort(key=lambda item: order[item.path])
+    if config.getoption("part"):
+        names = [item.nodeid for item in items if item.get_closest_marker("slow")]
+        mine = slow_parts.of_part(names, *config.getoption("part"))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in mine])
+        items[:] = [item for item in items if item.nodeid in mine]
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash[LEFT_OUT].extend(item.nodeid for item in items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist hands it to the one that prints
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What was not run: by its number where it was not asked for, by its name where there was no time."""
+    if config.stash[LEFT_OUT]:
+        terminalreporter.write_line(
+            f"not run: {len(config.stash[LEFT_OUT])} tests that this command leaves out (`make slow` runs all slow ones)"
+        )
+    skipped = terminalreporter.stats.get("skipped", [])
+    spent = [report.nodeid for report in skipped if SPENT in str(report.longrepr)]
+    if config.getoption("budget"):
+        terminalreporter.write_line(f"not run: {len(spent)} tests, because {SPENT}")
+        for name in spent:
+            terminalreporter.write_line(f"  {name}")
+    if config.getoption("durations_file"):
+        reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, []) if r.when == "call"]
+        slow_parts.save_durations(config.getoption("durations_file"), {r.nodeid: r.duration for r in reports})
 
 
 def pytest_runtest_setup(item):
     budget = item.config.getoption("budget")
     if budget and time.monotonic() - item.config.stash[STARTED] > budget:
-        pytest.skip("the budget is spent")
+        pytest.skip(SPENT)
 
 
 @pytest.fixture

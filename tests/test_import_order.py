@@ -122,3 +122,85 @@ def test_import_is_quick():
         for _ in range(2)
     )
     assert seconds < MAX_IMPORT_SECONDS, f"{seconds:.2f} s; import what is heavy and rare inside the function using it"
+
+
+# What may be imported inside a function, because it takes long to import or is optional. So may modules of the package,
+# which bring such packages with them, but not to hide a circle.
+LAZY_PACKAGES = {
+    "arviz",
+    "arviz_stats",
+    "av",
+    "diffrax",
+    "matplotlib",
+    "optax",
+    "pandas",
+    "PIL",
+    "rich",
+    "scipy",
+    "tqdm",
+}
+LAZY_PACKAGES |= {"xarray", "jax", "numpy"}  # the last two in the command, which answers `--help` without them
+
+
+def module_name(path: Path) -> str:
+    parts = ("pssm", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path): path for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere: inside functions and for type checkers too."""
+    package = ("pssm", *path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base = ".".join([*base, node.module] if node.module else base)
+            # A name that is a module of its own, else the module that the name is in.
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in NAMES else base for alias in node.names}
+    return (found & set(NAMES)) - {module_name(path)}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or not: strongly connected components of two or more."""
+
+    def reached(start: str) -> set[str]:
+        seen, front = set(), [start]
+        while front:
+            new = graph[front.pop()] - seen
+            seen |= new
+            front += new
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    groups = {frozenset(b for b in reach[a] if a in reach[b]) for a in graph if a in reach[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set()}) == [["a", "b", "c"]]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions counted. The package's own `__init__` imports all and is imported by the command."""
+    graph = {name: imported_modules(path) - {"pssm"} for name, path in NAMES.items()}
+    found = circles(graph)
+    assert not found, f"these modules import each other: {found}"
+
+
+@every_module
+def test_imports_inside_functions_are_of_heavy_packages(path):
+    lazy = {
+        name.partition(".")[0]
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    wrong = lazy - LAZY_PACKAGES - {"pssm"}
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong} inside a function; import it at the top"

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._types import Array, Float, Key
 
-Sequence = Float[Array, "time size"]
+Sequence = Float[Array, "time in_size"]
+Outputs = Float[Array, "time size"]
 
 
-def scan_steps(mixer: Any, x: Sequence) -> Sequence:
+def scan_steps(mixer: Any, x: Sequence) -> Outputs:
     """A mixer run step by step."""
     state = jax.tree.map(lambda s: s.astype(jnp.result_type(s, x)) if eqx.is_inexact_array(s) else s, mixer.start())
     return jax.lax.scan(lambda s, x: mixer.step(s, x), state, x)[1]  # a bound method would be hashed
@@ -56,7 +57,7 @@ class GRU(eqx.Module):
         state = self.cell(x, state)
         return state, state
 
-    def __call__(self, x: Sequence) -> Sequence:
+    def __call__(self, x: Sequence) -> Outputs:
         """All steps."""
         return scan_steps(self, x)
 
@@ -90,7 +91,7 @@ class LSTM(eqx.Module):
         state = self.cell(x, state)
         return state, state[0]
 
-    def __call__(self, x: Sequence) -> Sequence:
+    def __call__(self, x: Sequence) -> Outputs:
         """All steps."""
         return scan_steps(self, x)
 
@@ -166,7 +167,7 @@ class SelfAttention(eqx.Module):
         out = self._attend(q, keys, values, age, age < count)
         return (keys, values, count), self._finish(x, out)
 
-    def __call__(self, x: Sequence) -> Sequence:
+    def __call__(self, x: Sequence) -> Outputs:
         """All steps."""
         x = jax.vmap(self.into)(x)
         q, k, v = jax.vmap(self._project)(x)

@@ -16,7 +16,7 @@ import numpy as np
 
 from pssm._checks import check_count
 from pssm._types import Array, Key
-from pssm.nets.mixers import Sequence
+from pssm.nets.mixers import Outputs, Sequence
 
 
 def hippo_normal(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ class S5(eqx.Module):
             new.append(own)
         return new, x
 
-    def __call__(self, x: Sequence) -> Sequence:
+    def __call__(self, x: Sequence) -> Outputs:
         """All steps, by an associative scan: on a parallel machine the time grows with the logarithm of `time`."""
         x = jax.vmap(self.into)(x)
         for layer in self.layers:
@@ -133,7 +133,7 @@ class S5Layer(eqx.Module):
         z = jnp.asarray(a * jax.lax.complex(*state) + B @ u)
         return (z.real, z.imag), self._finish(x, u, z)
 
-    def __call__(self, x: Sequence) -> Sequence:
+    def __call__(self, x: Sequence) -> Outputs:
         """All steps."""
         a, B = self._discrete()
         u = jax.vmap(self.norm)(x)
