@@ -8,8 +8,10 @@ from numpyro.distributions.util import validate_sample
 from pssm._checks import also_called, as_float, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions.marginal import real_or_missing_matrix
+from pssm.distributions.state_path import StatePath
 from pssm.filters import gaussian_filter, gaussian_smoother
 from pssm.filters.linearize import Linearize, rule
+from pssm.linalg.random import standard_normal
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import FilterResult, SmootherResult
 
@@ -90,6 +92,36 @@ class GaussianFilterMarginal(dist.Distribution):
     def smooth(self, y: ArrayLike) -> SmootherResult:
         """Smoothed states."""
         return gaussian_smoother(self.model, y, self.u, linearize=self.method, num_iters=self.num_iters)
+
+    def signal(self, z: Array) -> Array:
+        """Means of the observations of a path `(time, state)`, `(time, obs)`."""
+        return jax.vmap(lambda z, u: jnp.atleast_1d(self.model.emission(z, u).mean))(z, self.u)
+
+    def future(self, key: Key, y: ArrayLike, num_steps: int) -> tuple[Array, Array, Array]:
+        """The next steps after the first observations of the series, from a draw of the filtered state on.
+
+        Args:
+            key: random key.
+            y: the first observations, `(known, obs)`; the distribution itself covers `known + num_steps` or more.
+            num_steps: number of steps.
+
+        Returns:
+            Mean and variance of the observations given a drawn path of the states, and a draw, `(num_steps, obs)` each.
+        """
+        first, later, last = jax.random.split(key, 3)
+        known, rows = as_float("y", y), slice(len(y), len(y) + num_steps)
+        gap = jnp.full((self.num_steps - len(known), known.shape[-1]), jnp.nan, known.dtype)
+        found = self.filter(jnp.concatenate([known, gap]))
+        mean, chol = found.mean[len(known) - 1], found.chol[len(known) - 1]
+        z = mean + chol @ standard_normal(first, mean.shape, mean.dtype)
+        prior = StatePath.from_ssm(self.model, self.num_steps, self.u)
+        path = prior.continued(later, jnp.broadcast_to(z, (len(known), *z.shape)))[rows]
+
+        def emit(key: Key, z: Array, u: Array | None) -> tuple[Array, Array, Array]:
+            e = self.model.emission(z, u)
+            return jnp.atleast_1d(e.mean), jnp.atleast_1d(e.variance), jnp.atleast_1d(e.sample(key))
+
+        return jax.vmap(emit)(jax.random.split(last, num_steps), path, None if self.u is None else self.u[rows])
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draws from the model itself."""

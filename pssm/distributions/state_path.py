@@ -215,6 +215,27 @@ class StatePath(dist.Distribution):
         paths = map_batch(one, batch, {**arrays, "noise": noise}, {**cores, "noise": 1})
         return paths.reshape(*batch, self.num_steps, self.n_state)
 
+    def continued(self, key: Key, path: Array) -> Array:
+        """A path of all steps that begins with `path` `(..., known, state)` and goes on by the transition."""
+        known, batch = path.shape[-2], jnp.broadcast_shapes(path.shape[:-2], self.batch_shape)
+        if not known:
+            return self.sample(key)
+
+        def one(a: dict[str, Any]) -> Array:
+            def step(z: Array, xs: tuple) -> tuple[Array, Array]:
+                noise, timed = xs
+                now = {**a, **timed}
+                z = self.step(now, z) + apply_factor(now["chol_Q"], noise)
+                return z, z
+
+            later = jax.tree.map(lambda x: x[known - 1 :], self.timed(a))
+            rows = jax.lax.scan(step, a["z"][-1], (a["noise"], later), length=self.num_steps - known)[1]
+            return jnp.concatenate([a["z"], rows])
+
+        arrays, cores = self.arrays()
+        noise = standard_normal(key, (*batch, self.num_steps - known, self.chol_Q.shape[-1]), path.dtype)
+        return map_batch(one, batch, {**arrays, "z": path, "noise": noise}, {**cores, "z": 2, "noise": 2})
+
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """Log density of paths `(..., time, state)`; all time steps at once, no scan."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from pssm._checks import as_float
+from pssm._checks import also_called, as_float
 from pssm._types import Array, ArrayLike
 from pssm.batch import map_batch
 from pssm.filters.step import predict_one, update_one
@@ -43,6 +43,7 @@ class PathPrior(Protocol):
         ...
 
 
+@also_called(linearize="linearization")
 def along_filter(
     path: PathPrior, sigma: ArrayLike, series: Array, *, linearization: str = "local"
 ) -> LinearGaussianSSM:
@@ -55,7 +56,7 @@ def along_filter(
         path: the prior of the states, its transition a function; its noise may vary in time.
         sigma: standard deviations `(size,)`.
         series: `(..., time, size)`, NaN where missing.
-        linearization: "local", by `path.transition.affine(z, u)`, or "jacobian".
+        linearization: "local", by `path.transition.affine(z, u)`, or "jacobian"; `linearize` is a second name for it.
     """
     batch = jnp.broadcast_shapes(path.batch_shape, series.shape[:-2])
     sigma = as_float("sigma", sigma)

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jax.tree_util import Partial
 from numpyro.distributions import constraints
 
-from pssm._checks import check_choice
+from pssm._checks import also_called, check_choice
 from pssm._types import Array
 from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPosterior, StatePath
 from pssm.distributions.unwrap import unwrap
@@ -45,7 +45,8 @@ class AmortizedFrames(DrawnGuide):
             `nets.FrameEncoder`. Arrays of an Equinox module are the parameters `{prefix}_encoder$params`.
         gaps: False if no frame is ever missing altogether, which saves time; not checked.
         linearization: of a locally linear transition: "local", its matrices at the filtered mean; or "jacobian", its
-            derivative, for any transition. The joint distribution is the same kind, and the bound a bound.
+            derivative, for any transition. The joint distribution is of the same kind, and the ELBO a bound. A second
+            name for it is `linearize`.
         trainable: what of the encoder is trained, see `nets.register`.
         prefix: of the parameters' names.
 
@@ -72,6 +73,7 @@ class AmortizedFrames(DrawnGuide):
 
     _series = "a"
 
+    @also_called(linearize="linearization")
     def __init__(
         self,
         model: Callable[..., Any],

@@ -16,15 +16,8 @@ from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit, FitRecord, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
-from pssm.infer.sources import (
-    CodesSource,
-    ExactSource,
-    PathSource,
-    integrated,
-    longer_arguments,
-    plain_model,
-    source_of,
-)
+from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of
+from pssm.inspection.forms import integrated, plain_model
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FUTURES = 10  # paths for each draw, where a forecast's quantiles are those of paths

@@ -4,18 +4,15 @@ Each kind of source gives, for one posterior draw, moments of states and signal,
 All but the exact one is given by draws, so moments are averages over them.
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
 
 from pssm._types import Array, Key
-from pssm.batch import map_batch, over_batches
+from pssm.batch import over_batches
 from pssm.distributions import GaussianFilterMarginal, HistoryMarginal, LinearGaussianMarginal, StatePath
 from pssm.distributions.unwrap import unwrap
 from pssm.filters import forecast as exact_forecast
@@ -23,7 +20,6 @@ from pssm.filters import kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
 from pssm.fitting.results import trace_with
-from pssm.linalg.low_rank import apply_factor
 from pssm.linalg.random import standard_normal
 from pssm.ssm import check_inputs
 
@@ -147,7 +143,7 @@ class PathSource(Source):
         path_key, key = jax.random.split(key)
         others = {name: x for name, x in sample.items() if name != self.path}
         prior = self.fn(self.trace(others, ahead), self.path)
-        z = continued(prior, sample[self.path][..., : ahead.known, :], path_key)
+        z = prior.continued(path_key, sample[self.path][..., : ahead.known, :])
         return _observed(self.trace({**others, self.path: z}, ahead)[self.site], key, ahead, len(self.batch))
 
 
@@ -161,8 +157,7 @@ class FilterSource(Source):
         trace = self.trace(sample)
         d = self.fn(trace)
         s = d.smooth(trace[self.site]["value"])
-        z = s.mean + jnp.einsum("...ij,...j->...i", s.chol, standard_normal(key, s.mean.shape, s.mean.dtype))
-        signal = jax.vmap(lambda z, u: jnp.atleast_1d(d.model.emission(z, u).mean))(z, d.u)
+        signal = d.signal(s.mean + jnp.einsum("...ij,...j->...i", s.chol, standard_normal(key, s.mean.shape)))
         return s.mean, jnp.sum(s.chol**2, -1), signal, jnp.zeros_like(signal)
 
     def draw(self, sample: dict[str, Array], key: Key) -> Array:
@@ -174,22 +169,8 @@ class FilterSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The model's own transition and emission from a draw of the filtered state on."""
-        first, later, last = jax.random.split(key, 3)
-        y = self.trace(sample)[self.site]["value"]
-        d = self.fn(self.trace(sample, ahead))
-        y = jnp.concatenate([y[: ahead.known], jnp.full((d.num_steps - ahead.known, y.shape[-1]), jnp.nan, y.dtype)])
-        found = d.filter(y)
-        row = ahead.known - 1
-        z = found.mean[row] + found.chol[row] @ standard_normal(first, found.mean[row].shape, y.dtype)
-        prior = StatePath.from_ssm(d.model, d.num_steps, d.u)
-        path = continued(prior, jnp.broadcast_to(z, (ahead.known, *z.shape)), later)
-        rows, inputs = ahead.rows(path, 0), None if d.u is None else ahead.rows(d.u, 0)
-
-        def emit(key: Key, z: Array, u: Array | None) -> Future:
-            e = d.model.emission(z, u)
-            return jnp.atleast_1d(e.mean), jnp.atleast_1d(e.variance), jnp.atleast_1d(e.sample(key))
-
-        return jax.vmap(emit)(jax.random.split(last, ahead.num_steps), rows, inputs)
+        y = self.trace(sample)[self.site]["value"][: ahead.known]
+        return self.fn(self.trace(sample, ahead)).future(key, y, ahead.num_steps)
 
 
 class CodesSource(Source):
@@ -211,28 +192,6 @@ class CodesSource(Source):
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The frames of codes that the guide has drawn for the longer series."""
         return _observed(self.trace(sample, ahead)[self.site], key, ahead, len(self.batch))
-
-
-def continued(prior: StatePath, path: Array, key: Key) -> Array:
-    """A path of all steps of `prior` that begins with `path` `(..., known, state)` and goes on by its transition."""
-    known, batch = path.shape[-2], jnp.broadcast_shapes(path.shape[:-2], prior.batch_shape)
-    if not known:
-        return prior.sample(key)
-    steps = prior.num_steps - known
-
-    def one(a: dict[str, Any]) -> Array:
-        def step(z: Array, xs: tuple) -> tuple[Array, Array]:
-            noise, timed = xs
-            now = {**a, **timed}
-            z = prior.step(now, z) + apply_factor(now["chol_Q"], noise)
-            return z, z
-
-        later = jax.tree.map(lambda x: x[known - 1 :], prior.timed(a))
-        return jnp.concatenate([a["z"], jax.lax.scan(step, a["z"][-1], (a["noise"], later), length=steps)[1]])
-
-    arrays, cores = prior.arrays()
-    noise = standard_normal(key, (*batch, steps, prior.chol_Q.shape[-1]), path.dtype)
-    return map_batch(one, batch, {**arrays, "z": path, "noise": noise}, {**cores, "z": 2, "noise": 2})
 
 
 def _mean_of(site: dict[str, Any]) -> Array:
@@ -295,33 +254,6 @@ def source_of(
         "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; its "
         f"latent sites are {', '.join(latent) or '(none)'}."
     )
-
-
-def plain_model(model: Any) -> Callable[..., Any]:
-    """The model before its paths were reparametrised (`NonCenteredPath`, `transport_reparam`)."""
-    while isinstance(model, handlers.reparam) or hasattr(model, "plain_model"):
-        model = model.fn if isinstance(model, handlers.reparam) else model.plain_model
-    return model
-
-
-def integrated(
-    model: Callable[..., Any], first: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """A linear model of pssm whose states were sampled, with the states integrated out; None for others."""
-    try:
-        option = inspect.signature(model).parameters.get("states")
-    except (TypeError, ValueError):
-        return None
-    if option is None or kwargs.get("states", option.default) != "sampled":
-        return None
-    exact = functools.partial(model, states="marginal")
-    rest = {name: x for name, x in kwargs.items() if name != "states"}
-    try:
-        trace = trace_with(exact, first, *args, **rest)
-    except (ValueError, TypeError):  # a model that has no such form
-        return None
-    sites = [s for s in trace.values() if s["type"] == "sample" and s["is_observed"]]
-    return (exact, rest) if any(isinstance(unwrap(s["fn"])[0], LinearGaussianMarginal) for s in sites) else None
 
 
 def longer_arguments(

@@ -1,7 +1,6 @@
 """`check_model`: what a model is made of, what is odd about it, and which methods apply, before anything is run."""
 
 import importlib.util
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +16,12 @@ from pssm.distributions import (
     GaussianFilterMarginal,
     HistoryMarginal,
     LinearGaussianMarginal,
-    NonCenteredPath,
     StatePath,
     WithMissing,
 )
 from pssm.guides.paths import FAMILIES
 from pssm.inspection.axes import Axes, find_axes, innermost, is_factor, takes_missing, trace_model
+from pssm.inspection.forms import path_model, sampled_model
 
 NO_PATH = "the model has no sampled form (no `states` option, no StatePath)"
 INTEGRATED = {
@@ -178,33 +177,6 @@ def check_model(
         _methods(model, args, kwargs, axes, latent, integrated),
         axes,
     )
-
-
-def sampled_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
-    """The model with its path as a non-centred site, or None where it has no such form."""
-    model = _with_states(model)
-    trace = trace_model(model, {}, args, kwargs)
-    paths = [n for n, s in trace.items() if s["type"] == "sample" and isinstance(innermost(s["fn"]), StatePath)]
-    if not paths and "z" not in trace:
-        return None
-    return numpyro.handlers.reparam(model, config={n: NonCenteredPath() for n in paths}) if paths else model
-
-
-def path_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
-    """The model with its path as a `StatePath` site, or None where it has no such form.
-
-    A path whose noise is singular is sampled through that noise, and has none.
-    """
-    model = _with_states(model)
-    trace = trace_model(model, {}, args, kwargs)
-    paths = (isinstance(innermost(s["fn"]), StatePath) for s in trace.values() if s["type"] == "sample")
-    return model if any(paths) else None
-
-
-def _with_states(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with its states sampled, where it has the option."""
-    option = inspect.signature(model).parameters.get("states")
-    return model if option is None or not isinstance(option.default, str) else partial(model, states="sampled")
 
 
 # The sites

@@ -32,7 +32,8 @@ from pssm.infer import (
 )
 from pssm.infer.predict import marginal_site
 from pssm.inspection.axes import trace_model
-from pssm.inspection.check import NO_PATH, path_model, sampled_model
+from pssm.inspection.check import NO_PATH
+from pssm.inspection.forms import path_model, sampled_model
 from pssm.storage.folder import MANIFEST, FitFolder
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
