@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
     """What was not run: by its number where it was not asked for, by its name where there was no time."""
     if config.stash[LEFT_OUT]:
         terminalreporter.write_line(
-            f"not run: {len(config.stash[LEFT_OUT])} tests that this command leaves out (`make slow` runs all slow ones)"
+            f"not run: {len(config.stash[LEFT_OUT])} tests that this command leaves out (`make slow`: the slow ones)"
         )
     skipped = terminalreporter.stats.get("skipped", [])
     spent = [report.nodeid for report in skipped if SPENT in str(report.longrepr)]

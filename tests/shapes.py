@@ -11,6 +11,7 @@ import ast
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from types import UnionType
@@ -105,6 +106,8 @@ def _fields(hint) -> dict:
 def _has_shape(hint, named_tuples=True) -> bool:
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return bool(hint.dim_str)  # a key or any other scalar has none
+    if get_origin(hint) is Callable:  # what a function will be given is not known here
+        return False
     return bool(named_tuples and _fields(hint)) or any(_has_shape(part, named_tuples) for part in get_args(hint))
 
 

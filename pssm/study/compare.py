@@ -21,6 +21,7 @@ from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.groups import sites_of
 from pssm.diagnostics.tree import data_digest
+from pssm.storage.files import write_whole
 from pssm.study.before import Dims, Task, as_model, first_argument, prepare
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
@@ -83,8 +84,8 @@ class Study:
                 save_result(result, folder)
             except Exception as error:  # the tables, the report and the other results are written all the same
                 self.warnings.append(f"{result.name}: its results could not be saved: {type(error).__name__}: {error}")
-        _write(folder / "table.csv", self.table.to_csv(index=False))
-        _write(folder / "parameters.csv", self.parameters.to_csv(index=False))
+        write_whole(folder / "table.csv", self.table.to_csv(index=False))
+        write_whole(folder / "parameters.csv", self.parameters.to_csv(index=False))
         summary = {
             "schema_version": 1,
             "name": self.name,
@@ -97,7 +98,7 @@ class Study:
             "settings": _plain(self.settings),
             "warnings": self.warnings,
         }
-        _write(folder / "summary.json", json.dumps(summary, indent=2))
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2))
         return folder
 
     def report(self, path: str | Path) -> Path:
@@ -373,9 +374,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)

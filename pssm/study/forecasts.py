@@ -1,7 +1,6 @@
 """`pssm forecast` and `pssm resume`: what can be done with a saved study, or a saved fit, later."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pssm.fitting.results import model_of
 from pssm.infer import forecast, load, posterior_draws
 from pssm.infer.predict import QUANTILES
 from pssm.inspection.axes import find_axes
+from pssm.storage.files import whole_file
 from pssm.study.before import series_of
 from pssm.study.compare import Study, compare
 from pssm.study.saved import is_study, labels_after, load_plan
@@ -95,9 +95,8 @@ def write_forecast(table: pd.DataFrame, tree: xr.DataTree, title: str, out: str 
         ("forecast.csv", lambda path: table.to_csv(path, index=False)),
         ("forecast.png", lambda path: figure.savefig(path, format="png", dpi=120)),
     ):
-        partial = out / f"{name}.partial"
-        write(partial)
-        os.replace(partial, out / name)
+        with whole_file(out / name) as partial:
+            write(partial)
     return out
 
 

@@ -7,7 +7,6 @@ too), and every label in it is escaped: names of methods, columns and files may 
 import io
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pssm import plots
+from pssm.storage.files import write_whole
 from pssm.study.page import (
     bullet_list,
     cell_text,
@@ -75,10 +75,10 @@ def write_report(study: Any, folder: str | os.PathLike[str]) -> Path:
         except Exception as error:  # a long run must not lose its report to one figure
             problems.append(f"The figure {name} could not be drawn: {type(error).__name__}: {error}")
             continue
-        _write(folder / name, png)
+        write_whole(folder / name, png)
         figures.append((png, alt, caption))
     path = folder / "report.html"
-    _write(path, _page(study, figures, problems).encode("utf-8", errors="replace"))
+    write_whole(path, _page(study, figures, problems).encode("utf-8", errors="replace"))
     return path
 
 
@@ -317,17 +317,3 @@ def _png(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # an emoji in a label
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
-
-
-# The rest of the page
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
