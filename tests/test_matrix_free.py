@@ -8,8 +8,8 @@ from jax.extend.core import Literal
 
 import pssm
 from pssm.distributions import LowRankChain, StatePath
-from pssm.guides import mode
 from pssm.linalg import Diagonal
+from pssm.modes import mode
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 
 N, CHANNELS, STEPS = 65, 12, 6  # above mode.DENSE
