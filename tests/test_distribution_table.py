@@ -181,9 +181,13 @@ TABLE = [
         {**MODEL, "loc": (STEPS, P)},
     ),
     Case("StableMatrixNormal", lambda p: StableMatrixNormal(p["loc"] / 5, 0.3), {"loc": (N, N)}, normalised=False,
-         shrink=0.05),
-    Case("WithMissing entries", lambda p: WithMissing(dist.Normal(p["loc"], 1.5).to_event(2)), {"loc": (STEPS, P)},
-         of_data=True),
+         shrink=0.15),
+    Case(
+        "WithMissing entries",
+        lambda p: WithMissing(dist.Normal(p["loc"], like(p, 1.5)).to_event(2)),
+        {"loc": (STEPS, P)},
+        of_data=True,
+    ),
     Case(
         "WithMissing normal",
         lambda p: WithMissing(dist.MultivariateNormal(p["m0"], scale_tril=jnp.tril(p["chol_Q"]))),
