@@ -98,7 +98,7 @@ class NonlinearSSM:
             check_finite(name, x)
             setattr(self, name, x.astype(dtype))
         self.time_varying = tuple(time_varying)
-        self._transition, self._emission = _split(transition), _split(emission)
+        self._transition, self._emission = split_callable(transition), split_callable(emission)
         self._emission_takes_inputs = takes_two(emission)
 
     m0: Float[Array, " state"]
@@ -165,11 +165,11 @@ class NonlinearSSM:
     @property
     def transition(self) -> Callable[..., Array]:
         """`f(z, u)`."""
-        return _join(*self._transition)
+        return join_callable(*self._transition)
 
     def emission(self, z: Array, u: Array | None = None) -> dist.Distribution:
         """`p(y | z, u)`."""
-        function = _join(*self._emission)
+        function = join_callable(*self._emission)
         return function(z, u) if self._emission_takes_inputs else function(z)
 
     def noise(self, t: Array | int) -> Array:
@@ -284,8 +284,8 @@ class _Static(NamedTuple):
     others: tuple[tuple[int, Any], ...]
 
 
-def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
-    """Arrays of a callable pytree, and its other leaves."""
+def split_callable(function: Any) -> tuple[tuple[Array, ...], _Static]:
+    """Arrays of a callable pytree, and the rest; the rests of two equal callables are equal."""
     leaves, structure = jax.tree.flatten(function)
     if len(leaves) == 1 and leaves[0] is function:  # a plain function
         leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))
@@ -294,7 +294,8 @@ def _split(function: Any) -> tuple[tuple[Array, ...], _Static]:
     return tuple(jnp.asarray(x) for i, x in enumerate(leaves) if i not in places), _Static(structure, others)
 
 
-def _join(arrays: tuple[Array, ...], static: _Static) -> Any:
+def join_callable(arrays: tuple[Array, ...], static: _Static) -> Any:
+    """The callable of which `split_callable` made these."""
     places, rest = dict(static.others), iter(arrays)
     count = len(arrays) + len(places)
     return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])

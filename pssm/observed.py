@@ -124,6 +124,7 @@ def log_prob_observed(d: dist.Distribution, value: Array) -> Array:
         return jnp.where(d._mask, log_prob_observed(d.base_dist, value), 0.0)
     if isinstance(d, dist.MultivariateNormal):
         return _marginal_normal(d, value)
+    value = jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), d.batch_shape + d.event_shape))
     missing = jnp.isnan(value)
     if d.event_dim:
         missing = jnp.broadcast_to(missing.any(tuple(range(-d.event_dim, 0)), keepdims=True), missing.shape)

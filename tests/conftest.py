@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
     """What was not run: by its number where it was not asked for, by its name where there was no time."""
     if config.stash[LEFT_OUT]:
         terminalreporter.write_line(
-            f"not run: {len(config.stash[LEFT_OUT])} tests that this command leaves out (`make slow`: the slow ones)"
+            f"not run: {len(config.stash[LEFT_OUT])} tests that this command leaves out (see `make slow`)"
         )
     skipped = terminalreporter.stats.get("skipped", [])
     spent = [report.nodeid for report in skipped if SPENT in str(report.longrepr)]
@@ -91,6 +91,18 @@ def x64():
 def key():
     """A random key."""
     return jax.random.key(0)
+
+
+# Files that test `linalg/`, where an array of fewer axes beside one of more is a mistake.
+STRICT_RANKS = {"test_linalg", "test_low_rank"}
+
+
+@pytest.fixture(autouse=True)
+def _ranks_do_not_change_unseen(request):
+    """JAX raises where it would add axes to an array by itself, in the tests of `linalg`."""
+    strict = request.path.stem in STRICT_RANKS
+    with jax.numpy_rank_promotion("raise" if strict else "allow"):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,6 @@ import ast
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from types import UnionType
@@ -97,18 +96,19 @@ def _shapes_alone(function):
 
 
 def _fields(hint) -> dict:
-    """The annotations of a named tuple that hold a shape."""
+    """The annotations of a named tuple that are arrays with a shape, or such an array or None."""
     if not (inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")):
         return {}
-    return {name: field for name, field in hint.__annotations__.items() if _has_shape(field)}
+    alone = {name: field for name, field in hint.__annotations__.items() if _has_shape(field, named_tuples=False)}
+    return {name: field for name, field in alone.items() if all(map(inspect.isclass, get_args(field) or [field]))}
 
 
 def _has_shape(hint, named_tuples=True) -> bool:
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return bool(hint.dim_str)  # a key or any other scalar has none
-    if get_origin(hint) is Callable:  # what a function will be given is not known here
-        return False
-    return bool(named_tuples and _fields(hint)) or any(_has_shape(part, named_tuples) for part in get_args(hint))
+    # Not inside `Callable[...]`, whose calls are checked where the function is.
+    parts = get_args(hint) if get_origin(hint) in (tuple, list, Union, UnionType) else ()
+    return bool(named_tuples and _fields(hint)) or any(_has_shape(part, named_tuples) for part in parts)
 
 
 def _of_any_kind(hint):

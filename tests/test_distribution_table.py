@@ -59,20 +59,39 @@ def rotate(z, u):
 
 
 def see(z):
-    return dist.Normal(z, 0.5).to_event(1)
+    return dist.Normal(z, jnp.asarray(0.5, z.dtype)).to_event(1)
 
 
 def towards(z, h):
     return 0.5 * jnp.tanh(z) + h, 0.3 + 0.2 * jax.nn.sigmoid(z)
 
 
+def like(p, x):
+    """A constant in the precision of the parameters."""
+    return jnp.asarray(x, jax.tree.leaves(p)[0].dtype)
+
+
 def linear(p, timed=()):
-    return LinearGaussianSSM(p["m0"], ROOT, TURN, p["chol_Q"], EMISSION, p["chol_R"], b=p["m0"] / 2, time_varying=timed)
+    return LinearGaussianSSM(
+        p["m0"],
+        like(p, ROOT),
+        like(p, TURN),
+        p["chol_Q"],
+        like(p, EMISSION),
+        p["chol_R"],
+        b=p["m0"] / 2,
+        time_varying=timed,
+    )
 
 
 def bases(p):
     return LinearGaussianSSM(
-        p["m0"], p["chol_Q"], np.stack([TURN, 0.5 * TURN.T]), ROOT, np.stack([EMISSION, np.eye(2)]), 0.7 * np.eye(2)
+        p["m0"],
+        p["chol_Q"],
+        jnp.stack([like(p, TURN), 0.5 * like(p, TURN.T)]),
+        like(p, ROOT),
+        jnp.stack([like(p, EMISSION), like(p, np.eye(2))]),
+        0.7 * like(p, np.eye(2)),
     )
 
 
@@ -81,7 +100,7 @@ def constant_system(ssm, series):
 
 
 def path(p):
-    return StatePath(p["m0"], ROOT, bend, p["chol_Q"], STEPS)
+    return StatePath(p["m0"], like(p, ROOT), bend, p["chol_Q"], STEPS)
 
 
 class Case(NamedTuple):
@@ -105,7 +124,9 @@ TABLE = [
     Case("StatePath", path, PATH),
     Case(
         "StatePath inputs",
-        lambda p: StatePath(p["m0"], ROOT, TURN, p["chol_Q"], STEPS, p["u"], b=p["m0"], B=EMISSION),
+        lambda p: StatePath(
+            p["m0"], like(p, ROOT), like(p, TURN), p["chol_Q"], STEPS, p["u"], b=p["m0"], B=like(p, EMISSION)
+        ),
         {**PATH, "u": (STEPS, 2)},
     ),
     Case(
@@ -125,7 +146,7 @@ TABLE = [
     ),
     Case(
         "ConditionedPath",
-        lambda p: ConditionedPath(towards, p["h"], p["h"].reshape(-1, N)[0]),
+        lambda p: ConditionedPath(towards, p["h"], like(p, np.ones(N))),
         {"h": (STEPS, N)},
     ),
     Case("LinearGaussianPosterior", lambda p: LinearGaussianPosterior(linear(p), p["y"]), {**MODEL, "y": (STEPS, P)}),
@@ -138,7 +159,7 @@ TABLE = [
     ),
     Case(
         "GaussianFilterMarginal",
-        lambda p: GaussianFilterMarginal(NonlinearSSM(p["m0"], ROOT, rotate, p["chol_Q"], see), STEPS),
+        lambda p: GaussianFilterMarginal(NonlinearSSM(p["m0"], like(p, ROOT), rotate, p["chol_Q"], see), STEPS),
         PATH,
         of_data=True,
         batches=False,
@@ -160,9 +181,13 @@ TABLE = [
         {**MODEL, "loc": (STEPS, P)},
     ),
     Case("StableMatrixNormal", lambda p: StableMatrixNormal(p["loc"] / 5, 0.3), {"loc": (N, N)}, normalised=False,
-         shrink=0.05),
-    Case("WithMissing entries", lambda p: WithMissing(dist.Normal(p["loc"], 1.5).to_event(2)), {"loc": (STEPS, P)},
-         of_data=True),
+         shrink=0.15),
+    Case(
+        "WithMissing entries",
+        lambda p: WithMissing(dist.Normal(p["loc"], like(p, 1.5)).to_event(2)),
+        {"loc": (STEPS, P)},
+        of_data=True,
+    ),
     Case(
         "WithMissing normal",
         lambda p: WithMissing(dist.MultivariateNormal(p["m0"], scale_tril=jnp.tril(p["chol_Q"]))),

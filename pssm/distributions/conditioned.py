@@ -4,10 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
@@ -19,6 +17,7 @@ from pssm.distributions.state_path import LOG_2PI, StatePath
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor
 from pssm.linalg.random import standard_normal
+from pssm.nonlinear import join_callable, split_callable
 
 
 class ConditionedPath(dist.Distribution):
@@ -73,16 +72,14 @@ class ConditionedPath(dist.Distribution):
             raise ValueError(
                 f"`conditional` must return (mean, sd), both of shape {self.start.shape}; got shapes {shapes}."
             )
-        is_plain = len(jax.tree.leaves(conditional)) == 1 and jax.tree.leaves(conditional)[0] is conditional
-        function: Any = jax.tree_util.Partial(conditional) if is_plain else conditional
-        self._dynamic, self._static = eqx.partition(function, lambda x: eqx.is_array(x) or isinstance(x, np.ndarray))
+        self._dynamic, self._static = split_callable(conditional)
         event = (self.h.shape[-2], self.start.shape[0])
         super().__init__(self.h.shape[:-2], event, validate_args=validate_args)
 
     @property
     def conditional(self) -> Any:
         """The function as given."""
-        return eqx.combine(self._dynamic, self._static)
+        return join_callable(self._dynamic, self._static)
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""

@@ -80,7 +80,8 @@ class LinearGaussianPosterior(dist.Distribution):
         steps = self.event_shape[0]
         prior = StatePath.from_ssm(self.ssm, steps, self.u).log_prob(value)
         noise = dist.MultivariateNormal(self.ssm.signal(value, self.u), scale_tril=_noise(self.ssm))
-        y = jnp.broadcast_to(self.y, (*value.shape[:-1], self.ssm.n_obs))
+        batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        y = jnp.broadcast_to(self.y, (*batch, *self.y.shape[-2:]))
         given = log_prob_observed(noise, y).sum(-1)
         return prior + given - log_likelihood(self.ssm, self.y, self.u)
 

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
@@ -20,7 +18,7 @@ from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine
-from pssm.nonlinear import NonlinearSSM
+from pssm.nonlinear import NonlinearSSM, join_callable, split_callable
 from pssm.ssm import LinearGaussianSSM
 
 LOG_2PI = 1.8378770664093453
@@ -118,13 +116,8 @@ class StatePath(dist.Distribution):
         arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
         for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
             setattr(self, name, arrays.get(name))
-        if self.is_linear:
-            function: Any = arrays["transition"]
-        else:
-            is_plain = len(jax.tree.leaves(transition)) == 1 and jax.tree.leaves(transition)[0] is transition
-            function = jax.tree_util.Partial(transition) if is_plain else transition
-        # NumPy arrays too: JAX compares static data by `==`, which for arrays has no single truth value.
-        self._dynamic, self._static = eqx.partition(function, lambda x: eqx.is_array(x) or isinstance(x, np.ndarray))
+        # Two paths with the same transition share compiled programs: what is static of it is compared by its structure.
+        self._dynamic, self._static = (arrays["transition"], None) if self.is_linear else split_callable(transition)
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
     def _check(self, arrays: dict[str, Any]) -> tuple[int, ...]:
@@ -172,7 +165,7 @@ class StatePath(dist.Distribution):
     @property
     def transition(self) -> Any:
         """The transition matrix or function as given."""
-        return eqx.combine(self._dynamic, self._static)
+        return self._dynamic if self.is_linear else join_callable(self._dynamic, self._static)
 
     @property
     def noise_size(self) -> int:

@@ -24,7 +24,7 @@ def matvec(a: Float[Array, "rows cols"], x: Float[Array, " cols"]) -> Float[Arra
     """`a @ x`."""
     if a.size > 2 * SMALL**2:
         return a @ x
-    return jnp.sum(a * x, axis=1)
+    return jnp.sum(a * x[None, :], axis=1)
 
 
 def times(a: Float[Array, "rows cols"], x: Float[Array, "cols *vectors"]) -> Float[Array, "rows *vectors"]:
@@ -33,7 +33,7 @@ def times(a: Float[Array, "rows cols"], x: Float[Array, "cols *vectors"]) -> Flo
         return matvec(a, x)
     if a.size * x.shape[1] > MANY:
         return a @ x
-    return jnp.sum(a[:, :, None] * x, axis=1)
+    return jnp.sum(a[:, :, None] * x[None, :, :], axis=1)
 
 
 def affine(matrix: Array, offset: Array | None, by_input: Array | None, z: Array, u: Array | None) -> Array:

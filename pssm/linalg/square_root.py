@@ -58,8 +58,8 @@ def triangularise_once(m: Float[Array, "rows cols"]) -> Float[Array, "rows rows"
         direction, length = _normalise(jnp.where(jnp.abs(m[0]) > noise[0], m[0], 0.0))
         along = matvec(m[1:], direction)
         columns.append(jnp.concatenate([jnp.zeros(i, m.dtype), length[None], along]))
-        m = m[1:] - along[:, None] * direction
-        noise = noise[1:] + unit * jnp.abs(along)[:, None] * jnp.abs(direction)
+        m = m[1:] - along[:, None] * direction[None, :]
+        noise = noise[1:] + unit * jnp.abs(along)[:, None] * jnp.abs(direction)[None, :]
     return batch_first(jnp.stack(columns, axis=1)) if rows else m[:, :0]
 
 
@@ -120,12 +120,12 @@ def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     empty = scale == 0
     index = jnp.arange(m.shape[0])
     keys = jnp.where(empty, index + len(index), index)
-    back = jnp.sum(keys < keys[:, None], axis=1)  # argsort costs more here
-    order = jnp.sum(jnp.where(back == index[:, None], index, 0), axis=1)
+    back = jnp.sum(keys[None, :] < keys[:, None], axis=1)  # argsort costs more here
+    order = jnp.sum(jnp.where(back[None, :] == index[:, None], index[None, :], 0), axis=1)
     q, r = jnp.linalg.qr(m[order].T)
     sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(m.dtype)
-    factor = jnp.where(empty | empty[:, None], 0.0, (r.T * sign)[back[:, None], back])
-    turn = jnp.where(empty[:, None], 0.0, (q * sign).T[back])
+    factor = jnp.where(empty[None, :] | empty[:, None], 0.0, (r.T * sign[None, :])[back[:, None], back[None, :]])
+    turn = jnp.where(empty[:, None], 0.0, (q * sign[None, :]).T[back])
     near = 32 * float(jnp.finfo(m.dtype).eps) ** 0.5
     regular = jnp.all(empty | (jnp.diagonal(factor) > near * scale))  # false for NaN
     return unless(regular, (factor, turn), lambda: _gram_schmidt(m))
@@ -253,6 +253,7 @@ def _psd_root(cov: jax.Array) -> jax.Array:
     root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
     diagonal = jnp.diagonal(cov, axis1=-2, axis2=-1)
     eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    eye = jnp.broadcast_to(eye, cov.shape)
     is_diagonal = jnp.all(cov == diagonal[..., None] * eye, axis=(-1, -2), keepdims=True)
     return jnp.where(is_diagonal, jnp.sqrt(jnp.maximum(diagonal, 0.0))[..., None] * eye, root)
 
