@@ -38,7 +38,6 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 # One object has two public addresses (pssm.observe, pssm.distributions.observe): a short name may match both.
 suppress_warnings = ["ref.python"]
 
@@ -75,3 +74,6 @@ def setup(app):
     copy_notebooks()
     app.connect("autodoc-process-docstring", code_in_backticks, priority=400)
     app.connect("autodoc-skip-member", skip_foreign)
+
+
+napoleon_attr_annotations = False  # shapes such as *batch would be read as markup
