@@ -51,12 +51,8 @@ class ChainsRun(NamedTuple):
 class ChainEngine:
     """An engine of chains without its sampler: a subclass has `start`, `advance`, `words` and `result`.
 
-    Args:
-        model: the NumPyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        counted_warmup: warm-up steps that are steps of the run, before its draws.
-        options: everything else that the engine is made of: `num_samples`, the draws of each chain, and more.
+    `options` make the engine, `num_samples`, `num_warmup` and `num_chains` among them; `counted_warmup` steps of the
+    warm-up are steps of the run.
     """
 
     counts, pace, save_every = ("iterations", "num_samples"), 10.0, 0.0

@@ -95,13 +95,7 @@ class Engine[R](Protocol):
 
 
 class Saver:
-    """Writes a run into a folder.
-
-    Args:
-        folder: where.
-        engine: of the run.
-        seed: the run's random key.
-    """
+    """Writes a run of an engine, and the run's random key, into a folder."""
 
     def __init__(self, folder: FitFolder, engine: Engine[Any], seed: Any):
         self.folder, self.engine, self.seed = folder, engine, seed

@@ -8,6 +8,7 @@ import numpy as np
 
 from pssm import models
 from pssm._checks import check_choice
+from pssm.models.registry import describe
 from pssm.storage.folder import SavedFitError
 from pssm.storage.packing import UnpackableError, call_digest, pack, unpack
 
@@ -30,16 +31,6 @@ def pack_call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         name, packed = None, None
     entry = {"name": name, "options": packed, "function": function}
     return {"model": entry, "arguments": arguments, "data_sha256": digest}, arrays
-
-
-def describe(model: Callable[..., Any]) -> tuple[str | None, dict[str, Any], str]:
-    """The registered name of a model (None for others), the options bound to it, and its own name."""
-    options: dict[str, Any] = {}
-    while isinstance(model, functools.partial) and not model.args:
-        options = {**model.keywords, **options}
-        model = model.func
-    name = next((n for n in models.NAMES if getattr(models, n) is model), None)
-    return name, options, getattr(model, "__qualname__", type(model).__name__)
 
 
 def model_for(manifest: dict[str, Any], arrays: dict[str, np.ndarray], given: Any) -> Callable[..., Any]:

@@ -133,23 +133,16 @@ class FitRecord:
 
     Attributes:
         method: in words: "NUTS", "SVI (AutoNormal)".
-        model: the NumPyro model, its learned parameters not substituted.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        model: the NumPyro model, its learned parameters (`params`) not substituted; `args`, `kwargs`: its arguments.
         sample: `(num_samples, key, args, kwargs) -> draws` by site, with leading axes `(chain, draw)`; a Markov chain
             gives all it has, a guide draws for these arguments.
         objective: the meaning of its numbers: exact, a bound, an estimate, a surrogate.
-        ended: why the run ended; "interrupted" where Ctrl-C did.
-        message: how it ended, in words.
-        warnings: what is wrong with it, in words; spoken where the fit is made.
-        params: values of the model's and the guide's learned parameters.
-        guide: the guide; None for a Markov chain.
-        stats: statistics of the sampler by name, `(chain, draw)`.
+        ended: why the run ended, "interrupted" where Ctrl-C did; `message`: the same in words.
+        warnings: its flaws in words; spoken where the fit is made.
+        guide: the guide; None for a Markov chain, which has `stats` of its sampler, `(chain, draw)` by name.
         losses: of each optimisation step.
-        seed: the random key that it was started with.
-        seconds: time spent.
-        run: where the run is, as its engine has it; None for a run of NumPyro's own.
-        engine: the method that can go on with `run`, likewise.
+        seed: the random key that it was started with; `seconds`: time spent.
+        run: where the run is, and `engine`: what can go on with it; None for a run of NumPyro's own.
     """
 
     method: str

@@ -55,20 +55,26 @@ def _loss(model: Any, guide: Any) -> ELBO:
 
 
 def initial_state(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState:
-    """The state of `svi.init`, from one compiled program where that is possible."""
-    state = _compiled(svi, key, args, kwargs)
-    return svi.init(key, *args, **kwargs) if state is None else state
+    """The state of `svi.init`, from one compiled program where that is possible: NumPyro compiles hundreds."""
+    return _init(jax.jit, svi, key, args, kwargs)
 
 
 def state_shapes(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The state's structure, with shapes in place of values where that needs no compilation; `svi` is then ready."""
-    if not prepared(svi.guide, key, args, kwargs):
-        return svi.init(key, *args, **kwargs)
-    try:
-        shapes = jax.eval_shape(lambda key: svi.init(key, *args, **kwargs), key)
-    except jax.errors.JAXTypeError:
-        return svi.init(key, *args, **kwargs)
-    return shapes if _is_kept_concrete(svi) else svi.init(key, *args, **kwargs)
+    return _init(lambda init: lambda key: jax.eval_shape(init, key), svi, key, args, kwargs)
+
+
+def _init(through: Any, svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`svi.init`, traced where the guide is known to keep nothing that comes from inside of a trace."""
+    if prepared(svi.guide, key, args, kwargs):
+        try:
+            state = through(lambda key: svi.init(key, *args, **kwargs))(key)
+        except jax.errors.JAXTypeError:
+            return svi.init(key, *args, **kwargs)
+        # Bounds of parameters that the model computes must be numbers.
+        if all(not_jax_tracer(x) for x in jax.tree.leaves(svi.constrain_fn.args)):
+            return state
+    return svi.init(key, *args, **kwargs)
 
 
 def on_host(tree: Any) -> Any:
@@ -77,21 +83,6 @@ def on_host(tree: Any) -> Any:
     Random keys become keys of the older, raw kind.
     """
     return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
-
-
-def _compiled(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState | None:
-    """The state of `svi.init`, compiled as one program: NumPyro compiles its operations one by one, hundreds of them.
-
-    What a guide keeps of its first call must not come from inside a compilation. Of the known guides that is the
-    prototype, made here before; for others, and where something cannot be compiled: None, and `svi.run` does it all.
-    """
-    if not prepared(svi.guide, key, args, kwargs):
-        return None
-    try:
-        state = jax.jit(lambda key: svi.init(key, *args, **kwargs))(key)
-    except jax.errors.JAXTypeError:
-        return None
-    return state if _is_kept_concrete(svi) else None
 
 
 def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -104,8 +95,3 @@ def prepared(guide: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]
         if guide.prototype_trace is None:
             guide._setup_prototype(*args, **kwargs)
     return True
-
-
-def _is_kept_concrete(svi: SVI) -> bool:
-    """Whether bounds of parameters that the model computes are numbers."""
-    return all(not_jax_tracer(x) for x in jax.tree.leaves(svi.constrain_fn.args))

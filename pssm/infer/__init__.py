@@ -4,10 +4,10 @@ from pssm.devices import shard
 from pssm.fitting.fit import fit_mclmc, fit_nuts, fit_svi
 from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo, posterior_draws, record_of
 from pssm.fitting.saved import load, resume, save
+from pssm.guides.transport import transport_reparam
 from pssm.infer.causal import causal_draws
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
-from pssm.infer.transport import transport_reparam
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal

@@ -41,8 +41,7 @@ class ForecastDraws(NamedTuple):
     """A posterior predictive forecast.
 
     Attributes:
-        mean: `(..., horizon, obs)`.
-        sd: `(..., horizon, obs)`.
+        mean, sd: `(..., horizon, obs)`.
         quantiles: `(5, ..., horizon, obs)` at 5, 25, 50, 75 and 95 %.
         draws: `(draw, ..., horizon, obs)`: whole future paths.
     """

@@ -5,6 +5,7 @@ All but the exact one is given by draws, so moments are averages over them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,14 +29,9 @@ Future = tuple[Array, Array, Array]  # mean and variance of the observations, an
 
 
 class Horizon(NamedTuple):
-    """What a forecast needs beside a draw.
+    """A forecast of `num_steps` steps from the first `known` observations, with the user's inputs `u_future`.
 
-    Attributes:
-        known: number of observed steps that the forecast may use.
-        num_steps: steps of the forecast.
-        u_future: inputs of these steps, as the user gave them.
-        args: arguments of the model for `known + num_steps` steps or more, the data missing (NaN) from `known` on.
-        kwargs: keyword arguments likewise.
+    `args` and `kwargs` are the model's for all these steps or more, the data missing (NaN) from `known` on.
     """
 
     known: int
@@ -50,16 +46,10 @@ class Horizon(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A model with the sites that matter; see the functions of the subclasses.
+    """A model, its arguments, and the sites that matter: learned parameters are fitted, paths are plain sites.
 
-    Attributes:
-        model: the model, learned parameters at their fitted values, paths as plain sites.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        site: the observed site.
-        path: the latent site; None where the states are integrated out.
-        num_steps: steps of the series.
-        batch: batch shape of the path.
+    `site` is observed, over `num_steps` steps; `path` is the latent site, of batch shape `batch`, or None where the
+    states are integrated out.
     """
 
     model: Callable[..., Any]
@@ -82,8 +72,6 @@ class Source(NamedTuple):
 
 class ExactSource(Source):
     """States that a `LinearGaussianMarginal` has integrated out."""
-
-    exact = True
 
     def series(self, trace: dict[str, Any]) -> Array:
         """The observed series with all batch axes."""
@@ -117,16 +105,14 @@ class ExactSource(Source):
         ssm = ssm if ssm.num_steps is None else ssm.steps(0, stop)
         found = exact_forecast(ssm, y, ahead.num_steps, u, u_future)
         inputs = check_inputs(ssm, u_future, ahead.num_steps, "u_future")
-        after = over_batches(lambda *a: continuation(a[0], a[1], ahead.num_steps, *a[2:]), ssm, (y, 2), (u, 2),
-                             (inputs, 2))  # fmt: skip
+        go_on = partial(continuation, num_steps=ahead.num_steps)
+        after = over_batches(lambda s, y, u, v: go_on(s, y, u=u, u_future=v), ssm, (y, 2), (u, 2), (inputs, 2))
         path = simulate(key, after, ahead.num_steps, inputs)[1]
         return found.mean, jnp.diagonal(found.cov, axis1=-2, axis2=-1), path
 
 
 class PathSource(Source):
     """States that are a `StatePath` site among the draws."""
-
-    exact = False
 
     def moments(self, sample: dict[str, Array], key: Key) -> Moments:
         """Of the draw itself: without a variance of its own."""
@@ -149,8 +135,6 @@ class PathSource(Source):
 
 class FilterSource(Source):
     """States that a `GaussianFilterMarginal` has integrated out, approximately."""
-
-    exact = False
 
     def moments(self, sample: dict[str, Array], key: Key) -> Moments:
         """Of the Gaussian smoother; the signal of a draw from it at each step."""
@@ -175,8 +159,6 @@ class FilterSource(Source):
 
 class CodesSource(Source):
     """Codes of frames in a `HistoryMarginal`: their states are integrated out, the frames follow from the codes."""
-
-    exact = False
 
     def moments(self, sample: dict[str, Array], key: Key) -> Moments:
         """Of the exact smoother given the draw's codes."""
@@ -295,8 +277,9 @@ def longer_arguments(
         u = np.asarray(kwargs["u"])
         if u_future is None:
             raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
-        u_future = np.asarray(u_future).reshape(-1, *u.shape[1:]) if u.ndim == 1 else np.asarray(u_future)
+        axis, after = max(u.ndim - 2, 0), np.asarray(u_future)
+        after = after.reshape(*after.shape, *(1,) * (u.ndim - after.ndim))
         kwargs["u"] = np.concatenate(
-            [u, u_future[..., -more:, :] if u.ndim > 1 else u_future[-more:]], axis=max(u.ndim - 2, 0)
+            [u, np.take(after, range(after.shape[axis] - more, after.shape[axis]), axis)], axis
         )
     return Horizon(known, num_steps, u_future, tuple(args), kwargs)

@@ -14,9 +14,9 @@ from pssm._checks import check_choice
 from pssm._types import ArrayLike
 from pssm.diagnostics.groups import label_array
 from pssm.diagnostics.tree import no_time_axis, rehearse
-from pssm.fitting.model_record import describe
 from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
+from pssm.models.registry import describe
 from pssm.study.methods import model_of_method
 
 Dims = Mapping[str, Sequence[str]]

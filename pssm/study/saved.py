@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pssm.diagnostics import load_tree
-from pssm.fitting.model_record import describe, model_for
+from pssm.fitting.model_record import model_for
+from pssm.models.registry import describe
 from pssm.storage.folder import FitFolder, SavedFitError
 from pssm.storage.packing import UnpackableError, pack, provenance, unpack
 from pssm.study.methods import METHODS, MethodResult, Settings
