@@ -177,6 +177,7 @@ def run_method(
     else:
         result.diagnostics["divergences"] = float(np.sum(fit.get_extra_fields()["diverging"]))
     exact = marginal_site(trace_model(model, {}, (y,), kwargs)) is not None
+    has_states = exact or path_model(model, y, **kwargs) is not None
     result.tree = result.attempt(
         "labelled results",
         lambda: build_tree(
@@ -186,8 +187,8 @@ def run_method(
             time=labels.get("time"),
             coords=labels.get("coords"),
             dims=labels.get("dims"),
-            states=exact,
-            forecast=settings.horizon if exact else 0,
+            states=has_states,
+            forecast=settings.horizon if has_states else 0,
             future_time=labels.get("future_time"),
             key=settings.seed,
         ),
