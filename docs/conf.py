@@ -35,6 +35,7 @@ nb_execution_raise_on_error = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the shapes are in the text; "*batch" of an annotation would be taken for emphasis
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
