@@ -75,6 +75,3 @@ def setup(app):
     copy_notebooks()
     app.connect("autodoc-process-docstring", code_in_backticks, priority=400)
     app.connect("autodoc-skip-member", skip_foreign)
-
-
-napoleon_attr_annotations = False  # shapes such as *batch would be read as markup

@@ -12,7 +12,7 @@ Source:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,7 @@ def _diffrax(field: Field, z: Array, step: ArrayLike) -> Array:
     """The flow by an adaptive solver; steps are differentiated as they were taken, forwards or backwards."""
     diffrax = _import_diffrax()
     close = float(jnp.finfo(z.dtype).eps) ** 0.6  # 7e-5 in single precision, 4e-10 in double
-    found = diffrax.diffeqsolve(
+    found: Any = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, z, args: field(z)),
         diffrax.Tsit5(),
         jnp.zeros_like(step),

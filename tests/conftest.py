@@ -94,7 +94,7 @@ def key():
 
 
 # Files that test `linalg/`, where an array of fewer axes beside one of more is a mistake.
-STRICT_RANKS = {"test_linalg", "test_low_rank"}
+STRICT_RANKS = {"test_linalg", "test_low_rank", "test_kalman", "test_score", "test_smoother", "test_steps"}
 
 
 @pytest.fixture(autouse=True)

@@ -240,7 +240,7 @@ def test_vmap_over_series_and_over_models():
 def test_batch_axes_of_one_field():
     """A batch of transitions and one of everything else: the shared fields' derivatives add up over the batch."""
     ssm, y, u = case("missing")
-    several = ssm.A * jnp.array([0.5, 1.0])[:, None, None]
+    several = ssm.A[None] * jnp.array([0.5, 1.0])[:, None, None]
     batched = jax.jit(jax.grad(lambda s: log_likelihood(s, y).sum()))(ssm.replace(A=several))
     each = [value_and_score(ssm.replace(A=A), y)[1] for A in several]
     np.testing.assert_allclose(batched.A, jnp.stack([s.A for s in each]), rtol=1e-10)
@@ -270,9 +270,9 @@ def test_fishers_identity():
     lagged = cross + mean[1:, :, None] * mean[:-1, None, :]
     weight_q, weight_r = np.linalg.inv(ssm.Q), np.linalg.inv(ssm.R)
 
-    shift = ssm.b + u[1:] @ ssm.B.T
-    residual = mean[1:] - mean[:-1] @ ssm.A.T - shift
-    by_a = lagged - ssm.A @ second[:-1] - shift[:, :, None] * mean[:-1, None, :]
+    shift = np.asarray(ssm.b) + np.asarray(u)[1:] @ np.asarray(ssm.B).T
+    residual = mean[1:] - mean[:-1] @ np.asarray(ssm.A).T - shift
+    by_a = lagged - np.asarray(ssm.A) @ second[:-1] - shift[:, :, None] * mean[:-1, None, :]
     np.testing.assert_allclose(score.A, weight_q @ by_a.sum(0), rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(score.b, weight_q @ residual.sum(0), rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(score.B, weight_q @ residual.T @ u[1:], rtol=1e-8, atol=1e-8)

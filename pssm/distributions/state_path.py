@@ -144,7 +144,9 @@ class StatePath(dist.Distribution):
         for name, x in arrays.items():
             timed = name in self.time_varying
             if timed and (x.ndim < _CORE[name] + 1 or x.shape[-1 - _CORE[name]] != self.num_steps):
-                raise ValueError(f"`{name}` is time-varying and needs {self.num_steps} steps; got shape {x.shape}.")
+                raise ValueError(
+                    f"`{name}` is in `time_varying` and needs {self.num_steps} steps; got shape {x.shape}."
+                )
             batches.append(x.shape[: x.ndim - _CORE[name] - timed])
         return jnp.broadcast_shapes(*batches)
 

@@ -110,7 +110,7 @@ def until_steady_state(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, 
     a plain True.
     """
     length = observed.shape[0]
-    ragged = jnp.any(observed != observed[-1], axis=1)
+    ragged = jnp.any(observed != observed[-1:], axis=1)
     same_mask_from = jnp.max(jnp.where(ragged, jnp.arange(length) + 1, 0))
 
     def step(state: tuple) -> tuple:

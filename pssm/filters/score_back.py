@@ -19,7 +19,7 @@ For a wide `P`, `lam` is the small difference of large terms; so `rho = L' lam` 
 factors alone, `rho <- Q1' rho` and `rho <- Q21' rho + Q11' w`, and the derivative with respect to `m0` is read from it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class Products(NamedTuple):
 
 def products_of(w: Array, lam: Array) -> Products:
     """Those of one step."""
-    return Products(w[:, None] * w, lam[:, None] * w, 1)
+    return Products(w[:, None] * w[None, :], lam[:, None] * w[None, :], 1)
 
 
 def scan_back(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, means: Means) -> Back:
@@ -146,7 +146,7 @@ def gradient_of(
     total = dict(total)
     total["A"] = total["A"] + product("A", back.next_lam, means.new_mean)
     total["C"] = total["C"] - product("C", back.residual, means.mean)
-    u_grad = None if u is None else jnp.zeros_like(u)
+    u_grad: Any = None if u is None else jnp.zeros_like(u)
     if ssm.b is not None:
         total["b"] = offset("b", back.next_lam)
     if ssm.d is not None:

@@ -25,7 +25,7 @@ class MCMCFit(MCMC):
     """NumPyro's `MCMC` with its draws, as `fit_nuts`, `load` and `resume` return it.
 
     Attributes:
-        seed: the random key that it was started with.
+        seed: the random key that it was started with; the same key gives the same draws.
         seconds: time spent.
         ended: "num_samples" or "interrupted".
         note: an early end in words; empty where there was none.
@@ -141,7 +141,7 @@ class FitRecord:
         warnings: its flaws in words; spoken where the fit is made.
         guide: the guide; None for a Markov chain, which has `stats` of its sampler, `(chain, draw)` by name.
         losses: of each optimisation step.
-        seed: the random key that it was started with; `seconds`: time spent.
+        seed: the random key that it was started with (the same key gives the same draws); `seconds`: time spent.
         run: where the run is, and `engine`: what can go on with it; None for a run of NumPyro's own.
     """
 
@@ -164,7 +164,7 @@ class FitRecord:
     engine: Any = field(default=None, repr=False)
 
     def draws(self, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
-        """Posterior draws of all sites; see `posterior_draws`."""
+        """Posterior draws of all sites, as of `posterior_draws`; the same key gives the same draws."""
         found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
         return {name: np.asarray(x) for name, x in found.items()}
 

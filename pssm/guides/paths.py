@@ -95,7 +95,8 @@ class PathGuide(DrawnGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         numpyro.prng_key()  # a key is taken, as by NumPyro's guides
         super()._setup_prototype(*args, **kwargs)
-        self._paths = [name for name in self._latent if self.prototype_trace[name]["is_path"]]
+        sites: Any = self.prototype_trace
+        self._paths = [name for name in self._latent if sites[name]["is_path"]]
         if not self._paths:
             latent, self.prototype_trace = self._latent, None
             raise ValueError(

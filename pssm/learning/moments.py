@@ -75,7 +75,7 @@ def expectations(ssm: LinearGaussianSSM, y: Array, u: Array | None, lengths: Arr
     def summed(a: Array, b: Array) -> Array:
         return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
 
-    x = regressors(mean[:, :-1], None if ssm.B is None else u[:, 1:], ssm.b is not None, later[:, 1:])
+    x = regressors(mean[:, :-1], None if ssm.B is None or u is None else u[:, 1:], ssm.b is not None, later[:, 1:])
     after = jnp.where(later[:, 1:, None], mean[:, 1:], 0.0)
     lag = share * jnp.sum(jnp.where(later[: len(chol), 1:, None, None], cross_cov, 0.0), axis=(0, 1))
     transition = Regression(

@@ -261,7 +261,7 @@ def autoregression(
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
         numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer={"state_names": block.names})
         return
-    shift = mean if effect is None else mean + inputs @ effect[0]
+    shift = mean if effect is None or inputs is None else mean + inputs @ effect[0]
     _sampled_autoregression(data, length, block, jnp.broadcast_to(shift, (length,)))
 
 

@@ -51,7 +51,8 @@ def forecast_saved(
             raise ValueError(f"`path` {path}: no method of this study is finished; see `pssm resume`.")
         method = done[0] if method is None else method
         check_choice("method", method, done)
-        draws: dict[str, Any] = sites_of(plan.finished[method].tree["posterior"])
+        tree: Any = plan.finished[method].tree
+        draws: dict[str, Any] = sites_of(tree["posterior"])
         model, data, time, kwargs, column, dims = plan.model, plan.y, plan.time, {}, plan.column, plan.dims
         horizon = horizon or plan.settings.horizon
     else:

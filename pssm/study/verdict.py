@@ -23,7 +23,8 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
     parameters = _parameters(results)
     rows: list[dict[str, Any]] = []
     for name, result in results.items() if parameters else ():
-        posterior = result.tree["posterior"].to_dataset()[parameters]
+        tree: Any = result.tree
+        posterior = tree["posterior"].to_dataset()[parameters]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table = az.summary(posterior, kind="all", fmt="wide", round_to="none")
@@ -52,7 +53,8 @@ def _parameters(results: dict[str, MethodResult]) -> list[str]:
     """Sites that every method has, that do not run over time, and that are not too large for a table."""
     shared: list[str] | None = None
     for result in results.values():
-        posterior, time = result.tree["posterior"], str(result.tree.attrs.get("time_axis", "time"))
+        tree: Any = result.tree
+        posterior, time = tree["posterior"], str(tree.attrs.get("time_axis", "time"))
         names = [
             str(n)
             for n, x in posterior.data_vars.items()
