@@ -279,7 +279,7 @@ def test_fishers_identity():
 
     rows = np.flatnonzero(~np.isnan(y).any(1))
     seen_mean, seen_second, seen_u = mean[rows], second[rows], np.asarray(u)[rows]
-    left = np.asarray(y)[rows] - ssm.d - seen_u @ ssm.D.T
+    left = np.asarray(y)[rows] - np.asarray(ssm.d) - seen_u @ np.asarray(ssm.D).T
     by_c = left.T @ seen_mean - ssm.C @ seen_second.sum(0)
     errors = left - seen_mean @ ssm.C.T
     np.testing.assert_allclose(score.C, weight_r @ by_c, rtol=1e-8, atol=1e-8)
