@@ -97,7 +97,7 @@ class ChainEngine:
     def reopen(cls, saved: Any) -> Any:
         """The engine of a saved folder."""
         options = {name: unpack(x, {}) for name, x in saved.manifest["settings"].items()}
-        return cls(saved.model, saved.args, saved.kwargs, **{**options, "num_samples": saved.target(cls.counts)})
+        return cls(saved.model, saved.args, saved.kwargs, **{**options, "num_samples": saved.number(cls.counts[1])})
 
     def extended(self, run: ChainsRun | None, target: int | None) -> Any:
         """The engine for more draws."""

@@ -141,7 +141,7 @@ def resume(
     if isinstance(fit, str | Path):
         saved = _Saved(fit, model, args, kwargs, max_bytes, given)
         engine, run, seed = saved.run()
-        engine = engine.extended(run, saved.target(engine.counts) if target is None else target)
+        engine = engine.extended(run, saved.number(engine.counts[1]) if target is None else target)
         writer = Saver(saved.folder, engine, seed) if jax.process_index() == 0 else None
         return finish(engine, run, seed, save=writer, progress_bar=progress_bar)
     engine, run = _engine_of(fit)
@@ -172,11 +172,10 @@ class _Saved:
         groups = self.folder.read("arguments")
         self.arrays = groups[0] if groups else {}
         self.model = model_for(self.manifest, self.arrays, model)
-        spread = (args, kwargs)
-        self.args, self.kwargs = self._arguments(*local_copy(spread))
+        self.args, self.kwargs = self._arguments(*local_copy((args, kwargs)))
         # Arguments that are spread over devices stay where they are; those of the folder were checked against them.
-        self.args = self.args if spread[0] is None else tuple(spread[0])
-        self.kwargs = self.kwargs if spread[1] is None else dict(spread[1])
+        self.args = self.args if args is None else tuple(args)
+        self.kwargs = self.kwargs if kwargs is None else dict(kwargs)
 
     def run(self) -> tuple[Engine[Any], Any, Any]:
         """The engine, the run and its random key."""
@@ -190,13 +189,10 @@ class _Saved:
         if not parts.get("state"):
             raise SavedFitError(f"`path` {self.folder.path}: it has no state.")
         seconds = float((self.manifest.get("provenance") or {}).get("wall_seconds") or 0.0)
-        return engine, engine.restore(parts, self._number(engine.counts[0]), seconds), self._seed()
+        return engine, engine.restore(parts, self.number(engine.counts[0]), seconds), self._seed()
 
-    def target(self, counts: tuple[str, str]) -> int:
-        """How much was asked for."""
-        return self._number(counts[1])
-
-    def _number(self, name: str) -> int:
+    def number(self, name: str) -> int:
+        """A number of the run's progress."""
         value = (self.manifest.get("progress") or {}).get(name)
         if type(value) is not int or value < 0:
             raise SavedFitError(f"`path` {self.folder.path}: `progress` has no number `{name}`.")

@@ -4,6 +4,7 @@ Each kind of source gives, for one posterior draw, moments of states and signal,
 All but the exact one is given by draws, so moments are averages over them.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.primitives import Messenger
 
 from pssm._types import Array, Key
 from pssm.batch import over_batches
@@ -266,20 +268,20 @@ def longer_arguments(
         y[(slice(None),) * axis + (slice(known, None),)] = np.nan
         return jnp.asarray(y) if isinstance(given, jax.Array) else y
 
-    args, kwargs = list(source.args), dict(source.kwargs)
-    if args and args[0] is not None:
-        args[0] = jax.tree.map(data, args[0])
-    elif kwargs.get("y") is not None:
-        kwargs["y"] = jax.tree.map(data, kwargs["y"])
-    if kwargs.get("num_steps") is not None:
-        kwargs["num_steps"] = stop
-    if kwargs.get("u") is not None and more:
-        u = np.asarray(kwargs["u"])
+    function: Any = source.model
+    while isinstance(function, Messenger):
+        function = function.fn
+    bound = inspect.signature(function).bind(*source.args, **source.kwargs)
+    call = bound.arguments
+    name = next((n for n, x in call.items() if x is not None), "y")
+    call[name] = jax.tree.map(data, call.get(name))
+    if call.get("num_steps") is not None:
+        call["num_steps"] = stop
+    if call.get("u") is not None and more:
+        u = np.asarray(call["u"])
         if u_future is None:
             raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
         axis, after = max(u.ndim - 2, 0), np.asarray(u_future)
         after = after.reshape(*after.shape, *(1,) * (u.ndim - after.ndim))
-        kwargs["u"] = np.concatenate(
-            [u, np.take(after, range(after.shape[axis] - more, after.shape[axis]), axis)], axis
-        )
-    return Horizon(known, num_steps, u_future, tuple(args), kwargs)
+        call["u"] = np.concatenate([u, np.flip(np.take(after, range(-1, -more - 1, -1), axis), axis)], axis)
+    return Horizon(known, num_steps, u_future, bound.args, bound.kwargs)
