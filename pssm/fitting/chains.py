@@ -55,7 +55,7 @@ class ChainEngine:
     warm-up are steps of the run.
     """
 
-    counts, pace, save_every = ("iterations", "num_samples"), 10.0, 0.0
+    kind, counts, pace, save_every = "", ("iterations", "num_samples"), 10.0, 0.0
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ class ChainEngine:
 
     def note(self, run: ChainsRun, ended: str) -> str:
         """An early end in words."""
-        there = f"{run.steps - self.counted_warmup} of {self.target}"
-        return f"Sampling was interrupted with {there} draws in each chain." if ended == "interrupted" else ""
+        there = f"{run.steps - self.counted_warmup} of {self.target} draws in each chain"
+        return f"{self.kind.upper()} was interrupted with {there}." if ended == "interrupted" else ""
 
 
 def gather(step: Callable[[Any], Any], values: Callable[[Any], dict[str, Array]], longest: int) -> Callable[..., Any]:
