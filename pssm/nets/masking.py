@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array, Float, Key
+from pssm._types import Array, Float, Key, Shaped
 
 
 def hide_entries(rate: float) -> Callable[[Key, Array], Array]:
@@ -41,7 +41,7 @@ def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
 
 
 def coordinated_dropout(
-    key: Key, y: Float[Array, "*shape"], rate: float
+    key: Key, y: Shaped[Array, "*shape"], rate: float
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Splits the entries at random: those that the encoder sees, and those that the likelihood scores; NaN elsewhere.
 
