@@ -164,6 +164,23 @@ def test_an_earlier_origin_of_sampled_states_is_refused():
         infer.forecast(fitted("NUTS over the path's noise"), AHEAD, origin=8, u_future=U[STEPS:])
 
 
+def test_learned_parameters_alone():
+    """Maximum likelihood by SVI: nothing is drawn, and the forecast is that of the fitted system."""
+
+    def model(y, u):
+        scale = numpyro.param("scale", 3.0)
+        numpyro.sample("flow", LinearGaussianMarginal(SSM.replace(chol_R=scale * jnp.eye(1)), len(y), u), obs=y)
+
+    options = {"guide": lambda y, u: None, "num_steps": 10, "learning_rate": 0.1, "progress_bar": False}
+    fit = infer.fit_svi(model, Y, u=U[:STEPS], **options)
+    assert fit.params["scale"] < 2.9
+    exact = pssm.forecast(SSM.replace(chol_R=fit.params["scale"] * jnp.eye(1)), Y, AHEAD, U[:STEPS], U[STEPS:])
+    found = infer.forecast(fit, AHEAD, u_future=U[STEPS:])
+    close(found, np.asarray(exact.mean), np.sqrt(np.diagonal(exact.cov, axis1=1, axis2=2)), 1e8)
+    tree = to_datatree(fit, states=True, forecast=AHEAD, u_future=U[STEPS:])
+    np.testing.assert_allclose(tree["forecast"]["mean"], exact.mean, rtol=1e-4, atol=1e-4)
+
+
 def test_models_of_pssm_with_sampled_states_forecast_exactly():
     """Given the parameters the states are integrated out, whatever the chain did with them."""
     y = pssm.datasets.load("nile").y[:20]

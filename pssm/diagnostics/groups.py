@@ -155,6 +155,8 @@ def pointwise_likelihoods(
     compiled = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))
 
     def of_draws(draws: dict[str, Any]) -> dict[str, np.ndarray]:
+        if not draws:  # learned parameters alone: one draw of nothing
+            return {n: np.asarray(x)[None, None] for n, x in jax.jit(one)({}).items()}
         chains, count = next(iter(draws.values())).shape[:2]
         flat = compiled(flatten_draws(draws))
         return {n: np.asarray(x).reshape(chains, count, *x.shape[1:]) for n, x in flat.items()}

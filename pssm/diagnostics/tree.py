@@ -57,16 +57,16 @@ def to_datatree(
 
     Args:
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
-        model: the model that scores, smooths and forecasts; by default the one that was fitted. Give the model with
-            its states integrated out where the fit sampled them.
+        model: the model that scores, smooths and forecasts the draws; by default the one that was fitted. One with its
+            states integrated out makes scores, states and forecast of sampled states exact given the parameters.
         time: labels of the time steps; 0, 1, ... by default.
         dims: names of the axes of sites, `{"counts": ("region", "time")}`, over those that are worked out from
             plates, paths, scans and series. The name "time" makes an axis that of time.
         coords: labels of axes, by axis name. Those of `state` are taken from a site with
             `infer={"state_names": (...)}`, as pssm's models have it.
         log_likelihood: add the pointwise log-likelihood.
-        states: add smoothed states and signal (models with a `LinearGaussianMarginal`).
-        forecast: number of steps of the forecast to add, 0 for none.
+        states: add smoothed states and signal, as `pssm.infer.smoothed_states` has them.
+        forecast: number of steps of the forecast to add, as of `pssm.infer.forecast`; 0 for none.
         future_time: labels of the forecast steps.
         u_future: inputs of the forecast steps.
         num_samples: number of draws from an SVI fit.
@@ -76,8 +76,7 @@ def to_datatree(
         An `xarray.DataTree`.
 
     Raises:
-        ValueError: labels of the wrong length, a time axis that is not known, or states asked of a model that has
-            none integrated out.
+        ValueError: labels of the wrong length, a time axis that is not known, or states asked of a model without.
         TypeError: `fit` is not a fit.
 
     Example:

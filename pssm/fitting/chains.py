@@ -1,5 +1,6 @@
 """The common part of engines of Markov chains: where a run is, the compiled piece that gathers draws, the files."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class ChainsRun(NamedTuple):
         return {n: np.concatenate([d[n] for d in self.draws], axis=1) for n in names}
 
 
-class ChainEngine:
+class ChainEngine(ABC):
     """An engine of chains without its sampler: a subclass has `start`, `advance`, `words` and `result`.
 
     `options` make the engine, `num_samples`, `num_warmup` and `num_chains` among them; `counted_warmup` steps of the
@@ -71,9 +72,9 @@ class ChainEngine:
         self.counted_warmup, self.target = counted_warmup, options["num_samples"]
         self.total = counted_warmup + self.target
 
+    @abstractmethod
     def start(self, key: Key) -> ChainsRun:
         """The run before the first step."""
-        raise NotImplementedError
 
     def done(self, run: ChainsRun) -> str:
         """Whether all draws are there."""

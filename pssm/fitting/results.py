@@ -259,11 +259,12 @@ def guide_draws(
         latents = Predictive(guide, params=params, num_samples=num_samples)(draw_key, *args, **kwargs)
     model = handlers.substitute(fit.svi.model, data=params)
 
-    def deterministic(sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        trace = trace_with(model, sample, *args, **kwargs)
+    def deterministic(row: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        trace = trace_with(model, row[1], *args, **kwargs)
         return {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
 
-    extra = jax.lax.map(deterministic, latents, batch_size=500)
+    rows = jnp.arange(num_samples), latents  # there may be no latent site: learned parameters alone
+    extra = jax.lax.map(deterministic, rows, batch_size=500)
     return {name: x[None] for name, x in {**latents, **extra}.items()}
 
 

@@ -14,7 +14,7 @@ from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
-from pssm.fitting.results import Fit, FitRecord, flatten_draws, record_of, trace_with
+from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
 from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of
 from pssm.inspection.forms import integrated, plain_model
@@ -138,12 +138,10 @@ def forecast(
     Raises:
         ValueError: the model has no states, inputs for the future are absent, or its longer arguments cannot be told.
     """
-    name = "num_steps" if callable(fit) and not isinstance(fit, FitRecord) else "horizon"
-    if name == "horizon":
-        horizon, draws = (draws if horizon is None else horizon), None
+    if callable(fit):
+        horizon = check_count("num_steps", num_steps if horizon is None else horizon)
     else:
-        horizon = num_steps if horizon is None else horizon
-    check_count(name, horizon)
+        horizon, draws = check_count("horizon", draws if horizon is None else horizon), None
     task = _task(fit, draws, args, kwargs, most, key, site)
     source, steps = task.source, task.source.num_steps
     known = steps if origin is None else origin
@@ -227,8 +225,8 @@ class _Task(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Number of draws."""
-        return next(iter(self.draws.values())).shape[0]
+        """Number of draws; one where parameters are learned and nothing is drawn."""
+        return next((len(x) for x in self.draws.values()), 1)
 
     def map(self, one: Callable[..., Any], times: int = 1) -> Any:
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
@@ -290,7 +288,7 @@ def _task(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, 
 def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
     """At most `most` draws, evenly spaced over all chains."""
     flat = flatten_draws(draws)
-    total = next(iter(flat.values())).shape[0]
+    total = next((len(x) for x in flat.values()), 1)
     rows = np.linspace(0, total - 1, min(most, total)).astype(int)
     return {name: x[rows] for name, x in flat.items()}
 
