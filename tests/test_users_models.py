@@ -260,6 +260,12 @@ BEFORE = {
     "NaN in a plain distribution": (plain, counts(T), {}, "`flow` has 1 NaN.*pssm.observe"),
     "time labels": (flat_counts, counts(T), {"time": np.arange(T - 1)}, "`time` must have 12 labels; got 11"),
     "future labels": (local, counts(T, 1), {"future_time": [1]}, "`future_time` must have 2 labels; got 1"),
+    "future labels of a sampled path": (
+        flat_counts,
+        counts(T),
+        {"future_time": [1]},
+        "`future_time` must have 2 labels",
+    ),
     "names of columns": (panel, counts(S, T, 1), {"column": ["a", "b"]}, "`column` must be 3 different names"),
     "names of axes": (flat_counts, counts(T), {"dims": {"arrivals": ("a", "b")}}, "`dims` for 'arrivals' must have 1"),
     "names of no site": (flat_counts, counts(T), {"dims": {"arivals": ("a",)}}, "`dims` names 'arivals'"),

@@ -81,7 +81,7 @@ def prepare(
         "coords": coords,
         "dims": dict(check.axes.names),
     }
-    exact = not check.methods["exact marginal"]
+    has_states = not (check.methods["exact marginal"] and check.methods["svi:chain"])  # integrated out, or a path
     forms = {"nuts:states": "sampled", "nuts": "whole", "svi:mvn": "whole", "svi:normal": "whole"}
     one_of_each = {forms.get(m, "path"): m for m in methods if not check.methods[m]}
     for method in one_of_each.values():
@@ -94,7 +94,7 @@ def prepare(
                 dims=labels["dims"],
                 time=labels["time"],
                 coords=coords,
-                horizon=horizon if exact else 0,
+                horizon=horizon if has_states else 0,
                 future_time=labels["future_time"],
             )
     return Task(model, values, series, columns, check, labels, asked)
