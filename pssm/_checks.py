@@ -24,10 +24,27 @@ def is_traced(x: object) -> bool:
     return isinstance(x, Tracer)
 
 
+def unmasked(x: Any) -> Any:
+    """A masked array of NumPy as floats, NaN where it is masked; anything else as it is."""
+    if not isinstance(x, np.ma.MaskedArray):
+        return x
+    return np.ma.filled(x.astype(np.result_type(x.dtype, np.float32)), np.nan)
+
+
+def unmasked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's arguments without masked arrays, which JAX does not take."""
+    if any(isinstance(x, np.ma.MaskedArray) for x in jax.tree.leaves((args, kwargs))):
+        return jax.tree.map(unmasked, (args, kwargs))
+    return args, kwargs
+
+
 def as_float(name: str, x: ArrayLike) -> jax.Array:
-    """`x` as a floating-point JAX array (integers and lists welcome), or a `TypeError` that names the argument."""
+    """`x` as a floating-point JAX array, or a `TypeError` that names the argument.
+
+    Integers and lists are welcome, and masked arrays, whose masked entries become NaN.
+    """
     try:
-        array = jnp.asarray(x)
+        array = jnp.asarray(unmasked(x))
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` must be an array of numbers; got {type(x).__name__}: {error}") from None
     if jnp.issubdtype(array.dtype, jnp.complexfloating):

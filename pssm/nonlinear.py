@@ -20,7 +20,7 @@ from pssm._types import Array, ArrayLike, Float, Key
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine, matvec
-from pssm.observed import log_prob_observed
+from pssm.partly_observed import log_prob_observed
 from pssm.ssm import LinearGaussianSSM
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from pssm._checks import as_float, check_choice
+from pssm._checks import as_float, check_choice, unmasked
 from pssm._types import Array, ArrayLike, Float
 from pssm.nonlinear import NonlinearSSM, takes_two
 from pssm.sde import gaps_between
@@ -122,7 +122,7 @@ def refine(
     if not max_gap > 0:
         raise ValueError(f"`max_gap` must be positive; got {max_gap}.")
     gaps = np.asarray(gaps_between(t))
-    times, series = np.asarray(t, float), np.asarray(y, float)
+    times, series = np.asarray(t, float), np.asarray(unmasked(y), float)
     if len(series) != len(times):
         raise ValueError(f"`y` must have {len(times)} time steps, as `t` has; got {len(series)}.")
     pieces = np.maximum(np.ceil(gaps / max_gap * (1 - 1e-6)).astype(int), 1)

@@ -2,20 +2,19 @@
 
 import copy
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
-from numpyro.distributions.util import validate_sample
+from numpyro.primitives import _PYRO_STACK
 
 from pssm._checks import as_float, check_finite, is_traced
 from pssm._types import Array, ArrayLike, Key
-from pssm.linalg import solve_lower, triangularise
-
-LOG_2PI = 1.8378770664093453
+from pssm.events import of_events
+from pssm.partly_observed import is_count, log_prob_observed
 
 
 class _OrMissing(constraints.Constraint):
@@ -49,10 +48,13 @@ class _OrMissing(constraints.Constraint):
 class WithMissing(dist.Distribution):
     """`base`, in which NaN entries of a value are missing: they add nothing to the density, and no NaN to a gradient.
 
-    Independent entries (scalar distributions, with `.to_event` or without) are masked one by one. A
-    `MultivariateNormal` is marginalised exactly over its observed coordinates. Any other joint event (`Dirichlet`,
-    `Multinomial`, ...) is scored only where it is complete. A distribution that understands NaN itself, such as
-    `LinearGaussianMarginal`, gets the value unchanged. Draws are complete: they are draws from `base`.
+    Independent entries (scalar distributions, with `.to_event` or without) are masked one by one. Joint events whose
+    marginals are known are marginalised exactly over their observed entries: multivariate normal, low-rank normal,
+    Student-t and matrix normal, Gaussian random walks and state spaces, a `StatePath` with a matrix, mixtures of these,
+    and all of them transformed entry by entry. Any other joint event (`Dirichlet`, `Multinomial`, ...) is scored where
+    it is complete; one of which only a part is missing is an error, and under `jit` its log density is NaN. A
+    distribution that understands NaN itself, such as `LinearGaussianMarginal`, gets the value unchanged. Between the
+    whole numbers of a discrete distribution the density is 0. Draws are complete: they are draws from `base`.
 
     Args:
         base: any NumPyro distribution.
@@ -90,7 +92,7 @@ class WithMissing(dist.Distribution):
         """Complete draws from `base`."""
         return self.base.sample(key, sample_shape)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Log density of the entries that are there, `batch_shape`."""
         return log_prob_observed(self.base, value)
@@ -105,82 +107,23 @@ def _promote(d: WithMissing) -> WithMissing:
     return stacked
 
 
-def _understands_missing(d: dist.Distribution) -> bool:
-    return getattr(d, "understands_missing", False)
-
-
-def log_prob_observed(d: dist.Distribution, value: Array) -> Array:
-    """`d.log_prob` over the observed entries, by the kind of `d`."""
-    if isinstance(d, WithMissing) or _understands_missing(d):
-        return d.log_prob(value)
-    if isinstance(d, dist.Independent):
-        each = log_prob_observed(d.base_dist, value)
-        return each.sum(tuple(range(-d.reinterpreted_batch_ndims, 0)))
-    if isinstance(d, dist.ExpandedDistribution):
-        each = log_prob_observed(d.base_dist, value)
-        sample_and_batch = jnp.shape(value)[: jnp.ndim(value) - d.event_dim]
-        return jnp.broadcast_to(each, jnp.broadcast_shapes(sample_and_batch, d.batch_shape))
-    if isinstance(d, dist.MaskedDistribution):
-        return jnp.where(d._mask, log_prob_observed(d.base_dist, value), 0.0)
-    if isinstance(d, dist.MultivariateNormal):
-        return _marginal_normal(d, value)
-    value = jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), d.batch_shape + d.event_shape))
-    missing = jnp.isnan(value)
-    if d.event_dim:
-        missing = jnp.broadcast_to(missing.any(tuple(range(-d.event_dim, 0)), keepdims=True), missing.shape)
-    filled = jnp.where(missing, _harmless(d, value), value)
-    if d.support.is_discrete:
-        filled = filled.astype(jnp.result_type(int))
-    each = d.log_prob(filled)
-    if d.event_dim:
-        missing = missing[(..., *(0,) * d.event_dim)]
-    return jnp.where(missing, 0.0, each)
-
-
-def _harmless(d: dist.Distribution, value: Array) -> Array:
-    """Values inside the support, near the middle, at which density and gradient are finite."""
-    feasible = jnp.asarray(d.support.feasible_like(value), value.dtype)
-    if d.support is constraints.real or d.support is constraints.real_vector:
-        try:
-            mean = jnp.broadcast_to(jax.lax.stop_gradient(d.mean), value.shape)
-        except NotImplementedError:
-            return feasible
-        return jnp.where(jnp.isfinite(mean), mean, feasible).astype(value.dtype)
-    return feasible
-
-
-def _marginal_normal(d: dist.MultivariateNormal, value: Array) -> Array:
-    """The exact normal density of the observed coordinates: rows of the factor that are missing are dropped."""
-    shape = jnp.broadcast_shapes(value.shape, d.batch_shape + d.event_shape)
-    size = shape[-1]
-    residual = jnp.broadcast_to(value - d.loc, shape).reshape(-1, size)
-    missing = jnp.broadcast_to(jnp.isnan(value), shape).reshape(-1, size)  # not of `residual`: under `vmap` over `loc`
-    factors = jnp.broadcast_to(d.scale_tril, shape + (size,)).reshape(-1, size, size)  # one factor then does for all
-
-    def one(r: Array, missing: Array, factor: Array) -> Array:
-        seen = ~missing
-        chol = triangularise(jnp.where(seen[:, None], factor, 0.0))
-        whitened = solve_lower(chol, jnp.where(seen, r, 0.0))
-        terms = LOG_2PI + 2 * jnp.log(jnp.where(seen, jnp.diagonal(chol), 1.0)) + whitened**2
-        return -0.5 * jnp.sum(jnp.where(seen, terms, 0.0))
-
-    return jax.vmap(one)(residual, missing, factors).reshape(shape[:-1])
-
-
 def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = None) -> Array:
     """`numpyro.sample(name, distribution, obs=obs)` in which NaN entries of `obs` are missing.
 
     Args:
         name: the site's name.
-        distribution: any NumPyro distribution; its shape, batch and event, is that of `obs`.
-        obs: observed values, NaN where missing; None draws from the distribution (prediction).
+        distribution: any NumPyro distribution. Its event shape is that of `obs`; its batch shape, plates included, and
+            that of `obs` may lack axes of each other, but not both at once.
+        obs: observed values, NaN (or the mask of a masked array) where missing; None draws from the distribution
+            (prediction).
 
     Returns:
         The observed values, or the draw.
 
     Raises:
-        ValueError: an infinite value, or an event of a joint distribution of which only some entries are missing and
-            whose marginal is not known. (Values are checked outside of `jit` only.)
+        ValueError: the shapes do not fit; an infinite value; a value between the whole numbers of a discrete
+            distribution; or an event of a joint distribution of which only some entries are missing and whose marginal
+            is not known. (Values are checked outside of `jit` only; inside, the log density is then -inf or NaN.)
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -194,20 +137,64 @@ def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = 
     if obs is None:
         return numpyro.sample(name, WithMissing(distribution))
     values = as_float("obs", obs)
+    _check_shapes(name, distribution, values.shape)
     check_finite("obs", values, allow_nan=True)
-    _check_partial_events(distribution, values)
+    _check_whole(distribution, values)
     return numpyro.sample(name, WithMissing(distribution), obs=values)
 
 
-def _check_partial_events(d: dist.Distribution, values: Array) -> None:
-    while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        d = d.base_dist
-    if is_traced(values) or not d.event_dim or _understands_missing(d) or isinstance(d, dist.MultivariateNormal):
-        return
-    missing = np.isnan(np.asarray(values))
-    axes = tuple(range(-d.event_dim, 0))
-    if np.any(missing.any(axes) & ~missing.all(axes)):
+def _check_shapes(name: str, d: dist.Distribution, shape: tuple[int, ...]) -> None:
+    """Refuses data that would be broadcast against the distribution in both directions: each value counted many times.
+
+    The distribution may be wider than the data (enumerated discrete sites), or the data than the distribution.
+    """
+    batch, event = np.broadcast_shapes(d.batch_shape, _plate_shape()), d.event_shape
+    own, lead = (*batch, *event), shape[: len(shape) - len(event)]
+    fits = len(shape) >= len(event) and shape[len(lead) :] == event
+    if fits:
+        try:
+            both = np.broadcast_shapes(batch, lead)
+        except ValueError:
+            fits = False
+        else:
+            fits = both in (batch, lead) or _enumerates()
+    if not fits:
+        hint = ""
+        if shape == (*own, 1):
+            hint = " Drop the last axis of `obs` (`obs[..., 0]`)."
+        elif own == (*shape, 1):
+            hint = " Add an axis to `obs` (`obs[..., None]`)."
+        elif len(own) > 1 and shape == (*own[:-2], own[-1], own[-2]):
+            hint = " Transpose `obs`."
         raise ValueError(
-            f"`obs` has an event with some entries missing, and the marginal of {type(d).__name__} is not known. "
-            "Make the whole event NaN, or use independent entries or a MultivariateNormal."
+            f"`obs` of {name!r} must have shape {own}, that of its distribution (batch {batch}, event {event}); "
+            f"got {shape}.{hint}"
+        )
+
+
+def _plate_shape() -> tuple[int, ...]:
+    """The batch shape that the plates around this place ask for; those outside of a `block` do not reach it."""
+    sizes: dict[int, int] = {}
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, handlers.block):
+            break
+        if isinstance(handler, numpyro.plate):
+            sizes[-handler.dim] = handler.subsample_size
+    return tuple(sizes.get(axis, 1) for axis in range(max(sizes, default=0), 0, -1))
+
+
+def _enumerates() -> bool:
+    """Whether discrete sites may be enumerated, along axes that data do not have."""
+    return any(type(h).__module__.startswith("numpyro.contrib.funsor") for h in _PYRO_STACK)
+
+
+def _check_whole(d: dist.Distribution, values: Array) -> None:
+    if is_traced(values) or not d.support.is_discrete:
+        return
+    wrong = np.argwhere(~np.asarray(is_count(values) | jnp.isnan(values)))
+    if len(wrong):
+        where = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"`obs` must have whole numbers below {jnp.iinfo(jnp.result_type(int)).max}, as its distribution is "
+            f"discrete; got {np.asarray(values)[where]} at index {where}."
         )

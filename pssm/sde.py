@@ -73,7 +73,10 @@ class LinearSDE(NamedTuple):
 
 
 def gaps_between(t: ArrayLike) -> Float[Array, " time"]:
-    """The time that passes before each of the times `t`, which must not go back; 0 before the first."""
+    """The time that passes before each of the times `t`, which must not go back; 0 before the first.
+
+    Under `jit`, where times that go back cannot be refused, the time before such a step is NaN, as are all densities.
+    """
     times = as_float("t", t)
     if times.ndim != 1 or not len(times):
         raise ValueError(f"`t` must have shape (time,) with at least one time; got {times.shape}.")
@@ -81,7 +84,7 @@ def gaps_between(t: ArrayLike) -> Float[Array, " time"]:
     steps = jnp.diff(times, prepend=times[:1])
     if not is_traced(steps) and bool((steps < 0).any()):
         raise ValueError(f"`t` must not go back; it does at index {int(jnp.argmax(steps < 0))}.")
-    return steps
+    return jnp.where(steps < 0, jnp.nan, steps)
 
 
 def discretise(

@@ -290,17 +290,21 @@ class LinearGaussianSSM:
         """The model of one step, as `predict` and `update` take it: transition INTO time `t` and emission at it.
 
         Args:
-            t: the time, 0 for the first observation; a traced one (in a scan) must lie within the arrays.
+            t: the time, 0 for the first observation.
 
         Raises:
-            ValueError: `t` lies outside of the time-varying arrays.
+            ValueError: `t` lies outside of the time-varying arrays; at a traced `t`, in a scan, they are NaN.
         """
-        if not is_traced(t) and self.num_steps is not None and not 0 <= t < self.num_steps:
+        if self.num_steps is None:
+            return self
+        inside = (t >= 0) & (t < self.num_steps)
+        if not is_traced(t) and not inside:
             raise ValueError(f"`t` must be from 0 to {self.num_steps - 1}; got {t}.")
         values = {}
         for name in self.time_varying:
             x = getattr(self, name)
-            values[name] = jax.lax.dynamic_index_in_dim(x, t, x.ndim - 1 - len(FIELDS[name]), keepdims=False)
+            x = jax.lax.dynamic_index_in_dim(x, t, x.ndim - 1 - len(FIELDS[name]), keepdims=False)
+            values[name] = jnp.where(inside, x, jnp.nan)
         return self.at(values)
 
     def starting_at(self, mean: Array, chol: Array) -> "LinearGaussianSSM":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ class Situation:
     """What a user runs, and what is right.
 
     Attributes:
-        run: a function of `args`, whose array arguments are traced in the case under `jit`.
+        run: a function of `args`, whose array arguments are traced in the case under `jit`; other arrays by `Fresh`.
         right: the right value (or a tree of values), from scipy, a grid or a dense Gaussian in double precision; or a
             function without arguments that computes it.
         refused: a pattern of the one line of the error, where it must be refused; `error` is its class.
@@ -40,6 +41,20 @@ class Situation:
     jit: str = "same"
     close: tuple[float, float] = (1e-8, 1e-4)
     precisions: tuple[bool, ...] = (True, False)
+
+
+class Fresh:
+    """NumPy arrays as new JAX arrays, in the precision of now: JAX keeps an array that a program has seen as it was.
+
+    J = Fresh(ROOT=ROOT)
+    J.ROOT
+    """
+
+    def __init__(self, **arrays: np.ndarray):
+        self._arrays = arrays
+
+    def __getattr__(self, name: str) -> jax.Array:
+        return jnp.array(self._arrays[name].tolist())
 
 
 def cases(table: dict[str, Situation]) -> list[Any]:

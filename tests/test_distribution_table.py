@@ -262,6 +262,14 @@ def test_shapes(name):
             assert np.asarray(d.support(a_value(d))).all()
 
 
+@every_case
+def test_keys_of_both_kinds(name):
+    """Typed random keys and the older arrays of numbers draw the same."""
+    d = CASES[name].build(parameters(CASES[name]))
+    old, new = (draw(d, key, (2, 3)) for key in (jax.random.PRNGKey(0), jax.random.key(0)))
+    np.testing.assert_array_equal(old, new)
+
+
 @every_density
 def test_single_precision_stays_single(name):
     """Also where JAX is in 64 bits."""

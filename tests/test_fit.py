@@ -1,19 +1,22 @@
 """Fits: NumPyro's own results, convergence in words, errors that name the argument, a start scaled by the data."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median, init_to_value
 from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
 from numpyro.primitives import mutable as numpyro_mutable
 
-from pssm import datasets, models
+from pssm import datasets, models, observe
+from pssm.diagnostics import to_datatree
 from pssm.fitting.results import convergence
-from pssm.infer import elbo, fit_nuts, fit_svi, posterior_draws
+from pssm.infer import elbo, fit_nuts, fit_svi, posterior_draws, resume
 
 Y = datasets.load("nile").y
 
@@ -56,6 +59,59 @@ def test_nuts_is_numpyros_own_run():
     own = MCMC(NUTS(normal_mean), num_warmup=50, num_samples=20, progress_bar=False)
     own.run(jax.random.key(5), MEAN_DATA)
     np.testing.assert_array_equal(mcmc.get_samples()["mu"], own.get_samples()["mu"])
+
+
+FIELD = "adapt_state.step_size"
+OPTIONS = {"num_warmup": 30, "num_samples": 20, "num_chains": 1, "progress_bar": False, "thinning": 5}
+
+
+def test_nuts_takes_numpyros_start_thinning_and_fields(tmp_path):
+    """The same draws as NumPyro's own, in one go, in pieces, and after a break."""
+    start = init_to_value(values={"mu": 3.0})
+    options = {**OPTIONS, "init_strategy": start, "extra_fields": (FIELD,)}
+    own = MCMC(NUTS(normal_mean, init_strategy=start), num_warmup=30, num_samples=20, thinning=5, progress_bar=False)
+    own.run(jax.random.key(5), MEAN_DATA, extra_fields=(FIELD,))
+    first = fit_nuts(normal_mean, MEAN_DATA, key=5, **options)
+    fit_nuts(normal_mean, MEAN_DATA, key=5, chunk=7, checkpoint=tmp_path / "fit", **{**options, "num_samples": 10})
+    for fit in (first, resume(tmp_path / "fit", normal_mean, num_samples=20, progress_bar=False)):
+        np.testing.assert_allclose(fit.get_samples()["mu"], own.get_samples()["mu"], rtol=1e-5)
+        np.testing.assert_allclose(fit.get_extra_fields()[FIELD], own.get_extra_fields()[FIELD], rtol=1e-5)
+        assert fit.get_samples()["mu"].shape == (4,)
+    assert to_datatree(first)["posterior"].sizes["draw"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fit", "option", "words"),
+    [
+        (fit_nuts, {"step_size": 0.1}, "`step_size` is an option of `numpyro.infer.NUTS`"),
+        (fit_nuts, {"postprocess_fn": None}, "`postprocess_fn` is an option of `numpyro.infer.MCMC`"),
+        (fit_svi, {"optim": None}, "`optim` is an option of `numpyro.infer.SVI`"),
+        (fit_nuts, {"thinning": 3, "num_samples": 10}, "`num_samples` must be a multiple of `thinning`"),
+        (fit_nuts, {"extra_fields": "energy"}, "`extra_fields` must be a tuple"),
+    ],
+)
+def test_options_do_not_go_to_the_model(fit, option, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        fit(normal_mean, MEAN_DATA, **option)
+
+
+def test_masked_entries_are_missing():
+    """In every fit, as NaN would be."""
+
+    def model(y, x):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        observe("y", dist.Normal(mu * x, 1.0), y)
+
+    wrong = np.array([0.5, 999.0, 1.0, 2.0])
+    options = {"num_warmup": 20, "num_samples": 10, "num_chains": 1, "progress_bar": False}
+    gap = np.where(wrong > 900, np.nan, wrong)
+    for fit, numbers in ((fit_nuts, options), (fit_svi, {"num_steps": 10, "progress_bar": False})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ten steps
+            found = [
+                posterior_draws(fit(model, y, x=np.ones(4), **numbers)) for y in (gap, np.ma.masked_greater(wrong, 900))
+            ]
+        np.testing.assert_array_equal(found[0]["mu"], found[1]["mu"])
 
 
 def test_svi_returns_numpyros_result_and_says_that_it_converged(svi):

@@ -26,6 +26,8 @@ ORDER = [
     "batch",
     "devices",
     "missing",
+    "events",
+    "partly_observed",
     "observed",
     "register",
     "nonlinear",

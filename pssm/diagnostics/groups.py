@@ -14,7 +14,7 @@ from pssm._types import ArrayLike
 from pssm.distributions import GaussianFilterMarginal, LinearGaussianMarginal, WithMissing
 from pssm.fitting.results import flatten_draws, trace_with
 from pssm.inspection.axes import Axes, innermost
-from pssm.observed import log_prob_observed
+from pssm.partly_observed import log_prob_observed
 
 LEAD = ("chain", "draw")
 BY_STEPS = (LinearGaussianMarginal, GaussianFilterMarginal)  # what has `log_prob_steps`

@@ -3,6 +3,7 @@
 import numpy as np
 import xarray as xr
 
+from pssm._checks import unmasked
 from pssm._types import ArrayLike
 
 
@@ -45,7 +46,7 @@ def scores(
     Source:
         Gneiting & Raftery 2007; the unbiased form: Ferro 2014.
     """
-    x, truth = np.asarray(draws, float), np.asarray(y, float)
+    x, truth = np.asarray(unmasked(draws), float), np.asarray(unmasked(y), float)
     if truth.ndim == 1 and x.ndim == 2:
         x, truth = x[..., None], truth[:, None]
     if truth.ndim != 2 or x.ndim != 3 or x.shape[1:] != truth.shape:

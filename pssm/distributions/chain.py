@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import is_traced
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.state_path import StatePath
+from pssm.events import of_events
 from pssm.linalg.low_rank import (
     Diagonal,
     Factor,
@@ -196,7 +196,7 @@ class LowRankChain(dist.Distribution):
         extra = 0 if self.diag is None or isinstance(factor, Diagonal) else self.prior.n_state
         return self.rank + extra
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of paths `(..., time, state)`; no scan."""
         return self.prior.log_prob(value) + self.log_ratio(value)

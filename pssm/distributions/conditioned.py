@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import as_float
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.state_path import LOG_2PI, StatePath
+from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor
 from pssm.linalg.random import standard_normal
@@ -103,7 +103,7 @@ class ConditionedPath(dist.Distribution):
 
         return map_batch(one, batch, {"h": self.h, "noise": noise}, {"h": 2, "noise": 2})
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of paths `(..., time, state)`; no scan."""
 

@@ -1,14 +1,16 @@
 """The distribution of observations under a Gaussian filter: approximate, for nonlinear and non-Gaussian models."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import also_called, as_float, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions.marginal import real_or_missing_matrix
 from pssm.distributions.state_path import StatePath
+from pssm.events import of_events
 from pssm.filters import gaussian_filter, gaussian_smoother
 from pssm.filters.linearize import Linearize, rule
 from pssm.linalg.random import standard_normal
@@ -74,7 +76,7 @@ class GaussianFilterMarginal(dist.Distribution):
         """The rule."""
         return self.method
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """The filter's log-likelihood."""
         return self.log_prob_steps(value).sum(-1)
@@ -127,6 +129,6 @@ class GaussianFilterMarginal(dist.Distribution):
         """Draws from the model itself."""
         if not sample_shape:
             return self.model.simulate(key, self.num_steps, self.u)[1]
-        keys = jax.random.split(key, sample_shape)
+        keys = jax.random.split(key, math.prod(sample_shape))
         draw = jax.vmap(lambda k: self.model.simulate(k, self.num_steps, self.u)[1])
-        return draw(keys.reshape(-1)).reshape(*sample_shape, *self.event_shape)
+        return draw(keys).reshape(*sample_shape, *self.event_shape)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
 from pssm.distributions.posterior import LinearGaussianPosterior
+from pssm.events import of_events
 from pssm.filters import log_likelihood
 from pssm.filters.step import emission_mean, predict_one, transition_mean, update_factor, update_mean
 from pssm.linalg import triangularise
@@ -96,7 +96,7 @@ class HistoryMarginal(dist.Distribution):
         xs, cores = {"noise": noise, "u": self.u}, {"noise": 2, "u": 2}
         return map_batch(self._draw, batch, xs, cores)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of complete series `(..., time, size)`."""
         return log_likelihood(self.system(value, gaps=False), value, self.u)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key
+from pssm.distributions.state_path import StatePath
+from pssm.events import of_events
 from pssm.filters import (
     forecast,
     kalman_smoother,
@@ -17,6 +18,8 @@ from pssm.filters import (
     simulate,
 )
 from pssm.linalg import outer
+from pssm.linalg.low_rank import as_matrix
+from pssm.partly_observed import log_prob_observed
 from pssm.results import ForecastResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_num_steps
 
@@ -100,7 +103,7 @@ class LinearGaussianMarginal(dist.Distribution):
         y = jax.vmap(lambda k: simulate(k, self.ssm, self.num_steps, self.u)[1])(keys)
         return y.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """`log p(y_{1:T})` over the observed entries, exact, `sample_shape + batch_shape`."""
         return log_likelihood(self.ssm, self._with_batch(value), self.u)
@@ -140,3 +143,33 @@ class LinearGaussianMarginal(dist.Distribution):
 
     def _with_batch(self, value: Array) -> Array:
         return jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), self.batch_shape + self.event_shape))
+
+
+@log_prob_observed.register
+def _(d: dist.GaussianStateSpace, value: Array) -> Array:
+    """A path of NumPyro's with gaps: the series of a model that reads its states without noise."""
+    A, L = jnp.asarray(d.transition_matrix), jnp.asarray(d.scale_tril)
+    return _path_with_gaps(LinearGaussianSSM(d.initial_value @ A.T, L, A, L, *_exactly(A)), d, value)
+
+
+@log_prob_observed.register
+def _(d: StatePath, value: Array) -> Array:
+    """A path with gaps, where the transition is linear."""
+    if not d.is_linear:
+        return log_prob_observed.dispatch(object)(d, value)
+    timed = tuple({"transition": "A"}.get(name, name) for name in d.time_varying)
+    factors = as_matrix(d.chol_P0), as_matrix(d.chol_Q)
+    ssm = LinearGaussianSSM(
+        d.m0, factors[0], d.transition, factors[1], *_exactly(d.m0), b=d.b, B=d.B, time_varying=timed
+    )
+    return _path_with_gaps(ssm, d, value, d.u)
+
+
+def _exactly(like: Array) -> tuple[Array, Array]:
+    """`C` and `chol_R` of readings of the whole state without noise."""
+    n = like.shape[-1]
+    return jnp.eye(n, dtype=like.dtype), jnp.zeros((n, n), like.dtype)
+
+
+def _path_with_gaps(ssm: LinearGaussianSSM, d: dist.Distribution, value: Array, u: Array | None = None) -> Array:
+    return LinearGaussianMarginal(ssm, d.event_shape[0], u).log_prob(value)

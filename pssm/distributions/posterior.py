@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 
 from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions.state_path import StatePath
+from pssm.events import of_events
 from pssm.filters import kalman_smoother, log_likelihood, sample_states
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import along_time
-from pssm.observed import log_prob_observed
+from pssm.partly_observed import log_prob_observed
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_model, check_num_steps
 
@@ -74,7 +74,7 @@ class LinearGaussianPosterior(dist.Distribution):
         """Paths of shape `sample_shape + batch_shape + (time, state)`."""
         return sample_states(key, self.ssm, self.y, self.u, sample_shape=sample_shape)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of paths `(..., time, state)`."""
         steps = self.event_shape[0]
@@ -147,7 +147,7 @@ class ImputedSeries(dist.Distribution):
         free = ssm.signal(path, self.u) + along_time(ssm.chol_R, e, "chol_R" in ssm.time_varying)
         return jnp.where(self.seen[..., None], known, free)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of series `(..., time, size)`."""
         each = dist.Normal(self.location, self.scale).log_prob(value)

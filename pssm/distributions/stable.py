@@ -7,9 +7,9 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import ParameterFreeTransform, biject_to
-from numpyro.distributions.util import validate_sample
 
 from pssm._types import Array, ArrayLike, Float, Key
+from pssm.events import of_events
 from pssm.linalg.random import standard_normal
 
 TRIES = 10_000
@@ -104,7 +104,7 @@ class StableMatrixNormal(dist.Distribution):
         self.scale = jnp.broadcast_to(jnp.asarray(scale, self.loc.dtype), self.loc.shape)
         super().__init__(self.loc.shape[:-2], self.loc.shape[-2:], validate_args=validate_args)
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Sum over the entries."""
         return jnp.sum(dist.Normal(self.loc, self.scale).log_prob(value), axis=(-2, -1))

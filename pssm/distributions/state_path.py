@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import validate_sample
 from numpyro.infer.reparam import Reparam
 
 from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
+from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
@@ -231,7 +231,7 @@ class StatePath(dist.Distribution):
         noise = standard_normal(key, (*batch, self.num_steps - known, self.chol_Q.shape[-1]), path.dtype)
         return map_batch(one, batch, {**arrays, "z": path, "noise": noise}, {**cores, "z": 2, "noise": 2})
 
-    @validate_sample
+    @of_events
     def log_prob(self, value: Array) -> Array:
         """Log density of paths `(..., time, state)`; all time steps at once, no scan."""
         batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)

@@ -62,7 +62,7 @@ def particle_smoother(
     if not isinstance(result, ParticleResult):
         raise TypeError(f"`result` must be a ParticleResult, from `particle_filter`; got {type(result).__name__}.")
     model = check_nonlinear(model)
-    check_regular(model)
+    regular = check_regular(model)
     steps, _, n = result.particles.shape
     if n != model.n_state:
         raise ValueError(f"`result` has {n} states and `model` {model.n_state}: give the model that was filtered.")
@@ -72,7 +72,8 @@ def particle_smoother(
         inputs = inputs[:, None] if inputs.ndim == 1 else inputs
         if inputs.ndim != 2 or len(inputs) != steps:
             raise ValueError(f"`u` must have shape ({steps}, input); got {inputs.shape}.")
-    return _backward(key, model, as_factor("chol_Q", model.chol_Q), result, inputs, num_paths=num_paths)
+    paths = _backward(key, model, as_factor("chol_Q", model.chol_Q), result, inputs, num_paths=num_paths)
+    return regular * paths
 
 
 @partial(jax.jit, static_argnames="num_paths")
@@ -144,11 +145,11 @@ def conditional_smc(
     """
     check_count("num_particles", num_particles, least=2)
     task, linearize = prepare(model, y, u, num_particles, proposal)
-    check_regular(task.model)
+    regular = check_regular(task.model)
     path = as_float("reference", reference).astype(task.y.dtype)
     check_shape("reference", path, (len(task.y), task.model.n_state), "time, state")
     check_finite("reference", path)
-    return _conditional_path(key, task, path, num_particles=num_particles, linearize=linearize)
+    return regular * _conditional_path(key, task, path, num_particles=num_particles, linearize=linearize)
 
 
 @partial(jax.jit, static_argnames=("num_particles", "linearize"))
@@ -164,17 +165,19 @@ def _conditional_path(key: Array, task: Task, reference: Array, *, num_particles
     return jax.lax.scan(step, last, (found.particles, found.ancestors), reverse=True)[1]
 
 
-def check_regular(model: NonlinearSSM) -> None:
-    """Refuses a `chol_Q` that is seen to be singular: a transition then has no density."""
+def check_regular(model: NonlinearSSM) -> Array:
+    """Refuses a singular `chol_Q`: a transition then has no density. Returns 1, or under `jit` NaN for such a one."""
     n, noise = model.chol_Q.shape[-2:]
-    singular = noise < n
-    if not singular and not is_traced(model.chol_Q):
-        factors = np.asarray(model.chol_Q).reshape(-1, n, noise)[bool(model.time_varying) :]
-        smallest = np.linalg.svd(factors, compute_uv=False).min(axis=-1, initial=np.inf)
-        scale = np.abs(factors).max(axis=(1, 2), initial=0.0)
-        singular = bool(np.any(smallest <= 4 * n * np.finfo(factors.dtype).eps * scale))
-    if singular:
+    if noise < n:
+        singular = np.True_
+    else:
+        factors = model.chol_Q.reshape(-1, n, noise)[bool(model.time_varying) :]
+        smallest = jnp.linalg.svd(factors, compute_uv=False).min(axis=-1, initial=jnp.inf)
+        scale = jnp.abs(factors).max(axis=(1, 2), initial=0.0)
+        singular = jnp.any(smallest <= 4 * n * jnp.finfo(factors.dtype).eps * scale)
+    if not is_traced(singular) and bool(singular):
         raise ValueError(
             "`chol_Q` is singular, so that the transition has no density and a path cannot be traced backward. Use "
             "`particle_filter` alone, or give the noise-free directions a little noise."
         )
+    return jnp.where(singular, jnp.nan, 1.0)

@@ -36,9 +36,13 @@ class ChainsRun(NamedTuple):
         """Whether there is no draw yet."""
         return not self.draws
 
-    def moved(self, state: Any, found: dict[str, Array], count: int, skipped: int = 0) -> "ChainsRun":
-        """The run after `count` steps more; of the rows that were gathered, the first `skipped` are not kept."""
-        kept = [{n: np.asarray(x)[:, skipped:count] for n, x in found.items()}] if skipped < count else []
+    def moved(
+        self, state: Any, found: dict[str, Array], count: int, *, warmup: int = 0, thinning: int = 1
+    ) -> "ChainsRun":
+        """The run after `count` steps more; of the rows that were gathered, every `thinning`-th after the warm-up."""
+        step = self.steps + np.arange(1, count + 1) - warmup
+        rows = np.flatnonzero((step > 0) & (step % thinning == 0))
+        kept = [{n: np.asarray(x)[:, rows] for n, x in found.items()}] if len(rows) else []
         return self._replace(state=state, draws=self.draws + kept, steps=self.steps + count)
 
     def joined(self) -> Arrays:
@@ -57,6 +61,7 @@ class ChainEngine(ABC):
     """
 
     kind, counts, pace, save_every = "", ("iterations", "num_samples"), 10.0, 0.0
+    thinned = 1  # steps of a run for each draw
 
     def __init__(
         self,
@@ -110,7 +115,8 @@ class ChainEngine(ABC):
 
     def note(self, run: ChainsRun, ended: str) -> str:
         """An early end in words."""
-        there = f"{run.steps - self.counted_warmup} of {self.target} draws in each chain"
+        each = self.thinned
+        there = f"{(run.steps - self.counted_warmup) // each} of {self.target // each} draws in each chain"
         return f"{self.kind.upper()} was interrupted with {there}." if ended == "interrupted" else ""
 
 

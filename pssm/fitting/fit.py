@@ -1,19 +1,21 @@
 """Thin fits: NumPyro's own samplers and optimisers, started well, with the result objects NumPyro gives."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, NUTS, SVI, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
+from pssm._checks import unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import Key
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
-from pssm.fitting.mcmc import EXTRA_FIELDS, NutsEngine
+from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.results import FitRecord, SVIFit, record_of
 from pssm.fitting.svi import SVIEngine
 from pssm.fitting.training import Settings
@@ -31,6 +33,9 @@ def fit_nuts(
     dense_mass: bool = False,
     max_tree_depth: int = 10,
     chain_method: str = "vectorized",
+    init_strategy: Callable[..., Any] = init_to_uniform,
+    thinning: int = 1,
+    extra_fields: tuple[str, ...] = (),
     checkpoint: str | Path | None = None,
     chunk: int | None = None,
     **kwargs: Any,
@@ -52,6 +57,9 @@ def fit_nuts(
         dense_mass: as in `numpyro.infer.NUTS`.
         max_tree_depth: as in `numpyro.infer.NUTS`.
         chain_method: as in `numpyro.infer.MCMC`.
+        init_strategy: where the chains start, one of NumPyro's, such as `numpyro.infer.init_to_value(values=...)`.
+        thinning: steps for each draw that is kept, as in `numpyro.infer.MCMC`: `num_samples` counts the steps.
+        extra_fields: further fields of the kernel's state to keep with each draw, such as `("adapt_state.step_size",)`.
         checkpoint: a new folder for state and draws, written after each piece; `pssm.infer.resume` goes on from it.
         chunk: most steps in a piece; 100 with `checkpoint`.
         kwargs: the model's keyword arguments.
@@ -61,7 +69,8 @@ def fit_nuts(
         transitions are warned of.
 
     Raises:
-        ValueError: a count is below 1.
+        ValueError: a count is below 1, or `num_samples` is no multiple of `thinning`.
+        TypeError: a keyword that is an option of `numpyro.infer.NUTS` or `MCMC` and no argument of the model.
         FileExistsError: there is something at `checkpoint` already.
 
     Example:
@@ -71,6 +80,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
+    args, kwargs = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
         args,
@@ -80,6 +90,9 @@ def fit_nuts(
         num_chains=num_chains,
         chain_method=chain_method,
         chunk=chunk,
+        init_strategy=init_strategy,
+        thinning=thinning,
+        extra_fields=extra_fields,
         target_accept_prob=target_accept_prob,
         dense_mass=dense_mass,
         max_tree_depth=max_tree_depth,
@@ -87,7 +100,7 @@ def fit_nuts(
     if checkpoint is not None or chunk is not None:
         return begin(engine, key, checkpoint, progress_bar)
     mcmc = engine.mcmc(progress_bar=progress_bar)
-    mcmc.run(as_key(key), *args, extra_fields=EXTRA_FIELDS, **kwargs)
+    mcmc.run(as_key(key), *args, extra_fields=engine.fields, **kwargs)
     for text in record_of(mcmc).warnings:
         warnings.warn(text, stacklevel=2)
     return mcmc
@@ -140,6 +153,7 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
+    args, kwargs = _arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar)
 
@@ -212,6 +226,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
+    args, kwargs = _arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
         rank=rank,
@@ -227,6 +242,21 @@ def fit_svi(
         patience=patience,
     )
     return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar)
+
+
+def _arguments(
+    function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments, masked entries of arrays as NaN; an option of NumPyro's classes among them is refused."""
+    own = inspect.signature(model).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
+        for kind in options:
+            for name in (n for n in kwargs if n not in own and n in inspect.signature(kind).parameters):
+                raise TypeError(
+                    f"`{name}` is an option of `numpyro.infer.{kind.__name__}` that `{function}` does not have, and no "
+                    f"argument of the model. Run NumPyro's own `{kind.__name__}`; pssm takes its results as they are."
+                )
+    return unmasked_arguments(args, kwargs)
 
 
 def begin(engine: Engine[Any], key: Key | int, checkpoint: str | Path | None, progress_bar: bool) -> Any:

@@ -1,6 +1,7 @@
 """The engine of NUTS: one compiled program takes any number of steps of all chains."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ METHODS = ("vectorized", "sequential", "parallel")
 class NutsEngine(ChainEngine):
     """NUTS on a model. The kernel's state says what comes next, so pieces and breaks change no draw.
 
-    Arguments as in `fit_nuts`; `options` are those of `numpyro.infer.NUTS`.
+    Arguments as in `fit_nuts`; `nuts` are options of `numpyro.infer.NUTS`.
     """
 
     kind = "nuts"
@@ -37,15 +38,25 @@ class NutsEngine(ChainEngine):
         num_chains: int,
         chain_method: str = "vectorized",
         chunk: int | None = None,
+        thinning: int = 1,
+        extra_fields: tuple[str, ...] = (),
+        init_strategy: Callable[..., Any] = init_to_uniform,
         **nuts: Any,
     ):
+        if num_samples % check_count("thinning", thinning):
+            raise ValueError(f"`num_samples` must be a multiple of `thinning` ({thinning}); got {num_samples}.")
+        if isinstance(extra_fields, str):
+            raise TypeError(f"`extra_fields` must be a tuple of names; got the string {extra_fields!r}.")
         check_choice("chain_method", chain_method, METHODS)
         chain_method = chain_method if num_chains > 1 else "sequential"
         plain = {"num_samples": num_samples, "num_warmup": num_warmup, "num_chains": num_chains}
-        super().__init__(model, args, kwargs, num_warmup, {**plain, "chain_method": chain_method, **nuts})
+        plain |= {"chain_method": chain_method, "thinning": thinning, "extra_fields": tuple(extra_fields)}
+        super().__init__(model, args, kwargs, num_warmup, {**plain, **nuts})
+        self.thinned, self.fields = thinning, tuple(dict.fromkeys((*EXTRA_FIELDS, *extra_fields)))
         self.num_warmup, self.num_chains, self.chain_method, self.nuts = num_warmup, num_chains, chain_method, nuts
         self.longest = check_count("chunk", CHUNK if chunk is None else chunk)
-        self.kernel = NUTS(model, init_strategy=init_to_uniform, **nuts)
+        self.init_strategy = init_strategy  # of the start alone: a run that goes on, from a file too, has none
+        self.kernel = NUTS(model, init_strategy=init_strategy, **nuts)
         self._advance: Callable[..., Any] | None = None
 
     @classmethod
@@ -69,23 +80,26 @@ class NutsEngine(ChainEngine):
             num_chains=fit.num_chains,
             chain_method=fit.chain_method if isinstance(fit.chain_method, str) else "vectorized",
             chunk=chunk,
+            thinning=fit.thinning,
+            extra_fields=tuple(n for n in states if n not in ("z", "diverging", *EXTRA_FIELDS)),
             target_accept_prob=float(kernel._target_accept_prob),
             dense_mass=kernel._dense_mass,
             max_tree_depth=kernel._max_tree_depth,
         )
         draws = {SITE + n: np.asarray(x) for n, x in states["z"].items()}
         draws |= {n: np.asarray(x) for n, x in states.items() if n != "z"}
-        steps = fit.num_warmup + next(iter(draws.values())).shape[1]
+        steps = fit.num_warmup + fit.thinning * next(iter(draws.values())).shape[1]
         return engine, ChainsRun(fit.last_state, [draws], steps, getattr(fit, "seconds", float("nan")))
 
     def mcmc(self, *, num_samples: int | None = None, **options: Any) -> MCMC:
         """NumPyro's `MCMC` with the same settings, not run; `options` are its own."""
         return MCMC(
-            NUTS(self.model, init_strategy=init_to_uniform, **self.nuts),
+            NUTS(self.model, init_strategy=self.init_strategy, **self.nuts),
             num_warmup=self.num_warmup,
             num_samples=self.target if num_samples is None else num_samples,
             num_chains=self.num_chains,
             chain_method=self.chain_method,
+            thinning=self.thinned,
             **options,
         )
 
@@ -98,7 +112,7 @@ class NutsEngine(ChainEngine):
         if self._advance is None:
             self._advance = self._compiled(run.state)
         state, found = self._advance(run.state, count)
-        return run.moved(state, found, count, skipped=max(self.num_warmup - run.steps, 0))
+        return run.moved(state, found, count, warmup=self.num_warmup, thinning=self.thinned)
 
     def words(self, run: ChainsRun) -> str:
         """The phase of the run."""
@@ -117,6 +131,7 @@ class NutsEngine(ChainEngine):
             note=self.note(run, ended),
             num_warmup=self.num_warmup,
             num_chains=self.num_chains,
+            thinning=self.thinned,
             chain_method="vectorized" if self.chain_method == "vectorized" else "sequential",
         )
 
@@ -139,7 +154,7 @@ class NutsEngine(ChainEngine):
         constrain = jax.vmap(constrain) if together else constrain
 
         def collect(state: Any) -> dict[str, Array]:
-            fields = {n: getattr(state, n) for n in ("diverging", *EXTRA_FIELDS)}
+            fields = {n: attrgetter(n)(state) for n in ("diverging", *self.fields)}
             return {**{SITE + n: jnp.asarray(x) for n, x in constrain(state.z).items()}, **fields}
 
         piece = gather(lambda state: kernel.sample(state, args, kwargs), collect, self.longest)

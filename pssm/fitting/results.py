@@ -46,7 +46,8 @@ class MCMCFit(MCMC):
     ):
         sites = {n.removeprefix("z/"): jnp.asarray(x) for n, x in draws.items() if n.startswith("z/")}
         fields = {n: jnp.asarray(x) for n, x in draws.items() if not n.startswith("z/")}
-        super().__init__(kernel, num_samples=next(iter(sites.values())).shape[1], **options)
+        steps = options.get("thinning", 1) * next(iter(sites.values())).shape[1]
+        super().__init__(kernel, num_samples=steps, **options)
         self._args, self._kwargs = call
         self._states, self._last_state = {"z": sites, **fields}, last_state
         self.seed, self.seconds, self.ended, self.note = seed, seconds, ended, note

@@ -223,7 +223,7 @@ def factor_from_covariance(
         `F` with `F F' = cov` (not triangular), shape `(..., size, size)`.
 
     Raises:
-        ValueError: `cov` is not finite, not symmetric or has a negative eigenvalue. Traced values are not looked at.
+        ValueError: `cov` is not finite, not symmetric or has a negative eigenvalue. Under `jit` the factor is then NaN.
     """
     size = cov.shape[-1]
     if relative_tolerance is None:
@@ -243,7 +243,11 @@ def factor_from_covariance(
             raise ValueError(
                 f"`{name}` must be a covariance (positive semi-definite); its smallest eigenvalue is {lowest:.3g}."
             )
-    return _psd_root(cov)
+        return _psd_root(cov)
+    root = _psd_root(cov)
+    product = root @ jnp.swapaxes(root, -1, -2)  # what was not symmetric or not positive is not in it
+    apart, scale = (jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in (product - cov, cov))
+    return jnp.where(apart > size * relative_tolerance * scale, jnp.nan, root)
 
 
 @jax.custom_jvp

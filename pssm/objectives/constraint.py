@@ -9,7 +9,7 @@ from numpyro.primitives import Messenger, mutable
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array
-from pssm.observed import log_prob_observed
+from pssm.partly_observed import log_prob_observed
 
 RULES = ("rewo", "geco", "linear-anneal")
 DISTORTIONS = ("mse", "nll")

@@ -15,7 +15,7 @@ import numpy as np
 import numpyro
 import pandas as pd
 
-from pssm._checks import check_choice
+from pssm._checks import check_choice, unmasked_arguments
 from pssm._types import ArrayLike
 from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
@@ -180,6 +180,7 @@ def compare(
         >>> list(study.results)
         ['svi:mvn']
     """
+    (y, *args), model_options = unmasked_arguments((y, *args), model_options)
     function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))
     if not methods:
