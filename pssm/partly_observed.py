@@ -84,7 +84,7 @@ def _(d: dist.MatrixNormal, value: Array) -> Array:
     rows, columns = d.scale_tril_row, d.scale_tril_column
     factor = jnp.einsum("...ij,...kl->...ikjl", rows, columns)
     size = d.event_shape[0] * d.event_shape[1]
-    loc, value, missing = (x.reshape(*x.shape[:-2], size) for x in (d.loc, value, missing))
+    loc, value, missing = (x.reshape(*x.shape[:-2], size) for x in (jnp.asarray(d.loc), value, missing))
     return _normal(loc, factor.reshape(*factor.shape[:-4], size, size), value, missing)
 
 
