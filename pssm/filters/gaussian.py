@@ -37,6 +37,7 @@ from pssm.results import FilterResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
 HALVINGS = 40
+FIRST_PASS = 5  # iterations of the filter that a smoother begins with
 
 
 def gaussian_filter(
@@ -90,7 +91,8 @@ def gaussian_smoother(
     smoothed one; "ekf" then converges to the path of highest posterior density, where the log-likelihood is Laplace's.
     """
     model, series, inputs, linearizer, count = _prepared(model, y, u, linearize, num_iters)
-    filtered, affine = _filter(model, series, inputs, linearizer, 1)
+    # A filter that iterates too is near the mode at once: one step may leave a path from which the others diverge.
+    filtered, affine = _filter(model, series, inputs, linearizer, FIRST_PASS if count > 1 else 1)
     statistics = model.statistic(series, None if inputs is None else inputs[0])
 
     def again(_: int, smoothed: SmootherResult) -> SmootherResult:
