@@ -7,7 +7,8 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
 from pssm._checks import check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.filters import (
     forecast,
     kalman_smoother,
@@ -113,8 +114,9 @@ class LinearGaussianMarginal(dist.Distribution):
         """The posterior of the states given a series."""
         return kalman_smoother(self.ssm, self._with_batch(value), self.u)
 
-    def sample_states(self, key: Key, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample_states(self, key: KeyLike, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Paths from the posterior of the states given a series, `sample_shape + (..., time, state)`."""
+        key = as_key(key)
         return sample_states(key, self.ssm, self._with_batch(value), self.u, sample_shape=sample_shape)
 
     def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:

@@ -33,6 +33,7 @@ from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.linalg.square_root import triangularise_once
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
+from pssm.observed import check_moments
 from pssm.results import FilterResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
@@ -65,7 +66,8 @@ def gaussian_filter(
         it is that of the affine models, of others it is Laplace's.
 
     Raises:
-        ValueError: a shape does not fit, `linearize` is unknown, or (outside of `jit`) the result is not finite.
+        ValueError: a shape does not fit, `linearize` is unknown, the emission has no mean and variance, or (outside of
+            `jit`) the result is not finite.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist
@@ -124,7 +126,9 @@ def _prepared(
 ) -> tuple[NonlinearSSM, Array, Array | None, Linearize, int]:
     check_count("num_iters", count)
     model = check_nonlinear(model)
-    return (model, *model.check_series(y, u), rule(linearize), count)
+    series, inputs = model.check_series(y, u)
+    check_moments(model.emission(model.m0, None if inputs is None else inputs[0]))
+    return model, series, inputs, rule(linearize), count
 
 
 class _Emission(NamedTuple):
@@ -255,7 +259,9 @@ def condition_on(
         p = len(s)
         root, gain, chol_x = factor[:p, :p], factor[p:, :p], factor[p:, p:]
         white = solve_lower(root, jnp.where(seen, filled - affine.mean, 0.0))
-        x = matvec(gain, white)
+        # Pivots that are NaN count as zero below: without this an emission without moments would tell nothing.
+        moments = jnp.where(seen[:, None], jnp.concatenate([affine.mean[:, None], noise], axis=1), 0.0)
+        x = jnp.where(jnp.all(jnp.isfinite(moments)), matvec(gain, white), jnp.nan)
         if y is not None:
             x = x_before + _share(lambda x: _log_joint(model, y, mean, chol, u, x), x_before, x) * (x - x_before)
         return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, _log_normal(root, white))

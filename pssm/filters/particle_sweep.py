@@ -32,6 +32,7 @@ from pssm.linalg.potential import Potential, as_potential
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
+from pssm.observed import check_moments
 
 Proposal = str | Linearize | Potential | None  # or any object with attributes `k`, `K`, `diag` and `center`
 MAKERS: dict[str, Callable[..., Potential]] = {}  # names of potentials made for a model and its data; rooms above add
@@ -116,6 +117,8 @@ def prepare(
         if potentials.batch_shape:
             raise ValueError(f"`proposal.K` must have no batch axes; got shape {potentials.factor.shape}.")
     linearize = None if potentials is not None or proposal == "bootstrap" else proposal
+    if linearize is not None:
+        check_moments(model.emission(model.m0, None if inputs is None else inputs[0]))
     factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
     inputs = None if inputs is None else inputs.astype(dtype)
     return Task(model, series.astype(dtype), inputs, *factors, potentials), linearize

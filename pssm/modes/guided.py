@@ -115,10 +115,10 @@ def _potentials(
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
     def one_round(_: int, state: tuple[Array, Potential, Array]) -> tuple[Array, Potential, Array]:
-        steps, found, _ = state  # points about the path, `(points, time, state)`: at first all on it
+        offsets, found = state[:2]  # points about the path, `(points, time, state)`: at first all on it
 
         def average(path: Array) -> Array:
-            return jnp.sum(weights * jax.vmap(log_lik)(path + steps))
+            return jnp.sum(weights * jax.vmap(log_lik)(path + offsets))
 
         path = near_mode(prior, average, rank=rank, start=found.center, num_iters=num_iters)
         found = potentials_at(prior, average, path, rank=rank)
@@ -128,8 +128,9 @@ def _potentials(
     path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype)) if path is None else path
     nothing = jnp.zeros_like(path)
     start = Potential(jnp.zeros((*path.shape, rank), y.dtype), nothing, center=path, slope=nothing, scale=nothing)
-    steps = jnp.zeros((len(points), *path.shape), y.dtype)
-    return jax.lax.fori_loop(0, num_rounds + 1, one_round, (steps, start, jnp.zeros((), bool)))[1:]
+    offsets = jnp.zeros((len(points), *path.shape), y.dtype)
+    _, found, is_mode = jax.lax.fori_loop(0, num_rounds + 1, one_round, (offsets, start, jnp.zeros((), bool)))
+    return found, is_mode
 
 
 def _points(n: int) -> tuple[np.ndarray, np.ndarray]:

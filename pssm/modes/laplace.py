@@ -70,9 +70,9 @@ def laplace_path(
     first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
     path = near_mode(prior, log_lik, rank=model.n_state, start=first, num_iters=num_iters, tolerance=close)
     step = gauss_newton(prior, log_lik, path)
-    path = insist(path, converged(prior, log_lik, path, step.move), num_iters)
-    path = path + step.move
-    return _about_mode(prior, path, step.J, log_lik(path))
+    is_mode = converged(prior, log_lik, path, step.move)
+    path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))
+    return _about_mode(prior, path, J, log_lik(path))
 
 
 def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> SmootherResult:

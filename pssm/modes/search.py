@@ -73,16 +73,16 @@ def converged(prior: StatePath, log_lik: Function, path: Array, move: Array) -> 
     return _settled(path, move, here, left, units=16)
 
 
-def insist(path: Array, is_mode: Array, num_iters: int) -> Array:
-    """The path; where it is no mode an error, or NaN (in its lane) for a traced one."""
+def insist(found: Array, is_mode: Array, num_iters: int) -> Array:
+    """What was found at a path; where that is no mode an error, or NaN (in its lane) where it is traced."""
     if is_traced(is_mode):
-        return jnp.where(_wide(is_mode), path, jnp.nan)
+        return jnp.where(_wide(is_mode), found, jnp.nan)
     if not bool(jnp.all(is_mode)):
         raise ValueError(
             f"`num_iters`: the search for the mode has not converged after {num_iters} steps. Allow more, begin with a "
             "`start` near the mode, or use 64-bit numbers; a density with kinks or without a maximum has no such mode."
         )
-    return path
+    return found
 
 
 def _wide(size: Array) -> Array:
