@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 ArrayLike = Any
 # A key of either kind: `jax.random.key(0)` or the older raw `jax.random.PRNGKey(0)`.
 Key = PRNGKeyArray | jax.Array
+# A key of either kind or a whole number; `as_key` makes a key of it, and refuses the rest.
+KeyLike = Any
 
 StateVector = Float[Array, "*batch state"]
 StateFactor = Float[Array, "*batch state state"]
@@ -23,6 +25,7 @@ __all__ = [
     "Bool",
     "Float",
     "Key",
+    "KeyLike",
     "Mask",
     "Scalar",
     "Series",

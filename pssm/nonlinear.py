@@ -16,24 +16,14 @@ import numpy as np
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_finite, check_shape
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, Key, KeyLike
+from pssm.emission_moments import EmissionMoments, base_of, moments_of, statistic_of
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine, matvec
 from pssm.partly_observed import log_prob_observed
 from pssm.ssm import LinearGaussianSSM
-
-
-class EmissionMoments(NamedTuple):
-    """Mean and noise of the observation given the state.
-
-    Attributes:
-        mean: `E[s(y) | z]`, `(obs,)`; `s` is the identity, or the indicators of all but the last category.
-        factor: factor of `Cov(s(y) | z)`, `(obs, noise)`, or `(obs,)` for a diagonal one.
-    """
-
-    mean: Array
-    factor: Array
 
 
 @jax.tree_util.register_pytree_node_class
@@ -53,7 +43,7 @@ class NonlinearSSM:
 
     Raises:
         ValueError: a shape does not fit, or a value is not finite.
-        TypeError: `transition` or `emission` cannot be called.
+        TypeError: `transition` or `emission` cannot be called with these arguments.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -74,9 +64,6 @@ class NonlinearSSM:
         *,
         time_varying: tuple[str, ...] = (),
     ):
-        for name, x in (("transition", transition), ("emission", emission)):
-            if not callable(x):
-                raise TypeError(f"`{name}` must be a function; got {type(x).__name__}.")
         if tuple(time_varying) not in ((), ("chol_Q",)):
             raise ValueError(f'`time_varying` must be () or ("chol_Q",); got {time_varying!r}.')
         arrays = {
@@ -93,6 +80,8 @@ class NonlinearSSM:
             raise ValueError(
                 f"`chol_Q` must have shape ({'time, ' if timed else ''}{n}, noise); got {arrays['chol_Q'].shape}."
             )
+        check_takes("transition", transition, 2)
+        check_takes("emission", emission, 1, 2)
         dtype = jnp.result_type(*arrays.values())
         for name, x in arrays.items():
             check_finite(name, x)
@@ -170,7 +159,13 @@ class NonlinearSSM:
     def emission(self, z: Array, u: Array | None = None) -> dist.Distribution:
         """`p(y | z, u)`."""
         function = join_callable(*self._emission)
-        return function(z, u) if self._emission_takes_inputs else function(z)
+        found = function(z, u) if self._emission_takes_inputs else function(z)
+        if not isinstance(found, dist.Distribution):
+            raise TypeError(
+                f"`emission` must return one NumPyro distribution; got {type(found).__name__}. Variables of several "
+                "families need a model with a `StatePath` and one `observe` for each."
+            )
+        return found
 
     def noise(self, t: Array | int) -> Array:
         """`chol_Q` of the step into `t`."""
@@ -183,28 +178,25 @@ class NonlinearSSM:
         return jnp.sum(log_prob_observed(d, y.reshape(shape)))
 
     def moments(self, z: Array, u: Array | None = None) -> EmissionMoments:
-        """Mean and noise of the observation (for categories, of their indicators) at the state `z`."""
-        return _moments(self.emission(z, u))
+        """Mean and noise of the observation (of its `statistic`) at the state `z`."""
+        return moments_of(self.emission(z, u))
 
     def statistic(self, y: Array, u: Array | None = None) -> Array:
-        """`s(y)` of one observation or of a series: itself, or the indicators of all but the last category."""
-        base = _base(self.emission(self.m0, u))
-        if not isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
-            return y
-        kinds = jnp.arange(jnp.shape(base.probs)[-1] - 1)
-        found = jnp.where(jnp.isnan(y)[..., None], jnp.nan, y[..., None] == kinds)
-        return found.reshape(*y.shape[:-1], -1).astype(y.dtype)
+        """`s(y)` of one observation or of a series, as in `EmissionMoments`."""
+        return statistic_of(self.emission(self.m0, u), y)
 
     def is_gaussian(self, u: Array | None = None) -> bool:
         """Whether the emission is normal given the state."""
-        return isinstance(_base(self.emission(self.m0, u)), dist.Normal | dist.MultivariateNormal)
+        return isinstance(base_of(self.emission(self.m0, u)), dist.Normal | dist.MultivariateNormal)
 
     def check_series(self, y: ArrayLike, u: ArrayLike | None) -> tuple[Array, Array | None]:
         """Data `(time, obs)` and inputs `(time, input)` or None, checked."""
         series = as_float("y", y)
         inputs = None if u is None else as_float("u", u)
         inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
-        size = self.emission_size(None if inputs is None else inputs[0])
+        first = None if inputs is None else inputs[0]
+        check_step(self.transition, self.m0, first)
+        size = self.emission_size(first)
         series = series[:, None] if series.ndim == 1 and size == 1 else series
         if series.ndim != 2 or series.shape[1] != size or not len(series):
             raise ValueError(f"`y` must have shape (time, {size}) with at least one step; got {series.shape}.")
@@ -223,12 +215,14 @@ class NonlinearSSM:
             raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {d.shape}.")
         return d.shape[0] if d.ndim else 1
 
-    def simulate(self, key: Key, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
+    def simulate(self, key: KeyLike, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
         """Draws states `(time, state)` and observations `(time, obs)`."""
+        key = as_key(key)
         inputs = None if u is None else as_float("u", u)
         inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
         if inputs is not None and len(inputs) != num_steps:
             raise ValueError(f"`u` must have {num_steps} time steps; got shape {inputs.shape}.")
+        check_step(self.transition, self.m0, None if inputs is None else inputs[0])
         first, later, seen = jax.random.split(key, 3)
         z = self.m0 + self.chol_P0 @ standard_normal(first, self.m0.shape, self.m0.dtype)
         noise = standard_normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)
@@ -301,6 +295,33 @@ def join_callable(arrays: tuple[Array, ...], static: _Static) -> Any:
     return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])
 
 
+def check_takes(name: str, function: Any, *counts: int) -> None:
+    """Refuses what is no function of `(z, u)`, or of `z` where one argument is allowed."""
+    wanted = " or ".join({1: "(z)", 2: "(z, u)"}[count] for count in counts)
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function of {wanted}; got {type(function).__name__}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin that does not say
+        return
+    for count in counts:
+        try:
+            signature.bind(*range(count))
+        except TypeError:
+            continue
+        return
+    raise TypeError(f"`{name}` must be a function of {wanted}; got one of {signature}. Without inputs `u` is None.")
+
+
+def check_step(transition: Callable[..., Array], z: Array, u: Array | None) -> None:
+    """Refuses a transition that does not return a state: another shape would broadcast without a word."""
+    found = jax.eval_shape(transition, z, u)
+    shape = getattr(found, "shape", None)
+    if shape != z.shape:
+        given = f"an array of shape {shape}" if shape is not None else f"a {type(found).__name__}"
+        raise ValueError(f"`transition` must return the next state, an array of shape {z.shape}; got {given}.")
+
+
 def takes_two(function: Callable[..., Any]) -> bool:
     """Whether a function needs a second argument."""
     try:
@@ -346,41 +367,3 @@ def _about_path(model: NonlinearSSM, path: Array, u: Array | None) -> LinearGaus
     found = jax.vmap(into)(before, u) | jax.vmap(lambda z, u: _emission_at(model, z, u))(path, u)
     timed = (*found, *model.time_varying)
     return LinearGaussianSSM(model.m0, model.chol_P0, chol_Q=model.chol_Q, time_varying=timed, **found)
-
-
-def _base(d: dist.Distribution) -> dist.Distribution:
-    """The distribution inside of `to_event`, `expand` and masks."""
-    while isinstance(d, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        d = d.base_dist
-    return getattr(d, "base", d)  # WithMissing
-
-
-def _moments(d: dist.Distribution) -> EmissionMoments:
-    base = _base(d)
-    if isinstance(base, dist.CategoricalProbs | dist.CategoricalLogits):
-        return _category_moments(jnp.atleast_2d(base.probs))
-    if isinstance(base, dist.MultivariateNormal):
-        return EmissionMoments(base.loc, base.scale_tril)
-    if base.event_dim:
-        raise NotImplementedError(
-            f"The moments of {type(base).__name__} are not known as a mean and a factor. Use independent entries or a "
-            "MultivariateNormal, or a particle filter."
-        )
-    shape = d.batch_shape + d.event_shape
-    mean = jnp.broadcast_to(base.mean, shape).reshape(-1)
-    variance = jnp.broadcast_to(base.variance, shape).reshape(-1)
-    some = variance > 0  # a probability that rounds to one has none, and its root no derivative
-    return EmissionMoments(mean, jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0))
-
-
-def _category_moments(probs: Array) -> EmissionMoments:
-    """Indicators of all but the last category, `(variables, categories)` probabilities.
-
-    `Cov = diag(p) - p p' = F F'` with the columns `sqrt(p_k) (e_k - p)` of all categories, the last one too.
-    """
-    count, kinds = probs.shape
-    p = probs[:, :-1]
-    columns = jnp.eye(kinds - 1, kinds, dtype=p.dtype) - p[:, :, None]
-    blocks = columns * jnp.sqrt(probs)[:, None]
-    factor = jnp.eye(count, dtype=p.dtype)[:, None, :, None] * blocks[:, :, None]
-    return EmissionMoments(p.reshape(-1), factor.reshape(count * (kinds - 1), count * kinds))

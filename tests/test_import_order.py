@@ -29,6 +29,7 @@ ORDER = [
     "events",
     "partly_observed",
     "observed",
+    "emission_moments",
     "register",
     "nonlinear",
     "sde",

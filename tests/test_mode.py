@@ -40,3 +40,14 @@ def test_gradient_is_that_of_the_mode(x64, what):
         step = 1e-4 * unit
         expected = (at_mode(THETA + step)[what] - at_mode(THETA - step)[what]) / 2e-4
         np.testing.assert_allclose(found[..., i], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rounding_of_the_density_does_not_end_the_search():
+    counts = np.random.default_rng(0).poisson(3e4, (2, 5)).astype(np.float32)
+    walk = StatePath(np.zeros(1, np.float32), 5.0 * np.eye(1), np.eye(1), 5.0 * np.eye(1), 5)
+
+    def log_lik(z):
+        return jnp.sum(counts * z[..., 0] - jnp.exp(z[..., 0]), axis=-1)
+
+    found = jax.jit(lambda: mode_path(walk, log_lik, rank=1))()
+    np.testing.assert_allclose(found[..., 0], np.log(counts), rtol=3e-6)  # the prior is wide

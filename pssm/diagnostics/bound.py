@@ -10,12 +10,12 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.util import initialize_model, unconstrain_fn
 
 from pssm._keys import as_key
-from pssm._types import Key
+from pssm._types import KeyLike
 from pssm.fitting.results import SVIFit
 from pssm.infer.importance import log_weights
 
 
-def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float:
+def khat(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> float:
     """Pareto shape of the importance ratios `p(theta, y) / q(theta)` of a guide.
 
     Below 0.5 the guide is close to the posterior, below 0.7 importance weights can still correct it, above 0.7 they
@@ -36,7 +36,7 @@ def khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> float
     return _pareto_shape(log_weights(fit, key=key, num_particles=num_particles))
 
 
-def elbo_and_khat(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple[float, float, float]:
+def elbo_and_khat(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> tuple[float, float, float]:
     """The ELBO, its standard error, and `khat`, from the same draws: the ELBO is the mean of the log weights."""
     found = log_weights(fit, key=key, num_particles=num_particles).astype(np.float64)
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(num_particles)), _pareto_shape(found)
@@ -68,7 +68,7 @@ def log_evidence(
     model: Callable[..., Any],
     draws: dict[str, Any],
     *args: Any,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_particles: int = 8000,
     **kwargs: Any,
 ) -> Evidence:

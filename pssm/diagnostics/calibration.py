@@ -12,7 +12,7 @@ from numpyro.infer import MCMC, NUTS, SVI
 
 from pssm._checks import check_choice, check_count
 from pssm._keys import as_key
-from pssm._types import Array, Key
+from pssm._types import Array, Key, KeyLike
 from pssm.fitting.start import GUIDES, build_svi, prepared
 from pssm.fitting.training import Settings
 from pssm.guides.paths import FAMILIES
@@ -75,7 +75,7 @@ def simulation_based_calibration(
     num_draws: int = 99,
     sites: tuple[str, ...] | None = None,
     data_site: str = "y",
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_warmup: int = 500,
     thin: int = 5,
     num_steps: int = 2000,

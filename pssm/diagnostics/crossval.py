@@ -12,7 +12,7 @@ from numpyro.infer import MCMC
 
 from pssm._checks import check_count
 from pssm._keys import as_key
-from pssm._types import Key
+from pssm._types import Key, KeyLike
 from pssm.diagnostics.groups import pointwise_dims, pointwise_likelihoods
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.results import SVIFit, model_of, posterior_draws
@@ -25,7 +25,7 @@ NUM_DRAWS = 4000  # of a guide
 class _Refit(az.SamplingWrapper):
     """Refits with the future set to missing: shapes stay, so one compiled program serves every refit."""
 
-    def __init__(self, fit: MCMC | SVIFit, key: Key | int, dims: dict[str, tuple[str, ...]] | None = None):
+    def __init__(self, fit: MCMC | SVIFit, key: KeyLike, dims: dict[str, tuple[str, ...]] | None = None):
         model, args, self.kwargs = model_of(fit)
         axes = find_axes(model, args, self.kwargs, dims=dims, series=True)
         self.site, self.axis = _cut_along(axes, args)
@@ -119,7 +119,7 @@ def leave_future_out(
     *,
     min_observations: int | None = None,
     horizon: int = 1,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     dims: dict[str, tuple[str, ...]] | None = None,
 ) -> Any:
     """Expected log predictive density of the next `horizon` observations, each predicted from its past alone.

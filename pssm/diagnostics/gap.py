@@ -10,7 +10,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._keys import as_key
-from pssm._types import Key
+from pssm._types import Key, KeyLike
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
@@ -45,7 +45,7 @@ class BoundGap(NamedTuple):
         return self.gap
 
 
-def bound_gap(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> BoundGap:
+def bound_gap(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> BoundGap:
     """The gap between a fit's bound and the log evidence: the exact one where it exists, else the best available.
 
     The evidence is exact where only the states are latent and the model is linear-Gaussian: draws from the full-rank

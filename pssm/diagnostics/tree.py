@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import xarray as xr
 
-from pssm._types import ArrayLike, Key
+from pssm._types import ArrayLike, KeyLike
 from pssm._version import __version__
 from pssm.diagnostics.groups import (
     LEAD,
@@ -45,7 +45,7 @@ def to_datatree(
     future_time: ArrayLike | None = None,
     u_future: ArrayLike | None = None,
     num_samples: int = 4000,
-    key: Key | int = 0,
+    key: KeyLike = 0,
 ) -> xr.DataTree:
     """A fit as an ArviZ DataTree; no axis is ever guessed or left unnamed.
 
@@ -120,7 +120,7 @@ def build_tree(
     future_time: ArrayLike | None = None,
     u_future: ArrayLike | None = None,
     num_samples: int = 4000,
-    key: Key | int = 0,
+    key: KeyLike = 0,
 ) -> xr.DataTree:
     """`to_datatree`, with each group after the draws made through `attempt(name, make)`, which may return None."""
     record = record_of(fit)

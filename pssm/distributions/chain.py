@@ -10,7 +10,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from pssm._checks import is_traced
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
 from pssm.distributions.state_path import StatePath
 from pssm.events import of_events
@@ -129,8 +130,9 @@ class LowRankChain(dist.Distribution):
         """Trajectories of shape `sample_shape + batch_shape + (time, state)`."""
         return self.sample_with_kl(key, sample_shape)[0]
 
-    def sample_with_kl(self, key: Key, sample_shape: tuple[int, ...] = ()) -> tuple[Array, Array]:
+    def sample_with_kl(self, key: KeyLike, sample_shape: tuple[int, ...] = ()) -> tuple[Array, Array]:
         """`sample` and `kl_given` of the same draws; the transition is evaluated once."""
+        key = as_key(key)
         noise_key, pull_key = jax.random.split(key)
         num = math.prod(sample_shape)
         steps, factors = self.prior.num_steps, (self.prior.chol_P0, self.prior.chol_Q)
@@ -268,11 +270,12 @@ class LowRankChain(dist.Distribution):
 
         return self._map(one)
 
-    def moments(self, key: Key, num_samples: int = 1000) -> tuple[Array, Array]:
+    def moments(self, key: KeyLike, num_samples: int = 1000) -> tuple[Array, Array]:
         """Mean and variance of every state by Monte Carlo, `(..., time, state)` each.
 
         Conditional means are averaged and conditional variances added (Rao-Blackwell).
         """
+        key = as_key(key)
         means = self.conditional_mean(self.sample(key, (num_samples,)))
         return means.mean(0), means.var(0) + self.conditional_variance()
 

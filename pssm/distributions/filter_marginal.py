@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from pssm._checks import also_called, as_float, check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.distributions.marginal import real_or_missing_matrix
 from pssm.distributions.state_path import StatePath
 from pssm.events import of_events
@@ -99,7 +100,7 @@ class GaussianFilterMarginal(dist.Distribution):
         """Means of the observations of a path `(time, state)`, `(time, obs)`."""
         return jax.vmap(lambda z, u: jnp.atleast_1d(self.model.emission(z, u).mean))(z, self.u)
 
-    def future(self, key: Key, y: ArrayLike, num_steps: int) -> tuple[Array, Array, Array]:
+    def future(self, key: KeyLike, y: ArrayLike, num_steps: int) -> tuple[Array, Array, Array]:
         """The next steps after the first observations of the series, from a draw of the filtered state on.
 
         Args:
@@ -110,6 +111,7 @@ class GaussianFilterMarginal(dist.Distribution):
         Returns:
             Mean and variance of the observations given a drawn path of the states, and a draw, `(num_steps, obs)` each.
         """
+        key = as_key(key)
         first, later, last = jax.random.split(key, 3)
         known, rows = as_float("y", y), slice(len(y), len(y) + num_steps)
         gap = jnp.full((self.num_steps - len(known), known.shape[-1]), jnp.nan, known.dtype)

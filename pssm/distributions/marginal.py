@@ -6,7 +6,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from pssm._checks import check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.distributions.state_path import StatePath
 from pssm.events import of_events
 from pssm.filters import (
@@ -116,8 +117,9 @@ class LinearGaussianMarginal(dist.Distribution):
         """The posterior of the states given a series."""
         return kalman_smoother(self.ssm, self._with_batch(value), self.u)
 
-    def sample_states(self, key: Key, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample_states(self, key: KeyLike, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Paths from the posterior of the states given a series, `sample_shape + (..., time, state)`."""
+        key = as_key(key)
         return sample_states(key, self.ssm, self._with_batch(value), self.u, sample_shape=sample_shape)
 
     def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:

@@ -9,7 +9,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from pssm._checks import check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
 from pssm.distributions.state_path import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, apply_factor, apply_transpose, as_matrix
@@ -89,7 +90,7 @@ class LowRankMomentMatched(dist.Distribution):
         prior: StatePath,
         k: ArrayLike | None,
         K: ArrayLike,
-        key: Key,
+        key: KeyLike,
         num_samples: int,
         *,
         center: ArrayLike | None = None,
@@ -97,6 +98,7 @@ class LowRankMomentMatched(dist.Distribution):
         backward: tuple[ArrayLike, ArrayLike] | Potential | None = None,
         validate_args: bool | None = None,
     ):
+        key = as_key(key)
         if not isinstance(prior, StatePath):
             raise TypeError(f"`prior` must be a StatePath; got {type(prior).__name__}.")
         self.prior, self.num_samples = prior, check_count("num_samples", num_samples, least=2)

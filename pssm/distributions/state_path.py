@@ -11,14 +11,15 @@ from numpyro.distributions import constraints
 from numpyro.infer.reparam import Reparam
 
 from pssm._checks import as_float, check_choice, check_count, check_shape
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
 from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine
-from pssm.nonlinear import NonlinearSSM, join_callable, split_callable
+from pssm.nonlinear import NonlinearSSM, check_step, check_takes, join_callable, split_callable
 from pssm.ssm import LinearGaussianSSM
 
 LOG_2PI = 1.8378770664093453
@@ -92,6 +93,8 @@ class StatePath(dist.Distribution):
     ):
         self.num_steps = check_count("num_steps", num_steps)
         self.is_linear = not callable(transition)
+        if callable(transition):
+            check_takes("transition", transition, 2)
         if not self.is_linear and (b is not None or B is not None):
             raise ValueError("`b` and `B` go with a transition matrix; put them into the `transition` function.")
         if isinstance(time_varying, str):
@@ -114,6 +117,9 @@ class StatePath(dist.Distribution):
         batch = self._check(arrays)
         dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(*jax.tree.leaves(arrays)))
         arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
+        if callable(transition):  # seen as one series sees it, without batch axes
+            first = jnp.zeros(arrays["m0"].shape[-1:], dtype)
+            check_step(transition, first, jnp.zeros(arrays["u"].shape[-1:], dtype) if "u" in arrays else None)
         for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
             setattr(self, name, arrays.get(name))
         # Two paths with the same transition share compiled programs: what is static of it is compared by its structure.
@@ -210,8 +216,9 @@ class StatePath(dist.Distribution):
         paths = map_batch(one, batch, {**arrays, "noise": noise}, {**cores, "noise": 1})
         return paths.reshape(*batch, self.num_steps, self.n_state)
 
-    def continued(self, key: Key, path: Array) -> Array:
+    def continued(self, key: KeyLike, path: Array) -> Array:
         """A path of all steps that begins with `path` `(..., known, state)` and goes on by the transition."""
+        key = as_key(key)
         known, batch = path.shape[-2], jnp.broadcast_shapes(path.shape[:-2], self.batch_shape)
         if not known:
             return self.sample(key)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_count, is_traced
 from pssm._types import Array, ArrayLike
+from pssm.emission_moments import check_moments
 from pssm.filters.linearize import Linearization, Linearize, SigmaPoints, jacobian, rule
 from pssm.filters.score import log_likelihood
 from pssm.filters.smoother import kalman_smoother
@@ -37,6 +38,7 @@ from pssm.results import FilterResult, SmootherResult
 from pssm.ssm import LinearGaussianSSM
 
 HALVINGS = 40
+FIRST_PASS = 5  # iterations of the filter that a smoother begins with
 
 
 def gaussian_filter(
@@ -64,7 +66,8 @@ def gaussian_filter(
         it is that of the affine models, of others it is Laplace's.
 
     Raises:
-        ValueError: a shape does not fit, `linearize` is unknown, or (outside of `jit`) the result is not finite.
+        ValueError: a shape does not fit, `linearize` is unknown, the emission has no mean and variance, or (outside of
+            `jit`) the result is not finite.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist
@@ -90,7 +93,8 @@ def gaussian_smoother(
     smoothed one; "ekf" then converges to the path of highest posterior density, where the log-likelihood is Laplace's.
     """
     model, series, inputs, linearizer, count = _prepared(model, y, u, linearize, num_iters)
-    filtered, affine = _filter(model, series, inputs, linearizer, 1)
+    # A filter that iterates too is near the mode at once: one step may leave a path from which the others diverge.
+    filtered, affine = _filter(model, series, inputs, linearizer, FIRST_PASS if count > 1 else 1)
     statistics = model.statistic(series, None if inputs is None else inputs[0])
 
     def again(_: int, smoothed: SmootherResult) -> SmootherResult:
@@ -122,7 +126,9 @@ def _prepared(
 ) -> tuple[NonlinearSSM, Array, Array | None, Linearize, int]:
     check_count("num_iters", count)
     model = check_nonlinear(model)
-    return (model, *model.check_series(y, u), rule(linearize), count)
+    series, inputs = model.check_series(y, u)
+    check_moments(model.emission(model.m0, None if inputs is None else inputs[0]))
+    return model, series, inputs, rule(linearize), count
 
 
 class _Emission(NamedTuple):
@@ -253,7 +259,9 @@ def condition_on(
         p = len(s)
         root, gain, chol_x = factor[:p, :p], factor[p:, :p], factor[p:, p:]
         white = solve_lower(root, jnp.where(seen, filled - affine.mean, 0.0))
-        x = matvec(gain, white)
+        # Pivots that are NaN count as zero below: without this an emission without moments would tell nothing.
+        moments = jnp.where(seen[:, None], jnp.concatenate([affine.mean[:, None], noise], axis=1), 0.0)
+        x = jnp.where(jnp.all(jnp.isfinite(moments)), matvec(gain, white), jnp.nan)
         if y is not None:
             x = x_before + _share(lambda x: _log_joint(model, y, mean, chol, u, x), x_before, x) * (x - x_before)
         return Posterior(mean + matvec(chol, x), matmul(chol, chol_x), x, chol_x, emission, _log_normal(root, white))

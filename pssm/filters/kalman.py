@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count, check_series
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.batch import apart, for_each, over_batches
 from pssm.filters.covariance import Gains, spread_rows, timed_fields
 from pssm.filters.means import scan_means, shift
@@ -69,7 +70,7 @@ def log_likelihoods(
 
 
 def simulate(
-    key: Key, ssm: LinearGaussianSSM | NonlinearSSM, num_steps: int, u: ArrayLike | None = None
+    key: KeyLike, ssm: LinearGaussianSSM | NonlinearSSM, num_steps: int, u: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch time state"], Float[Array, "*batch time obs"]]:
     """Draws states and observations from the model, `p(z_{1:T}, y_{1:T})`.
 
@@ -92,6 +93,7 @@ def simulate(
         >>> z.shape, y.shape
         ((5, 1), (5, 1))
     """
+    key = as_key(key)
     check_count("num_steps", num_steps)
     if isinstance(ssm, NonlinearSSM):
         return ssm.simulate(key, num_steps, u)

@@ -23,7 +23,8 @@ from typing import Any
 import jax
 
 from pssm._checks import check_choice
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, KeyLike
 from pssm.filters.particle_sweep import ParticleResult, Proposal, Task, prepare, sweep
 from pssm.filters.resampling import RESAMPLERS
 from pssm.nonlinear import NonlinearSSM
@@ -31,7 +32,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 def particle_filter(
-    key: Key,
+    key: KeyLike,
     model: NonlinearSSM | LinearGaussianSSM,
     y: ArrayLike,
     u: ArrayLike | None = None,
@@ -74,6 +75,7 @@ def particle_filter(
         >>> found.particles.shape, found.log_likelihood.shape
         ((4, 100, 1), ())
     """
+    key = as_key(key)
     check_choice("resample", resample, list(RESAMPLERS))
     if not 0 <= ess_threshold <= 1:
         raise ValueError(f"`ess_threshold` must be between 0 and 1, a share of the particles; got {ess_threshold}.")

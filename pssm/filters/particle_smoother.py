@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import as_float, check_count, check_finite, check_shape, is_traced
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.filters.particle_sweep import ParticleResult, Proposal, Task, follow_density, prepare, sweep
 from pssm.filters.resampling import multinomial, positions_to_indices
 from pssm.linalg.low_rank import as_factor
@@ -24,7 +25,7 @@ from pssm.ssm import LinearGaussianSSM
 
 
 def particle_smoother(
-    key: Key,
+    key: KeyLike,
     model: NonlinearSSM | LinearGaussianSSM,
     result: ParticleResult,
     u: ArrayLike | None = None,
@@ -58,6 +59,7 @@ def particle_smoother(
         >>> particle_smoother(jax.random.key(1), model, found, num_paths=20).shape
         (20, 4, 1)
     """
+    key = as_key(key)
     check_count("num_paths", num_paths)
     if not isinstance(result, ParticleResult):
         raise TypeError(f"`result` must be a ParticleResult, from `particle_filter`; got {type(result).__name__}.")
@@ -104,7 +106,7 @@ def _backward(
 
 
 def conditional_smc(
-    key: Key,
+    key: KeyLike,
     model: NonlinearSSM | LinearGaussianSSM,
     y: ArrayLike,
     reference: ArrayLike,
@@ -143,6 +145,7 @@ def conditional_smc(
         >>> conditional_smc(jax.random.key(0), model, [1, 0, 0, 2], jnp.zeros((4, 1)), num_particles=20).shape
         (4, 1)
     """
+    key = as_key(key)
     check_count("num_particles", num_particles, least=2)
     task, linearize = prepare(model, y, u, num_particles, proposal)
     regular = check_regular(task.model)

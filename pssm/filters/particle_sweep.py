@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
+from pssm.emission_moments import check_moments
 from pssm.filters.gaussian import condition_on
 from pssm.filters.linearize import NAMES, Linearize, rule
 from pssm.filters.resampling import ess, multinomial, normalise
@@ -116,6 +117,8 @@ def prepare(
         if potentials.batch_shape:
             raise ValueError(f"`proposal.K` must have no batch axes; got shape {potentials.factor.shape}.")
     linearize = None if potentials is not None or proposal == "bootstrap" else proposal
+    if linearize is not None:
+        check_moments(model.emission(model.m0, None if inputs is None else inputs[0]))
     factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
     inputs = None if inputs is None else inputs.astype(dtype)
     return Task(model, series.astype(dtype), inputs, *factors, potentials), linearize

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, Float, Key, KeyLike
 
 LogWeights = Float[Array, " particles"]
 
@@ -36,28 +37,32 @@ def normalise(log_weights: LogWeights) -> tuple[LogWeights, Array]:
     return jnp.where(dead, even, log_weights - jnp.where(dead, 0.0, size)), size
 
 
-def systematic(key: Key, log_weights: LogWeights) -> Array:
+def systematic(key: KeyLike, log_weights: LogWeights) -> Array:
     """One uniform number, evenly spaced positions: the least random of the four."""
+    key = as_key(key)
     count = log_weights.shape[0]
     shift = jax.random.uniform(key, (), log_weights.dtype)
     return positions_to_indices(_weights(log_weights), (jnp.arange(count) + shift) / count)
 
 
-def stratified(key: Key, log_weights: LogWeights) -> Array:
+def stratified(key: KeyLike, log_weights: LogWeights) -> Array:
     """One uniform number in each of as many equal strata."""
+    key = as_key(key)
     count = log_weights.shape[0]
     shifts = jax.random.uniform(key, (count,), log_weights.dtype)
     return positions_to_indices(_weights(log_weights), (jnp.arange(count) + shifts) / count)
 
 
-def multinomial(key: Key, log_weights: LogWeights) -> Array:
+def multinomial(key: KeyLike, log_weights: LogWeights) -> Array:
     """Independent draws."""
+    key = as_key(key)
     uniforms = jax.random.uniform(key, log_weights.shape, log_weights.dtype)
     return positions_to_indices(_weights(log_weights), uniforms)
 
 
-def residual(key: Key, log_weights: LogWeights) -> Array:
+def residual(key: KeyLike, log_weights: LogWeights) -> Array:
     """`floor(N w)` copies for certain; the rest independently, in proportion to what is left of the weights."""
+    key = as_key(key)
     count = log_weights.shape[0]
     expected = count * _weights(log_weights)
     certain = jnp.floor(expected)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_sample_shape
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.batch import apart, for_each, in_all_of_a_batch, over_batches, side_by_side
 from pssm.filters.covariance import FIRST_CHECK, Gains, by_step, next_check, row_at, unmoved
 from pssm.filters.means import Means, scan_means
@@ -60,7 +61,7 @@ def kalman_smoother(
 
 
 def sample_states(
-    key: Key,
+    key: KeyLike,
     ssm: LinearGaussianSSM,
     y: ArrayLike,
     u: ArrayLike | None = None,
@@ -91,6 +92,7 @@ def sample_states(
     Source:
         Carter & Kohn 1994; Fruehwirth-Schnatter 1994.
     """
+    key = as_key(key)
     sample_shape = check_sample_shape(sample_shape)
     ssm, series, inputs = prepare(ssm, y, u, "auto")
     batch = jnp.broadcast_shapes(ssm.batch_shape, series.shape[:-2], () if inputs is None else inputs.shape[:-2])

@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoGuide
 
 from pssm._checks import unmasked_arguments
 from pssm._keys import as_key
-from pssm._types import Key
+from pssm._types import KeyLike
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
@@ -24,7 +24,7 @@ from pssm.fitting.training import Settings
 def fit_nuts(
     model: Callable[..., Any],
     *args: Any,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_warmup: int = 1000,
     num_samples: int = 1000,
     num_chains: int = 4,
@@ -109,7 +109,7 @@ def fit_nuts(
 def fit_mclmc(
     model: Callable[..., Any],
     *args: Any,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_warmup: int = 5000,
     num_samples: int = 1000,
     num_chains: int = 4,
@@ -163,7 +163,7 @@ def fit_svi(
     *args: Any,
     guide: str | AutoGuide | Callable[..., Any] = "mvn",
     rank: int = 4,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_steps: int = 5000,
     learning_rate: float | Callable[[Any], Any] = 0.01,
     clip_norm: float | None = 100.0,
@@ -259,7 +259,7 @@ def _arguments(
     return unmasked_arguments(args, kwargs)
 
 
-def begin(engine: Engine[Any], key: Key | int, checkpoint: str | Path | None, progress_bar: bool) -> Any:
+def begin(engine: Engine[Any], key: KeyLike, checkpoint: str | Path | None, progress_bar: bool) -> Any:
     """Runs an engine from its start to its end, with a new folder for what it reaches if there is to be one."""
     seed = as_key(key)
     save = None

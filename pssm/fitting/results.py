@@ -14,7 +14,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._keys import as_key
-from pssm._types import Key
+from pssm._types import Key, KeyLike
 from pssm.fitting.training import Settings, TrainState
 from pssm.guides.paths import BOUND
 
@@ -164,7 +164,7 @@ class FitRecord:
     run: Any = field(default=None, repr=False)
     engine: Any = field(default=None, repr=False)
 
-    def draws(self, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
+    def draws(self, num_samples: int = 4000, key: KeyLike = 0) -> dict[str, np.ndarray]:
         """Posterior draws of all sites, as of `posterior_draws`; the same key gives the same draws."""
         found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
         return {name: np.asarray(x) for name, x in found.items()}
@@ -269,7 +269,7 @@ def guide_draws(
     return {name: x[None] for name, x in {**latents, **extra}.items()}
 
 
-def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
+def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: KeyLike = 0) -> dict[str, np.ndarray]:
     """Posterior draws of every latent and deterministic site, with leading axes `(chain, draw)`.
 
     A Markov chain gives all its draws. Draws from a guide are independent and come as one chain; the same `key` gives
@@ -278,7 +278,7 @@ def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: Key | int = 0) ->
     return record_of(fit).draws(num_samples, key)
 
 
-def elbo(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 4000) -> tuple[float, float]:
+def elbo(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> tuple[float, float]:
     """The fitted guide's ELBO, a lower bound on the log evidence, by Monte Carlo: `(value, standard error)`.
 
     The same `key` gives the same draws, and so the same value.

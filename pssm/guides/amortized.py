@@ -10,7 +10,8 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._checks import as_float, check_count
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.encoded import Encoded
@@ -135,9 +136,10 @@ class AmortizedStateSpace(PathGuide):
         return self.with_posterior(replace(self.posterior, **options))
 
     def exploded(
-        self, rng_key: Key, params: dict[str, Array], *args: Any, num_samples: int = 20, **kwargs: Any
+        self, rng_key: KeyLike, params: dict[str, Array], *args: Any, num_samples: int = 20, **kwargs: Any
     ) -> float:
         """Share of drawn paths that are not finite, or whose transition reached the `limit` somewhere."""
+        rng_key = as_key(rng_key, "rng_key")
         guide, limit = self.evaluated(), self.posterior.limit
         limit = jnp.inf if limit is None else as_float("limit", limit)
 

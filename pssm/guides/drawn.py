@@ -9,7 +9,8 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 
 from pssm._checks import as_float
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.guides.model_run import structure
 from pssm.guides.others import OtherSites
 
@@ -30,12 +31,13 @@ class DrawnGuide(AutoGuide):
         self.prototype_trace = structure(self.model, args, kwargs)
         self._bare = not args and not kwargs
 
-    def prepare(self, key: Key, *args: Any, **kwargs: Any) -> bool:
+    def prepare(self, key: KeyLike, *args: Any, **kwargs: Any) -> bool:
         """Makes what the guide keeps of its first call, outside of a compilation, so that the start can be compiled.
 
         Returns:
             Whether all of it could be made; False where a guide of other sites is of a kind that is not known.
         """
+        key = as_key(key)
         with handlers.block(), handlers.seed(rng_seed=key):
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
@@ -50,7 +52,12 @@ class DrawnGuide(AutoGuide):
         return self.evaluated()
 
     def sample_posterior(
-        self, rng_key: Key, params: dict[str, Array], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
+        self,
+        rng_key: KeyLike,
+        params: dict[str, Array],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
     ) -> dict[str, Array]:
         """Draws of every latent site; paths are whole trajectories.
 
@@ -62,6 +69,7 @@ class DrawnGuide(AutoGuide):
             sample_shape: leading shape of the draws.
             kwargs: the model's keyword arguments.
         """
+        rng_key = as_key(rng_key, "rng_key")
         if self.prototype_trace is not None and not (self._bare or args or kwargs):
             raise ValueError("`args`: a guide keeps no data; give the model's arguments, those of the fit or new ones.")
         guide = self.evaluated()
@@ -77,7 +85,7 @@ class DrawnGuide(AutoGuide):
 
     def given_past(
         self,
-        rng_key: Key,
+        rng_key: KeyLike,
         params: dict[str, Array],
         origin: ArrayLike,
         *args: Any,

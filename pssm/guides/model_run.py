@@ -14,7 +14,7 @@ from pssm._types import Array, Key
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import mode_path, potentials_at
+from pssm.modes.mode import near_mode, potentials_at
 from pssm.register import register
 
 
@@ -202,5 +202,5 @@ class PathSite(NamedTuple):
             return self.run.path_prior(self.name, values), self.run.log_lik(self.name, values)
 
         # The search itself has no gradient; the last step, at the mode, has the mode's.
-        path = mode_path(*parts(jax.lax.stop_gradient(self.values)), start=start, num_iters=num_iters, **options)
+        path = near_mode(*parts(jax.lax.stop_gradient(self.values)), start=start, num_iters=num_iters, **options)
         return potentials_at(*parts(self.values), jax.lax.stop_gradient(path), **options)

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, Key, KeyLike
 from pssm.distributions import StatePath
 from pssm.distributions.moment_matched import assimilate, predict
 from pssm.linalg.low_rank import (
@@ -136,7 +137,8 @@ def online_filter(
         key, own = jax.random.split(key)
         return key, standard_normal(own, (num_samples, noise_size), prior.m0.dtype)
 
-    def start(key: Key, y: ArrayLike, u: ArrayLike | None = None) -> tuple[OnlineState, Belief]:
+    def start(key: KeyLike, y: ArrayLike, u: ArrayLike | None = None) -> tuple[OnlineState, Belief]:
+        key = as_key(key)
         key, noise = draw(key)
         own, belief = first(encode.start(), _as_array(y, prior), _as_array(u, prior), noise)
         return OnlineState(own, belief.particles, key), belief

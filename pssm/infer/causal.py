@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._keys import as_key
-from pssm._types import Array, ArrayLike, Key
+from pssm._types import Array, ArrayLike, KeyLike
 from pssm.fitting.results import SVIFit
 
 
 def causal_draws(
-    fit: SVIFit, origins: ArrayLike, *, num_samples: int = 200, key: Key | int = 0, batch_size: int = 8
+    fit: SVIFit, origins: ArrayLike, *, num_samples: int = 200, key: KeyLike = 0, batch_size: int = 8
 ) -> dict[str, np.ndarray]:
     """Draws of the latent sites given `y[:origin]` only, for every origin.
 

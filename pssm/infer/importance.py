@@ -10,7 +10,7 @@ from numpyro.distributions.util import scale_and_mask
 
 from pssm._checks import check_count
 from pssm._keys import as_key
-from pssm._types import Array, Key
+from pssm._types import Array, Key, KeyLike
 from pssm.distributions import LowRankChain
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.fitting.results import SVIFit
@@ -39,7 +39,7 @@ class EvidenceBound(NamedTuple):
         return self.value
 
 
-def log_weights(fit: SVIFit, *, key: Key | int = 0, num_particles: int = 1000, batch_size: int = 500) -> np.ndarray:
+def log_weights(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 1000, batch_size: int = 500) -> np.ndarray:
     """`log p(y, z) - log q(z)` of draws from the guide, `(num_particles,)`; the same draws for the same `key`."""
     params = fit.svi.get_params(fit.state)
 
@@ -85,7 +85,7 @@ def _weight(model_trace: dict[str, Any], guide_trace: dict[str, Any], skip: str 
 def importance_bound(
     fit: SVIFit,
     *,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     num_particles: int = 20_000,
     resample_every: int | None = None,
     num_outer: int = 20,

@@ -10,7 +10,7 @@ from numpyro import handlers
 
 from pssm._checks import check_count
 from pssm._keys import as_key
-from pssm._types import Array, ArrayLike, Key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
@@ -67,7 +67,7 @@ def smoothed_states(
     *args: Any,
     most: int = 400,
     site: str | None = None,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     **kwargs: Any,
 ) -> StateMoments:
     """Posterior moments of states and signal, averaged over at most `most` posterior draws.
@@ -105,7 +105,7 @@ def forecast(
     origin: int | None = None,
     future: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     site: str | None = None,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     most: int = 400,
     **kwargs: Any,
 ) -> ForecastDraws:
@@ -166,12 +166,12 @@ def forecast(
 
 
 def sample_states(
-    fit: Fit | Key | int,
+    fit: Fit | KeyLike,
     model: Callable[..., Any] | None = None,
     draws: dict[str, Any] | None = None,
     *args: Any,
     most: int = 400,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     **kwargs: Any,
 ) -> np.ndarray:
     """One whole path of the states for each of at most `most` posterior draws, `(draw, ..., time, state)`.

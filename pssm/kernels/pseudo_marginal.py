@@ -15,7 +15,8 @@ from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
 from pssm._checks import check_count, is_traced
-from pssm._types import Array, ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.distributions import StatePath
 from pssm.filters import particle_filter
 from pssm.filters.particle_sweep import Proposal, check_proposal
@@ -146,8 +147,9 @@ class PseudoMarginal(MCMCKernel):
         """From unconstrained values to those of the model's sites."""
         return self._constrain(*model_args, **(model_kwargs or {}))
 
-    def log_likelihood(self, key: Key, sites: dict[str, Array]) -> Array:
+    def log_likelihood(self, key: KeyLike, sites: dict[str, Array]) -> Array:
         """The estimate, -inf where it is not a number."""
+        key = as_key(key)
         model = self.build(sites)
         options = {"num_particles": self.num_particles, "proposal": self.proposal}
         found = particle_filter(key, model, self.y, self.u, **options).log_likelihood

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pssm._checks import also_called, check_count
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.learning.arguments import (
     affine_space,
     check_size,
@@ -84,7 +85,7 @@ def fit_em(
     floor: float = 1e-8,
     restarts: int = 0,
     polish_steps: int = 0,
-    key: Key | int = 0,
+    key: KeyLike = 0,
     progress_bar: bool = False,
 ) -> EMResult:
     """Maximum likelihood by EM, exact: the parameters of a time-invariant model from one or many sequences.
@@ -162,7 +163,7 @@ def fit_em(
 
     run = partial(_run, data=data, form=form, structure=structure, tol=tol, progress_bar=progress_bar)
     if restarts:
-        seeds = jax.random.split(jax.random.key(key) if isinstance(key, int) else key, restarts)
+        seeds = jax.random.split(as_key(key), restarts)
         starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
         tries = [_attempt(run, start, max(num_iters // 5, 1)) for start in starts]
         best = max(tries, key=lambda r: r.log_joint[-1] if len(r.log_joint) else -np.inf)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import also_called, check_choice, check_count
-from pssm._types import ArrayLike, Key
+from pssm._keys import as_key
+from pssm._types import ArrayLike, KeyLike
 from pssm.filters import kalman_filter, kalman_smoother, simulate
 from pssm.filters import log_likelihood as log_likelihood_of
 from pssm.learning.texture_em import Numbers, improve, own_autoregressions
@@ -231,8 +232,9 @@ class DynamicTexture:
         pixels = np.asarray(states) @ self.components.T + self.mean.reshape(-1)
         return pixels.reshape(-1, *self.mean.shape)
 
-    def synthesize(self, key: Key, num_frames: int, *, noise: bool = False) -> np.ndarray:
+    def synthesize(self, key: KeyLike, num_frames: int, *, noise: bool = False) -> np.ndarray:
         """New frames `(num_frames, ...)`, drawn from the model; `noise` adds that of the pixels."""
+        key = as_key(key)
         state_key, pixel_key = jax.random.split(key)
         states, _ = simulate(state_key, self.reduced, check_count("num_frames", num_frames))
         frames = self.render(states)

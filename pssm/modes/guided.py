@@ -1,19 +1,21 @@
 """The proposal of a guided particle filter in one line: potentials from the mode of the path, and made better there."""
 
+import warnings
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._checks import check_count
+from pssm._checks import check_count, is_traced
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LowRankChain, StatePath
 from pssm.filters.linearize import cubature_points, hermite_points
 from pssm.filters.particle_sweep import MAKERS
 from pssm.linalg.low_rank import Factor, as_factor
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import DENSE, check_start, mode_potentials
+from pssm.modes.mode import DENSE, check_start, near_mode, potentials_at
+from pssm.modes.search import converged
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
 
@@ -47,7 +49,8 @@ def guided_proposal(
             None for the path that the model takes without noise.
 
     Returns:
-        A `Potential` written around the mode, with the posterior's `scale`.
+        A `Potential` written around the mode, with the posterior's `scale`. A search that has not converged gives a
+        warning (outside of `jit`).
 
     Raises:
         ValueError: a shape does not fit.
@@ -78,7 +81,14 @@ def guided_proposal(
     rounds = num_rounds if model.n_state <= DENSE else 0
     path = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
     options = {"rank": rank, "num_iters": num_iters, "num_rounds": rounds}
-    return _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
+    found, is_mode = _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
+    if not is_traced(is_mode) and not bool(is_mode):
+        warnings.warn(
+            f"`num_iters`: the search for the mode has not converged after {num_iters} steps. Estimates with these "
+            "potentials stay unbiased, but look at the filter's `ess`; allow more steps, or begin with a `start`.",
+            stacklevel=2,
+        )
+    return found
 
 
 MAKERS["guided"] = guided_proposal  # a proposal by name, for every particle method
@@ -96,28 +106,31 @@ def _potentials(
     rank: int,
     num_iters: int,
     num_rounds: int,
-) -> Potential:
+) -> tuple[Potential, Array]:
+    """The potentials, and whether the last search has converged."""
     timed = model.time_varying
     prior = StatePath(model.m0, chol_P0, model.transition, chol_Q, len(y), u, time_varying=timed)
 
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    def one_round(_: int, state: tuple[Array, Potential]) -> tuple[Array, Potential]:
-        steps, found = state  # points about the path, `(points, time, state)`: at first all on it
+    def one_round(_: int, state: tuple[Array, Potential, Array]) -> tuple[Array, Potential, Array]:
+        offsets, found = state[:2]  # points about the path, `(points, time, state)`: at first all on it
 
         def average(path: Array) -> Array:
-            return jnp.sum(weights * jax.vmap(log_lik)(path + steps))
+            return jnp.sum(weights * jax.vmap(log_lik)(path + offsets))
 
-        found = mode_potentials(prior, average, rank=rank, start=found.center, num_iters=num_iters)
-        return _spread(prior, found), found
+        path = near_mode(prior, average, rank=rank, start=found.center, num_iters=num_iters)
+        found = potentials_at(prior, average, path, rank=rank)
+        return _spread(prior, found), found, converged(prior, average, path, found.center - path)
 
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
     path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype)) if path is None else path
     nothing = jnp.zeros_like(path)
     start = Potential(jnp.zeros((*path.shape, rank), y.dtype), nothing, center=path, slope=nothing, scale=nothing)
-    steps = jnp.zeros((len(points), *path.shape), y.dtype)
-    return jax.lax.fori_loop(0, num_rounds + 1, one_round, (steps, start))[1]
+    offsets = jnp.zeros((len(points), *path.shape), y.dtype)
+    _, found, is_mode = jax.lax.fori_loop(0, num_rounds + 1, one_round, (offsets, start, jnp.zeros((), bool)))
+    return found, is_mode
 
 
 def _points(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ from pssm.distributions import StatePath
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul
-from pssm.modes.mode import check_start, gauss_newton, mode_path, through_noise
+from pssm.modes.mode import check_start, gauss_newton, near_mode, through_noise
+from pssm.modes.search import converged, insist
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
@@ -27,7 +28,8 @@ def laplace_path(
 ) -> SmootherResult:
     """The path of highest posterior density and the Gaussian with its curvature there (Gauss-Newton).
 
-    Each step costs `O(time state^3)`; every step climbs, so that a bad start is slow and not wrong.
+    Each step costs `O(time state^3)`; every step climbs, so that a bad start is slow and not wrong. The search is over
+    when the step is short in units of the posterior's standard deviations.
 
     Args:
         model: any model; a linear-Gaussian one gives its exact posterior.
@@ -40,7 +42,11 @@ def laplace_path(
     Returns:
         A `SmootherResult`: the mode as `mean`, factors of the covariances, and as `log_likelihood` Laplace's estimate
         of the evidence, exact for a linear-Gaussian model and otherwise neither a bound nor unbiased. An emission that
-        is not log-concave at the mode counts as flat there; of the transition only first derivatives are used.
+        is not log-concave at the mode counts as flat there; of the transition only first derivatives are used. Under
+        `jit` NaN where the search has not converged.
+
+    Raises:
+        ValueError: a shape does not fit, or (outside of `jit`) the search has not converged.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -62,10 +68,11 @@ def laplace_path(
 
     close = 1e-12 if series.dtype == jnp.float64 else 1e-6
     first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
-    path = mode_path(prior, log_lik, rank=model.n_state, start=first, num_iters=num_iters, tolerance=close)
+    path = near_mode(prior, log_lik, rank=model.n_state, start=first, num_iters=num_iters, tolerance=close)
     step = gauss_newton(prior, log_lik, path)
-    path = path + step.move  # a gain too small to be seen in the density is still one in the path
-    return _about_mode(prior, path, step.J, log_lik(path))
+    is_mode = converged(prior, log_lik, path, step.move)
+    path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))
+    return _about_mode(prior, path, J, log_lik(path))
 
 
 def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> SmootherResult:

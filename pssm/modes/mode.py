@@ -33,9 +33,9 @@ from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 from pssm.modes.matrix_free import gauss_newton_matrix_free
+from pssm.modes.search import climb, converged, insist, start_path
 
 DENSE = 64  # states up to this size get messages as matrices, larger ones (with diagonal noise) as low-rank forms
-_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # lengths tried along a Gauss-Newton direction
 
 
 PotentialsAtMode = Potential  # with its `scale`; written around the mode
@@ -62,7 +62,11 @@ def mode_potentials(
         num_iters: most Gauss-Newton steps.
 
     Returns:
-        A `Potential` written around the mode, with the posterior's `scale`.
+        A `Potential` written around the mode, with the posterior's `scale`; under `jit` NaN in each series whose search
+        has not converged.
+
+    Raises:
+        ValueError: (outside of `jit`) the search has not converged.
     """
     path = mode_path(prior, log_lik, rank=rank, diagonal=diagonal, start=start, num_iters=num_iters)
     return potentials_at(prior, log_lik, path, rank=rank, diagonal=diagonal)
@@ -78,13 +82,57 @@ def mode_path(
     num_iters: int = 30,
     tolerance: float | None = None,
 ) -> Array:
-    """The path of highest posterior density near `start`; arguments as in `mode_potentials` and `find_mode`."""
+    """The path of highest posterior density near `start`, by Gauss-Newton steps; each of them climbs.
+
+    Args:
+        prior: the path prior.
+        log_lik: as in `mode_potentials`.
+        rank: of the messages, where the state is large (`matrix_free.py`).
+        diagonal: whether a diagonal goes beside them.
+        start: a path to start from; by default the prior's path without noise.
+        num_iters: most Gauss-Newton steps.
+        tolerance: the search is over when the squared length of the step, in standard deviations of the posterior, is
+            less; 1e-8, in single precision 1e-5.
+
+    Returns:
+        The path, `(*batch, time, state)`; under `jit` NaN in each series whose search has not converged.
+
+    Raises:
+        ValueError: (outside of `jit`) the search has not converged.
+    """
+    options: dict[str, Any] = {"rank": rank, "diagonal": diagonal}
+    path = near_mode(prior, log_lik, start=start, num_iters=num_iters, tolerance=tolerance, **options)
+    move = _direction(prior, log_lik, **options)(path)
+    return insist(path, converged(prior, log_lik, path, move), num_iters)
+
+
+def near_mode(
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    *,
+    rank: int,
+    diagonal: bool = True,
+    start: Array | None = None,
+    num_iters: int = 30,
+    tolerance: float | None = None,
+) -> Array:
+    """As `mode_path`, but as far as the steps have come: a posterior written around any path is a posterior."""
+    path = start_path(prior, log_lik) if start is None else start
+    if tolerance is None:
+        tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
+    direction = _direction(prior, log_lik, rank, diagonal)
+    return climb(prior, log_lik, direction, path, num_iters=num_iters, tolerance=tolerance)
+
+
+def _direction(
+    prior: StatePath, log_lik: Callable[[Array], Array], rank: int, diagonal: bool
+) -> Callable[[Array], Array]:
     if _is_large(prior):
         sd = noise_scale(prior)
         step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
     else:
         step = partial(gauss_newton, prior, log_lik)
-    return find_mode(prior, log_lik, lambda z: step(z).move, start=start, num_iters=num_iters, tolerance=tolerance)
+    return lambda path: step(path).move
 
 
 def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
@@ -144,51 +192,6 @@ def noise_scale(prior: StatePath) -> Array:
     return jnp.concatenate([jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (first, later)], axis=-2)
 
 
-def find_mode(
-    prior: StatePath,
-    log_lik: Callable[[Array], Array],
-    direction: Callable[[Array], Array],
-    *,
-    start: Array | None = None,
-    num_iters: int = 30,
-    tolerance: float | None = None,
-) -> Array:
-    """The path of highest posterior density near `start`, by steps along `direction(path)`; every step climbs.
-
-    It ends when a step gains less than `tolerance` of the log density: 1e-8, in single precision 1e-5.
-    """
-    if start is None:
-        start = prior.path_from_noise(jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype))
-        shape = jnp.broadcast_shapes(start.shape, jax.eval_shape(log_lik, start).shape + prior.event_shape)
-        start = jnp.broadcast_to(start, shape)
-    if tolerance is None:
-        tolerance = 1e-8 if start.dtype == jnp.float64 else 1e-5
-
-    def objective(path: Array) -> Array:
-        value = prior.log_prob(path) + log_lik(path)
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
-
-    def cond(state: tuple) -> Array:
-        _, _, count, going = state
-        return going & (count < num_iters)
-
-    def body(state: tuple) -> tuple:
-        path, best, count, _ = state
-        move = direction(path)
-        move = jnp.where(jnp.isfinite(move), move, 0.0)
-        values = jnp.stack([objective(path + size * move) for size in _STEPS])
-        chosen = jnp.argmax(values, axis=0)
-        value = jnp.max(values, axis=0)
-        better = value > best
-        size = jnp.where(better, jnp.asarray(_STEPS, path.dtype)[chosen], 0.0)
-        gain = jnp.where(better, value - best, 0.0)
-        going = jnp.any(gain > tolerance * (1.0 + jnp.abs(value)))
-        return path + size[..., None, None] * move, jnp.where(better, value, best), count + 1, going
-
-    state = jax.lax.while_loop(cond, body, (start, objective(start), 0, jnp.array(True)))
-    return state[0]
-
-
 class GaussNewton(NamedTuple):
     """One step from a path: where to move, and the messages about the path.
 
@@ -238,8 +241,10 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
             rows = as_matrix(factor)
             reduce, _, inverse = through_noise(rows, J)
-            w = matvec(reduce, h - matvec(J, mu))
-            return mu + matvec(rows, matvec(rows.T, w)), w, jnp.sum(matmul(rows, inverse.T) ** 2, axis=1)
+            pull = h - matvec(J, mu)
+            root = matmul(rows, inverse.T)
+            x = mu + matvec(root, matvec(root.T, pull))  # not `mu + Q w`: a wide `Q` would blow up the rounding of `w`
+            return x, matvec(reduce, pull), jnp.sum(root**2, axis=1)
 
         first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
 

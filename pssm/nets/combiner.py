@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count
-from pssm._types import Array, Float, Key, Series
+from pssm._keys import as_key
+from pssm._types import Array, Float, KeyLike, Series
 from pssm.nets.features import seen_and_filled
 
 
@@ -51,7 +52,8 @@ class Combiner(eqx.Module):
     variance: eqx.nn.Linear
     start: Array
 
-    def __init__(self, n_state: int, size: int, *, key: Key):
+    def __init__(self, n_state: int, size: int, *, key: KeyLike):
+        key = as_key(key)
         check_count("n_state", n_state)
         one, two, three = jax.random.split(key, 3)
         self.pull = eqx.nn.Linear(n_state, check_count("size", size), key=one)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count
-from pssm._types import Array, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, Float, KeyLike
 
 State = Float[Array, " state"]
 
@@ -25,7 +26,8 @@ class LinearDecoder(eqx.Module):
     C: Array
     d: Array
 
-    def __init__(self, n_state: int, n_obs: int, *, num_read: int | None = None, key: Key):
+    def __init__(self, n_state: int, n_obs: int, *, num_read: int | None = None, key: KeyLike):
+        key = as_key(key)
         read = _num_read(n_state, num_read)
         self.C = jax.random.normal(key, (check_count("n_obs", n_obs), read)) / jnp.sqrt(read)
         self.d = jnp.zeros(n_obs)
@@ -50,8 +52,9 @@ class MLPDecoder(eqx.Module):
     mlp: eqx.nn.MLP
 
     def __init__(
-        self, n_state: int, n_obs: int, *, hidden: int = 64, depth: int = 1, num_read: int | None = None, key: Key
+        self, n_state: int, n_obs: int, *, hidden: int = 64, depth: int = 1, num_read: int | None = None, key: KeyLike
     ):
+        key = as_key(key)
         self.mlp = eqx.nn.MLP(_num_read(n_state, num_read), n_obs, hidden, depth, activation=jax.nn.silu, key=key)
 
     def __call__(self, z: State) -> Float[Array, " obs"]:
@@ -80,7 +83,8 @@ class FrameDecoder(eqx.Module):
     layers: list[eqx.nn.ConvTranspose2d]
     start: tuple[int, int, int] = eqx.field(static=True)
 
-    def __init__(self, n_state: int, shape: Sequence[int], *, channels: Sequence[int] = (16, 8), key: Key):
+    def __init__(self, n_state: int, shape: Sequence[int], *, channels: Sequence[int] = (16, 8), key: KeyLike):
+        key = as_key(key)
         factor = 2 ** len(channels)
         if len(shape) != 2 or shape[0] % factor or shape[1] % factor:
             raise ValueError(f"`shape` must be (height, width), both divisible by {factor}; got {tuple(shape)}.")

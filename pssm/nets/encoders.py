@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_choice
-from pssm._types import Array, ArrayLike, Float, Key, Series
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike, Series
 from pssm.linalg.potential import Potential
 from pssm.nets.features import StepMLP, seen_and_filled
 from pssm.nets.mixers import GRU, LSTM, SelfAttention
@@ -176,7 +177,7 @@ def sequence_encoder(
     diagonal: bool = True,
     n_input: int = 0,
     data: ArrayLike | None = None,
-    key: Key,
+    key: KeyLike,
 ) -> SequenceEncoder:
     """A `SequenceEncoder` with usual parts: a perceptron on every step, a mixer, a linear head.
 
@@ -198,6 +199,7 @@ def sequence_encoder(
         >>> encode(jnp.ones((30, 5))).K.shape, encode.causal
         ((30, 2, 1), False)
     """
+    key = as_key(key)
     check_choice("mixer", mixer, MIXERS)
     one, two, three = jax.random.split(key, 3)
     front = StepMLP(n_obs, size, hidden=size, n_input=n_input, data=data, key=one)

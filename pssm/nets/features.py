@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import as_float, check_count
-from pssm._types import Array, ArrayLike, Bool, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Bool, Float, KeyLike
 
 
 def seen_and_filled(y: Array) -> tuple[Array, Array]:
@@ -47,8 +48,9 @@ class StepMLP(eqx.Module):
         depth: int = 1,
         n_input: int = 0,
         data: ArrayLike | None = None,
-        key: Key,
+        key: KeyLike,
     ):
+        key = as_key(key)
         check_count("n_obs", n_obs)
         size = 2 * n_obs + n_input
         act = jax.nn.silu
@@ -95,8 +97,9 @@ class AdditiveFeatures(eqx.Module):
         embedding: int = 8,
         n_input: int = 0,
         data: ArrayLike | None = None,
-        key: Key,
+        key: KeyLike,
     ):
+        key = as_key(key)
         first, second, third = jax.random.split(key, 3)
         self.phi = eqx.nn.MLP(1 + embedding, num_features, hidden, 1, activation=jax.nn.silu, key=first)
         self.embedding = jax.random.normal(second, (check_count("n_obs", n_obs), embedding))
@@ -136,8 +139,9 @@ class StridedCNN(eqx.Module):
         *,
         channels: Sequence[int] = (8, 16),
         n_input: int = 0,
-        key: Key,
+        key: KeyLike,
     ):
+        key = as_key(key)
         if len(shape) not in (2, 3):
             raise ValueError(f"`shape` must be (height, width) or (channels, height, width); got {tuple(shape)}.")
         depth, (height, width) = (shape[0] if len(shape) == 3 else 1), shape[-2:]

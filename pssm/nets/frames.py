@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count
-from pssm._types import Array, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, Float, KeyLike
 from pssm.nets.features import seen_and_filled
 from pssm.nets.mixers import LSTM
 
@@ -34,7 +35,8 @@ class FrameEncoder(eqx.Module):
     head: eqx.nn.Linear
     highest: float = eqx.field(static=True)
 
-    def __init__(self, front: Any, size: int, *, highest: float = 1.0, key: Key):
+    def __init__(self, front: Any, size: int, *, highest: float = 1.0, key: KeyLike):
+        key = as_key(key)
         if not highest > 0:
             raise ValueError(f"`highest` must be positive; got {highest}.")
         self.front, self.highest = front, highest
@@ -64,7 +66,8 @@ class HistoryWeights(eqx.Module):
     linear: eqx.nn.Linear
     before: Array
 
-    def __init__(self, size: int, num_bases: int = 3, hidden: int = 50, *, mixer: Any = None, key: Key):
+    def __init__(self, size: int, num_bases: int = 3, hidden: int = 50, *, mixer: Any = None, key: KeyLike):
+        key = as_key(key)
         one, two = jax.random.split(key)
         self.mixer = LSTM(check_count("size", size), hidden, key=one) if mixer is None else mixer
         self.linear = eqx.nn.Linear(self.mixer.size, check_count("num_bases", num_bases), key=two)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array, Float, Key, Shaped
+from pssm._keys import as_key
+from pssm._types import Array, Float, Key, KeyLike, Shaped
 
 
 def hide_entries(rate: float) -> Callable[[Key, Array], Array]:
@@ -22,7 +23,8 @@ def hide_steps(rate: float) -> Callable[[Key, Array], Array]:
     """Hides whole steps of a series `(time, ...)` with probability `rate`."""
     _check_rate(rate)
 
-    def hide(key: Key, y: Array) -> Array:
+    def hide(key: KeyLike, y: Array) -> Array:
+        key = as_key(key)
         hidden = jax.random.bernoulli(key, rate, y.shape[:1])
         return jnp.where(hidden.reshape(-1, *(1,) * (y.ndim - 1)), jnp.nan, y)
 
@@ -32,7 +34,8 @@ def hide_steps(rate: float) -> Callable[[Key, Array], Array]:
 def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
     """Hides everything after a random step, never one of the first `shortest`: the situation of a forecast."""
 
-    def hide(key: Key, y: Array) -> Array:
+    def hide(key: KeyLike, y: Array) -> Array:
+        key = as_key(key)
         end = jax.random.randint(key, (), shortest, y.shape[0] + 1)
         past = jnp.arange(y.shape[0]) < end
         return jnp.where(past.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
@@ -41,7 +44,7 @@ def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
 
 
 def coordinated_dropout(
-    key: Key, y: Shaped[Array, "*shape"], rate: float
+    key: KeyLike, y: Shaped[Array, "*shape"], rate: float
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Splits the entries at random: those that the encoder sees, and those that the likelihood scores; NaN elsewhere.
 
@@ -64,6 +67,7 @@ def coordinated_dropout(
     Source:
         Keshtkaran & Pandarinath 2019.
     """
+    key = as_key(key)
     _check_rate(rate)
     dropped = jax.random.bernoulli(key, rate, jnp.shape(y))
     return jnp.where(dropped, jnp.nan, y), jnp.where(dropped, y, jnp.nan)

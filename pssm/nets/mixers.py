@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count
-from pssm._types import Array, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, Float, KeyLike
 
 Sequence = Float[Array, "time in_size"]
 Outputs = Float[Array, "time size"]
@@ -40,7 +41,8 @@ class GRU(eqx.Module):
 
     causal = True
 
-    def __init__(self, in_size: int, size: int, *, key: Key):
+    def __init__(self, in_size: int, size: int, *, key: KeyLike):
+        key = as_key(key)
         self.cell = eqx.nn.GRUCell(check_count("in_size", in_size), check_count("size", size), key=key)
 
     @property
@@ -73,7 +75,8 @@ class LSTM(eqx.Module):
 
     causal = True
 
-    def __init__(self, in_size: int, size: int, *, key: Key):
+    def __init__(self, in_size: int, size: int, *, key: KeyLike):
+        key = as_key(key)
         self.cell = eqx.nn.LSTMCell(check_count("in_size", in_size), check_count("size", size), key=key)
 
     @property
@@ -131,8 +134,9 @@ class SelfAttention(eqx.Module):
         num_heads: int = 4,
         window: int | None = None,
         causal: bool = True,
-        key: Key,
+        key: KeyLike,
     ):
+        key = as_key(key)
         if size % check_count("num_heads", num_heads):
             raise ValueError(f"`size` must be divisible by `num_heads` ({num_heads}); got {size}.")
         keys = jax.random.split(key, 4)

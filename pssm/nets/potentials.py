@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pssm._checks import check_count, check_shape
-from pssm._types import Array, Key
+from pssm._keys import as_key
+from pssm._types import Array, KeyLike
 from pssm.linalg.potential import Potential
 
 PseudoObservation = Potential  # what an encoder calls it
@@ -100,8 +101,9 @@ class PotentialHead(eqx.Module):
     tied: bool = eqx.field(static=True)
 
     def __init__(
-        self, num_features: int, n_state: int, rank: int, *, diagonal: bool = True, tied: bool = True, key: Key
+        self, num_features: int, n_state: int, rank: int, *, diagonal: bool = True, tied: bool = True, key: KeyLike
     ):
+        key = as_key(key)
         check_count("rank", rank, least=0 if diagonal else 1)
         self.linear = eqx.nn.Linear(num_features, potential_size(n_state, rank, diagonal, tied), key=key)
         self.n_state, self.rank, self.diagonal, self.tied = n_state, rank, diagonal, tied

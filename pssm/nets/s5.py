@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import check_count
-from pssm._types import Array, Key
+from pssm._keys import as_key
+from pssm._types import Array, KeyLike
 from pssm.nets.mixers import Outputs, Sequence
 
 
@@ -59,8 +60,9 @@ class S5(eqx.Module):
         blocks: int = 1,
         depth: int = 1,
         dt: tuple[float, float] = (1e-3, 1e-1),
-        key: Key,
+        key: KeyLike,
     ):
+        key = as_key(key)
         first, *keys = jax.random.split(key, check_count("depth", depth) + 1)
         self.into = eqx.nn.Linear(in_size, size, key=first)
         self.layers = [S5Layer(size, n_state, blocks=blocks, dt=dt, key=k) for k in keys]
@@ -102,7 +104,8 @@ class S5Layer(eqx.Module):
     norm: eqx.nn.LayerNorm
     gate: eqx.nn.Linear
 
-    def __init__(self, size: int, n_state: int, *, blocks: int, dt: tuple[float, float], key: Key):
+    def __init__(self, size: int, n_state: int, *, blocks: int, dt: tuple[float, float], key: KeyLike):
+        key = as_key(key)
         if check_count("n_state", n_state) % (2 * check_count("blocks", blocks)):
             raise ValueError(f"`n_state` must be divisible by 2 `blocks` ({2 * blocks}); got {n_state}.")
         eigenvalues, vectors = hippo_normal(n_state // blocks)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import as_float, check_count
-from pssm._types import Array, ArrayLike, Float, Key
+from pssm._keys import as_key
+from pssm._types import Array, ArrayLike, Float, KeyLike
 
 State = Float[Array, " state"]
 Input = Float[Array, " input"]
@@ -39,7 +40,8 @@ class GatedTransition(eqx.Module):
     gate: eqx.nn.MLP
     proposal: eqx.nn.MLP
 
-    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, key: Key):
+    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, key: KeyLike):
+        key = as_key(key)
         one, two, three = jax.random.split(key, 3)
         size = check_count("n_state", n_state) + n_input
         linear = eqx.nn.Linear(n_state, n_state, key=one)
@@ -69,7 +71,8 @@ class GRUTransition(eqx.Module):
     cell: eqx.nn.GRUCell
     out: eqx.nn.Linear
 
-    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, key: Key):
+    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, key: KeyLike):
+        key = as_key(key)
         one, two, three = jax.random.split(key, 3)
         self.into = eqx.nn.Linear(check_count("n_state", n_state), hidden, key=one)
         self.cell = eqx.nn.GRUCell(max(n_input, 1), hidden, key=two)
@@ -95,7 +98,8 @@ class ResidualTransition(eqx.Module):
     mlp: eqx.nn.MLP
     scale: Array
 
-    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, scale: float = 0.1, key: Key):
+    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, scale: float = 0.1, key: KeyLike):
+        key = as_key(key)
         size = check_count("n_state", n_state) + n_input
         self.mlp = eqx.nn.MLP(size, n_state, hidden, 1, activation=jnp.tanh, key=key)
         self.scale = jnp.asarray(scale, jnp.result_type(float))
@@ -121,7 +125,8 @@ class MechanicalTransition(eqx.Module):
     force: eqx.nn.MLP
     scale: Array
 
-    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, scale: float = 0.1, key: Key):
+    def __init__(self, n_state: int, hidden: int = 64, *, n_input: int = 0, scale: float = 0.1, key: KeyLike):
+        key = as_key(key)
         if check_count("n_state", n_state) % 2:
             raise ValueError(f"`n_state` must be even, for as many velocities as places; got {n_state}.")
         self.force = eqx.nn.MLP(n_state + n_input, n_state // 2, hidden, 1, activation=jnp.tanh, key=key)
@@ -152,7 +157,8 @@ class LocallyLinearTransition(eqx.Module):
     B: Array
     weights: eqx.nn.MLP
 
-    def __init__(self, n_state: int, num_bases: int = 8, hidden: int = 32, *, n_input: int = 0, key: Key):
+    def __init__(self, n_state: int, num_bases: int = 8, hidden: int = 32, *, n_input: int = 0, key: KeyLike):
+        key = as_key(key)
         one, two = jax.random.split(key)
         n, many = check_count("n_state", n_state), check_count("num_bases", num_bases)
         self.A = jnp.eye(n) + 0.05 * jax.random.normal(one, (many, n, n))
@@ -186,7 +192,8 @@ class GraphTransition(eqx.Module):
     theta: Array
     graph: np.ndarray
 
-    def __init__(self, adjacency: ArrayLike, num_features: int = 1, hops: int = 1, *, key: Key):
+    def __init__(self, adjacency: ArrayLike, num_features: int = 1, hops: int = 1, *, key: KeyLike):
+        key = as_key(key)
         weights = np.asarray(as_float("adjacency", adjacency))
         if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or not np.allclose(weights, weights.T):
             raise ValueError(f"`adjacency` must be a symmetric matrix (node, node); got shape {weights.shape}.")

@@ -1,0 +1,155 @@
+"""The search for the mode of a path: steps along a direction that climbs, and when it is over.
+
+What counts is the slope of the log density along the step, never a difference of two of its values: with large counts
+these are large numbers whose rounding hides a gain of many nats. A Gauss-Newton step is `x = M g`, where `g` is the
+gradient and `M` an approximate covariance of the posterior. So the slope along it, `g'x = x' M^{-1} x`, is the squared
+length of the step in the posterior's standard deviations, and half of it is the gain that is left.
+
+Source:
+    Steps accepted by their slopes where rounding hides the values: Hager & Zhang 2005, "approximate Wolfe conditions".
+    The squared length as a measure of what is left (Newton decrement): Boyd & Vandenberghe 2004, section 9.5.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pssm._checks import is_traced
+from pssm._types import Array
+from pssm.distributions import StatePath
+
+Function = Callable[[Array], Array]
+
+TRIALS = 60  # most halvings or doublings of a step
+LEFT = 1e-2, 1e-5  # squared length of the step that may be left in the end: in all, and for each number of the path
+
+
+class _Line(NamedTuple):
+    """The log density and its slope at a point of the line along a step, for each lane."""
+
+    value: Array
+    slope: Array
+
+
+def start_path(prior: StatePath, log_lik: Function) -> Array:
+    """The path of the prior without noise, with the batch shape of the log-likelihood too."""
+    start = prior.path_from_noise(jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype))
+    shape = jnp.broadcast_shapes(start.shape, jax.eval_shape(log_lik, start).shape + prior.event_shape)
+    return jnp.broadcast_to(start, shape)
+
+
+def climb(
+    prior: StatePath, log_lik: Function, direction: Function, start: Array, *, num_iters: int, tolerance: float
+) -> Array:
+    """The path after at most `num_iters` steps along `direction(path)`.
+
+    A lane (an entry of the batch) is over when the squared length of its step in standard deviations is below
+    `tolerance`, or when the step moves no number by more than rounding does.
+    """
+    along = _along(prior, log_lik)
+
+    def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        path, count, _ = state
+        move = direction(path)
+        move = jnp.where(jnp.isfinite(move), move, 0.0)
+        here = along(path, move)
+        going = ~_settled(path, move, here, tolerance)
+        size = jnp.where(going, _length(lambda s: along(path + _wide(s) * move, move), here, path), 0.0)
+        return path + _wide(size) * move, count + 1, jnp.any(size > 0)
+
+    state = start, jnp.zeros((), int), jnp.ones((), bool)
+    return jax.lax.while_loop(lambda state: state[2] & (state[1] < num_iters), body, state)[0]
+
+
+def converged(prior: StatePath, log_lik: Function, path: Array, move: Array) -> Array:
+    """Whether a path is a mode, given the step from it, for each lane.
+
+    What is left must not matter in a result: a gain of `LEFT` at most, or a step within some units of rounding.
+    """
+    here = _along(prior, log_lik)(path, move)
+    left = LEFT[0] + LEFT[1] * prior.num_steps * prior.n_state
+    return _settled(path, move, here, left, units=16)
+
+
+def insist(found: Array, is_mode: Array, num_iters: int) -> Array:
+    """What was found at a path; where that is no mode an error, or NaN (in its lane) where it is traced."""
+    if is_traced(is_mode):
+        return jnp.where(_wide(is_mode), found, jnp.nan)
+    if not bool(jnp.all(is_mode)):
+        raise ValueError(
+            f"`num_iters`: the search for the mode has not converged after {num_iters} steps. Allow more, begin with a "
+            "`start` near the mode, or use 64-bit numbers; a density with kinks or without a maximum has no such mode."
+        )
+    return found
+
+
+def _wide(size: Array) -> Array:
+    return size[..., None, None]
+
+
+def _along(prior: StatePath, log_lik: Function) -> Callable[[Array, Array], _Line]:
+    """The log density of a path and its slope along a step.
+
+    Where the likelihood is one number for a whole batch, the batch is one lane.
+    """
+
+    def objective(path: Array) -> Array:
+        own, seen = prior.log_prob(path), log_lik(path)
+        value = own + seen if seen.shape == own.shape else jnp.sum(own) + jnp.sum(seen)
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+    return lambda path, move: _Line(*jax.jvp(objective, (path,), (move,)))
+
+
+def _settled(path: Array, move: Array, here: _Line, tolerance: float, units: int = 4) -> Array:
+    """Whether nothing is left to gain; `units` of rounding are those of the largest number of each variable."""
+    reach = jnp.max(jnp.abs(path), axis=-2, keepdims=True)
+    still = jnp.abs(move) <= units * jnp.finfo(path.dtype).eps * reach
+    still = jnp.all(still, axis=(-2, -1) if here.slope.ndim == path.ndim - 2 else None)
+    return jnp.isfinite(here.value) & (still | (jnp.abs(here.slope) <= tolerance))
+
+
+def _length(at: Callable[[Array], _Line], here: _Line, path: Array) -> Array:
+    """The share of a step that is taken, for each lane: 1, 1/2, 1/4, ... or 2, 4, ...; 0 where none is good.
+
+    A share is good where the value rises by a part of what the slope promises; or where it does not fall by more than
+    rounding may explain and the slope has become smaller (a share of a short step needs the slope alone).
+    """
+    rounding = 30 * jnp.finfo(path.dtype).eps ** 0.5 * (1.0 + jnp.abs(here.value))
+    short = 1e-2 * path.shape[-2] * path.shape[-1]
+
+    def good(size: Array, there: _Line) -> Array:
+        gain = size * here.slope
+        rises = there.value >= jnp.where(jnp.isfinite(here.value), here.value + 1e-4 * gain, -jnp.inf)
+        hidden = (there.value >= here.value - rounding) | (gain <= short)
+        flatter = jnp.isfinite(there.slope) & (jnp.abs(there.slope) <= 0.9 * jnp.abs(here.slope))
+        return jnp.isfinite(there.value) & (rises | (hidden & flatter))
+
+    climbs = (here.slope > 0) | ~jnp.isfinite(here.value)
+
+    def shrink(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        size, fits, count = state
+        size = jnp.where(fits, size, 0.5 * size)
+        return size, fits | good(size, at(size)), count + 1
+
+    one = jnp.ones(here.value.shape, path.dtype)
+    first = at(one)
+    fits = good(one, first)
+    start = one, fits, jnp.zeros((), int)
+    size, found, _ = jax.lax.while_loop(lambda s: jnp.any(climbs & ~s[1]) & (s[2] < TRIALS), shrink, start)
+
+    def steep(there: _Line) -> Array:  # the step has brought a small part of what can be gained along it
+        return there.slope > 0.1 * here.slope
+
+    def grow(state: tuple[Array, _Line, Array, Array]) -> tuple[Array, _Line, Array, Array]:
+        size, last, more, count = state
+        there = at(2.0 * size)
+        more = more & good(2.0 * size, there) & (there.value >= last.value)
+        last = _Line(*(jnp.where(more, new, old) for new, old in zip(there, last, strict=True)))
+        return jnp.where(more, 2.0 * size, size), last, more & steep(there), count + 1
+
+    start = size, first, climbs & fits & steep(first), jnp.zeros((), int)
+    size, *_ = jax.lax.while_loop(lambda s: jnp.any(s[2]) & (s[3] < TRIALS), grow, start)
+    return jnp.where(climbs & found, size, 0.0)
