@@ -168,7 +168,10 @@ MODES = {
         lambda y: batch(y, False), lambda: np.stack([dense(of_poisson, y)()[0] for y in SERIES]), args=(SERIES,)
     ),
     "a batch with one likelihood": Situation(
-        lambda y: batch(y, True), lambda: np.stack([dense(of_poisson, y)()[0] for y in SERIES]), args=(SERIES,)
+        lambda y: batch(y, True),
+        lambda: np.stack([dense(of_poisson, y)()[0] for y in SERIES]),
+        args=(SERIES,),
+        close=(1e-6, 1e-4),
     ),
     "a start far above": Situation(
         lambda y: laplace_path(model(poisson, m0=100.0, sd0=50.0), y).mean[:, 0],
@@ -276,10 +279,10 @@ MOMENTS = {
         with_missing, circle(3.1, 0.5, 4.0, -3.0)[2], args=(np.array([[np.nan, 3.0]]),), close=(1e-4, 1e-4)
     ),
     "a smoothed angle": Situation(
-        lambda y: gaussian_smoother(model(angle(), 3.1, 0.5, sd=0.0), y, num_iters=8).mean[:, 0],
+        lambda y: gaussian_smoother(model(angle(), 3.1, 0.5, sd=0.0), y, num_iters=4).mean[:, 0],
         np.full(3, circle(3.1, 0.5, 4.0, -3.0)[2]),
         args=(np.array([[np.nan], [-3.0], [np.nan]]),),
-        close=(1e-4, 1e-4),
+        close=(1e-4, 1e-4), precisions=(True,),
     ),
     "particles moved by an angle": Situation(
         lambda y: estimate(y, proposal="ekf"), circle(3.1, 0.5, 50.0, -3.0)[1], args=(np.array([[-3.0]]),),
