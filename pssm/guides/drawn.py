@@ -10,8 +10,8 @@ from numpyro.infer.autoguide import AutoGuide
 
 from pssm._checks import as_float
 from pssm._types import Array, ArrayLike, Key
-from pssm.guides.model_run import structure
 from pssm.guides.others import OtherSites
+from pssm.guides.plates import structure
 
 CHUNK = 500  # draws at once
 

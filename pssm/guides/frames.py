@@ -19,7 +19,8 @@ from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPos
 from pssm.distributions.unwrap import unwrap
 from pssm.filters.along import along_filter
 from pssm.guides.drawn import DrawnGuide
-from pssm.guides.model_run import ModelRun, plates_of, structure
+from pssm.guides.model_run import ModelRun
+from pssm.guides.plates import plates_of, structure
 from pssm.linalg import Diagonal
 from pssm.register import is_trainable, register
 

@@ -14,8 +14,9 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from pssm._types import Array
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.drawn import DrawnGuide
-from pssm.guides.model_run import ModelRun, PathSite, plates_of, structure
+from pssm.guides.model_run import ModelRun, PathSite
 from pssm.guides.others import OtherSites
+from pssm.guides.plates import plates_of, structure
 from pssm.guides.posteriors import FAMILIES, Posterior
 from pssm.guides.transport import transported
 

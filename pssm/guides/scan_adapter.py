@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
@@ -16,6 +15,7 @@ from numpyro.primitives import Messenger
 from pssm._types import Array
 from pssm.distributions import StatePath
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.model_run import depends_on
 from pssm.linalg import Diagonal
 
 
@@ -191,16 +191,8 @@ def _prior(f: Any, init: Any, xs: Any, length: int, name: str) -> tuple[StatePat
 
 
 def _depends(fn: Callable[[Array], Any], x: Array) -> bool:
-    """Whether any array of the result is computed from `x`: by the program, so under `jit` too.
-
-    An equation with an inner program counts as a whole.
-    """
-    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
-    reached = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(v in reached for v in eqn.invars if not isinstance(v, Literal)):
-            reached.update(eqn.outvars)
-    return any(v in reached for v in jaxpr.outvars if not isinstance(v, Literal))
+    """Whether any array of the result is computed from `x`."""
+    return any(depends_on(lambda x: jax.tree.leaves(fn(x)), x))
 
 
 class AutoScanStateSpace(AutoStateSpace):

@@ -32,6 +32,7 @@ from pssm.distributions import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
+from pssm.modes.coupled import Conjugate, group_shape, hessian_times, sum_groups
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 
 DENSE = 64  # states up to this size get messages as matrices, larger ones (with diagonal noise) as low-rank forms
@@ -54,8 +55,8 @@ def mode_potentials(
 
     Args:
         prior: the path prior.
-        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch` or `()`; each step's state enters its
-            own summand only.
+        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch`, with axes of length 1 (or none)
+            where series share a term; each step's state enters its own summand only.
         rank: columns of `K`, at most `state`.
         diagonal: whether a diagonal goes beside them.
         start: a path to start from; by default the prior's path without noise.
@@ -164,18 +165,26 @@ def find_mode(
     if tolerance is None:
         tolerance = 1e-8 if start.dtype == jnp.float64 else 1e-5
 
+    groups = group_shape(log_lik, start)
+    coupled = groups != start.shape[:-2]
+
+    def density(path: Array) -> Array:
+        return sum_groups(prior.log_prob(path), groups) + log_lik(path)
+
     def objective(path: Array) -> Array:
-        value = prior.log_prob(path) + log_lik(path)
+        value = density(path)
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
     def cond(state: tuple) -> Array:
-        _, _, count, going = state
+        _, _, count, going, _ = state
         return going & (count < num_iters)
 
     def body(state: tuple) -> tuple:
-        path, best, count, _ = state
+        path, best, count, _, memory = state
         move = direction(path)
         move = jnp.where(jnp.isfinite(move), move, 0.0)
+        if coupled:
+            move, memory = memory.next(density, path, move)
         values = jnp.stack([objective(path + size * move) for size in _STEPS])
         chosen = jnp.argmax(values, axis=0)
         value = jnp.max(values, axis=0)
@@ -183,9 +192,10 @@ def find_mode(
         size = jnp.where(better, jnp.asarray(_STEPS, path.dtype)[chosen], 0.0)
         gain = jnp.where(better, value - best, 0.0)
         going = jnp.any(gain > tolerance * (1.0 + jnp.abs(value)))
-        return path + size[..., None, None] * move, jnp.where(better, value, best), count + 1, going
+        return path + size[..., None, None] * move, jnp.where(better, value, best), count + 1, going, memory
 
-    state = jax.lax.while_loop(cond, body, (start, objective(start), 0, jnp.array(True)))
+    memory = Conjugate.start(start) if coupled else None
+    state = jax.lax.while_loop(cond, body, (start, objective(start), 0, jnp.array(True), memory))
     return state[0]
 
 
@@ -274,13 +284,8 @@ def sites(log_lik: Callable[[Array], Array], path: Array) -> tuple[Array, Array]
     one column of all blocks.
     """
     n = path.shape[-1]
-    slope = jax.grad(lambda z: jnp.sum(log_lik(z)))
-    gradient = slope(path)
-
-    def column(unit: Array) -> Array:
-        return jax.jvp(slope, (path,), (jnp.broadcast_to(unit, path.shape),))[1]
-
-    hessian = jnp.moveaxis(jax.lax.map(column, jnp.eye(n, dtype=path.dtype)), 0, -1)
+    gradient, times = hessian_times(log_lik, path)
+    hessian = jnp.moveaxis(jax.lax.map(times, jnp.eye(n, dtype=path.dtype)), 0, -1)
     curvature = -0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     curvature = jnp.where(jnp.isfinite(curvature), curvature, 0.0)
