@@ -60,6 +60,10 @@ class Encoded(FromPotentials):
             potential = site.at_mode(rank, self.form.diagonal, start=start, num_iters=self.refine - 1)
         return self.form.distribution(prior, potential, backward)
 
+    @property
+    def reads_data(self) -> bool:  # noqa: D102
+        return self.refine > 0 or not callable(self.data)
+
     def evaluated(self) -> "Encoded":  # noqa: D102
         return replace(self, masking=None)
 
@@ -92,6 +96,10 @@ class Conditionals(Posterior):
     @property
     def family(self) -> str:  # noqa: D102
         return "chain"
+
+    @property
+    def reads_data(self) -> bool:  # noqa: D102
+        return not callable(self.data)
 
     def distribution(self, site: PathSite) -> ConditionedPath:  # noqa: D102
         encode = site.network("encoder", self.encoder, self.trainable)

@@ -32,6 +32,7 @@ class Whole:
         self.fn = self.__wrapped__ = fn  # the second is what `inspect.signature` looks for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls it."""
         with WholePlates():
             return self.fn(*args, **kwargs)
 

@@ -52,16 +52,23 @@ def scan_path(model: Callable[..., Any], site: str) -> Callable[..., Any]:
         >>> trace["z"]["value"].shape, trace["y"]["fn"].batch_shape
         ((20, 1), (20,))
     """
+    return _PathModel(model, site)
 
-    def path_model(*args: Any, **kwargs: Any) -> Any:
-        messenger = _PathOfScan(site)
+
+class _PathModel:
+    """The model of `scan_path`."""
+
+    def __init__(self, model: Callable[..., Any], site: str):
+        self.model = self.__wrapped__ = model
+        self.site = site
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        messenger = _PathOfScan(self.site)
         with messenger:
-            out = model(*args, **kwargs)
+            out = self.model(*args, **kwargs)
         if not messenger.found:
-            raise ValueError(f"`site`: the model has no scan whose body samples {site!r}.")
+            raise ValueError(f"`site`: the model has no scan whose body samples {self.site!r}.")
         return out
-
-    return path_model
 
 
 class _PathOfScan(Messenger):
