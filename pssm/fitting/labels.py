@@ -1,4 +1,4 @@
-"""What the objective of a fit by SVI is: a bound, a surrogate, or a density at a point; and what weights are made of."""
+"""What the objective of a fit by SVI is: a bound, a surrogate, a density at a point. Guide and model on all data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -106,7 +106,7 @@ def check_density(fit: Any) -> None:
         guide = fit.svi.guide
         names = ", ".join(f"`{name}`" for name in point_masses(guide, fit.params, fit.args, fit.kwargs))
         raise ValueError(
-            f"`fit`: its guide ({type(guide).__name__}) has all its mass at one point ({names or 'its mode'}), so there "
-            "is no ELBO and there are no weights: minus its loss is the log joint density at that point, no bound. Fit "
+            f"`fit`: its guide ({type(guide).__name__}) gives {names or 'a site'} one value, so there is no ELBO and "
+            "there are no weights: minus its loss is the log joint density there, and no bound. Fit "
             '`guide="mvn"`, or `global_guide=AutoMultivariateNormal`.'
         )

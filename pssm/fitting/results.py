@@ -22,7 +22,7 @@ from pssm.fitting.portable import kept, restore
 from pssm.fitting.training import Settings, TrainState
 from pssm.guides.paths import BOUND
 from pssm.guides.plates import Whole, WholePlates
-from pssm.storage.pickling import dumps
+from pssm.storage.pickling import Copied, dumps
 
 EXACT = "exact posterior (Markov chain)"
 
@@ -58,7 +58,7 @@ class MCMCFit(MCMC):
         self.seed, self.seconds, self.ended, self.note = seed, seconds, ended, note
 
 
-class SVIFit(SVIRunResult):
+class SVIFit(Copied, SVIRunResult):
     """NumPyro's `SVIRunResult` (`params`, `state`, `losses`) with what made it and whether it converged.
 
     Attributes:
@@ -150,7 +150,7 @@ def convergence(losses: np.ndarray) -> tuple[bool, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class FitRecord:
+class FitRecord(Copied):
     """A fit of any method: all that predictions, diagnostics and files need of it.
 
     Attributes:
@@ -185,10 +185,24 @@ class FitRecord:
     run: Any = field(default=None, repr=False)
     engine: Any = field(default=None, repr=False)
 
+    def __reduce__(self) -> Any:
+        state = dict(vars(self))
+        if isinstance(self.sample, _GuideDraws) and self.sample.fit.svi.guide is self.guide:
+            state["guide"] = None  # which goes with the fit
+        return _record, (type(self), dumps(state))
+
     def draws(self, num_samples: int = 4000, key: Key | int = 0) -> dict[str, np.ndarray]:
         """Posterior draws of all sites, as of `posterior_draws`; the same key gives the same draws."""
         found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
         return {name: np.asarray(x) for name, x in found.items()}
+
+
+def _record(kind: type, data: bytes) -> FitRecord:
+    """The record of a pickle."""
+    state = pickle.loads(data)
+    if isinstance(state["sample"], _GuideDraws) and state["guide"] is None:
+        state["guide"] = state["sample"].fit.svi.guide
+    return kind(**state)
 
 
 Fit = MCMC | SVIFit | FitRecord

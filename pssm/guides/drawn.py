@@ -12,12 +12,12 @@ from pssm._checks import as_float
 from pssm._types import Array, ArrayLike, Key
 from pssm.guides.others import OtherSites
 from pssm.guides.plates import Whole, runs_whole, structure
-from pssm.storage.pickling import reduced
+from pssm.storage.pickling import Copied, reduced
 
 CHUNK = 500  # draws at once
 
 
-class DrawnGuide(AutoGuide):
+class DrawnGuide(Copied, AutoGuide):
     """An AutoGuide that answers by draws, for any arguments of the model.
 
     Of its first call it keeps the model's structure, in `prototype_trace`: names, shapes and plates.
@@ -66,7 +66,7 @@ class DrawnGuide(AutoGuide):
         if missing or not seen:
             what = f"does not observe `{missing[0]}`, as it did in the fit" if missing else "observes nothing"
             raise ValueError(
-                f"`args`: with them the model {what}, and a guide keeps no data. Give it the data of the fit, or others "
+                f"`args`: with them the model {what}, and a guide keeps no data. Give the data of the fit, or others "
                 "with NaN where missing. For predictions, first draw given the data: `Predictive(model, "
                 "guide.sample_posterior(key, params, *args, sample_shape=(100,)))(key)`."
             )

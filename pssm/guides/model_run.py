@@ -16,7 +16,7 @@ from pssm._checks import check_choice
 from pssm._types import Array, Key
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
-from pssm.guides.plates import apart
+from pssm.guides.plates import Whole, apart, are_whole
 from pssm.linalg.potential import Potential
 from pssm.modes.mode import mode_path, potentials_at
 from pssm.register import register
@@ -34,7 +34,8 @@ class ModelRun:
 
     def expose_params(self, values: dict[str, Array]) -> dict[str, Array]:
         """Runs the model with its `param` sites in the open, as the guide's own; returns their values."""
-        hidden = handlers.block(self._prepared(values), hide_fn=lambda site: site["type"] not in ("param", "mutable"))
+        run = Whole(self._prepared(values)) if are_whole() else self._prepared(values)
+        hidden = handlers.block(run, hide_fn=lambda site: site["type"] not in ("param", "mutable"))
         trace = handlers.trace(hidden).get_trace(*self.args, **self.kwargs)
         return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
@@ -182,6 +183,17 @@ class PathSite(NamedTuple):
         y, batch = self.run.data(self.name, self.values, sites)
         cores = {"y": y.ndim - len(batch), "u": 2}
         return ({"y": y} if self.prior.u is None else {"y": y, "u": self.prior.u}), cores, batch
+
+    def lengths(self, given: Callable[..., Any]) -> Array:
+        """The numbers of steps `(*batch,)` that a function of the model's arguments gives for all trials."""
+        count = jnp.asarray(given(*self.run.args, **self.run.kwargs), int)
+        for plate, dim, size, full in self.plates:
+            if size != full and count.ndim >= -dim and count.shape[dim] == full:
+                count = jnp.take(count, self.run.indices[plate], axis=dim)
+        batch = self.shape[:-2]
+        if count.shape not in ((), batch):
+            raise ValueError(f"`lengths` must give a number for each series, of shape {batch}; got {count.shape}.")
+        return jnp.broadcast_to(count, batch)
 
     def at_mode(self, rank: int, diagonal: bool, *, start: Array | None, num_iters: int) -> Potential:
         """Potentials at the mode of the path, for the current values."""

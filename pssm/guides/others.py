@@ -1,7 +1,7 @@
 """The guide of the latent sites beside the paths: any NumPyro guide, run in the plates and with the data of ours."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuide, AutoMultivariateNormal, AutoNormal
 
 from pssm._types import Array
+from pssm.guides.plates import WholePlates, are_whole
 
 PREPARED = (AutoNormal, AutoMultivariateNormal, AutoDiagonalNormal, AutoDelta)  # keep nothing but their prototype
 
@@ -60,7 +61,8 @@ class OtherSites:
         """Runs the guide; `indices` are those of the plates that are there already."""
         self._set_up_again(args, kwargs)
         plates = {name: {"type": "plate", "value": x} for name, x in indices.items()}
-        with self.at(args, kwargs), handlers.block(hide=list(plates)), handlers.replay(trace=plates):
+        whole = WholePlates() if are_whole() else nullcontext()  # what is hidden does not hear one outside
+        with self.at(args, kwargs), handlers.block(hide=list(plates)), handlers.replay(trace=plates), whole:
             return self.guide() if isinstance(self.guide, AutoGuide) else self.guide(*args, **kwargs)
 
     def prepare(self, args: tuple, kwargs: dict[str, Any]) -> bool:

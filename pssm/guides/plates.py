@@ -68,7 +68,7 @@ def structure(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
             if site["type"] == "plate":
                 kept["args"] = site["args"]
             if site["type"] == "sample":
-                kept["shape"] = jnp.shape(site["value"])
+                kept["shape"], kept["event_dim"] = jnp.shape(site["value"]), site["fn"].event_dim
                 kept["is_path"] = isinstance(unwrap(site["fn"])[0], StatePath)
             found[name] = kept
         return 0
@@ -99,7 +99,12 @@ def runs_whole(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -
     It cannot where the arguments are a minibatch already, of the plate's subsample size.
     """
     try:
-        structure(Whole(model), args, kwargs)
+        sites = structure(Whole(model), args, kwargs)
     except (TypeError, ValueError, IndexError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for name, site in sites.items():
+        for frame in site["cond_indep_stack"] if site["type"] == "sample" else ():
+            rows = site["shape"][frame.dim - site["event_dim"] :][:1]
+            if len(site["shape"]) >= site["event_dim"] - frame.dim and rows != (frame.size,):
+                return f"`{name}` has {rows[0]} of the {frame.size} rows"
     return ""

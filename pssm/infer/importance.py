@@ -117,9 +117,9 @@ def importance_bound(
         An `EvidenceBound`.
 
     Raises:
-        ValueError: `resample_every` with a guide that has no unbatched `LowRankChain` site; a guide without a density (a
-            point mass such as `AutoDelta`, or moment-matched); a model that takes a random part of its data and cannot
-            run on all.
+        ValueError: `resample_every` with a guide that has no unbatched `LowRankChain` site; a guide without a density
+            (a point mass such as `AutoDelta`, or moment-matched); a model that takes a random part of its data and
+            cannot run on all.
         FloatingPointError: no draw has a finite weight.
 
     Source:

@@ -3,6 +3,7 @@
 This is for sending a fit to another process. The files of `save` hold no pickles.
 """
 
+import copy
 import io
 import pickle
 import sys
@@ -54,6 +55,25 @@ def reduced(x: Any, state: Any) -> tuple[Any, tuple[type, bytes]]:
     return restored, (type(x), dumps(state))
 
 
+class Copied:
+    """An object with a pickle of its own, whose copies need none."""
+
+    def __copy__(self) -> Any:
+        return self._with(self, vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        values = copy.deepcopy(tuple(self), memo) if isinstance(self, tuple) else self
+        found = memo[id(self)] = self._with(values, {})
+        vars(found).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return found
+
+    def _with(self, values: Any, state: dict[str, Any]) -> Any:
+        kind: Any = type(self)
+        found = tuple.__new__(kind, values) if issubclass(kind, tuple) else object.__new__(kind)
+        vars(found).update(state)
+        return found
+
+
 class NotKept:
     """Stands for what no pickle can hold; says so where it is used.
 
@@ -70,6 +90,7 @@ class NotKept:
         return self.value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses."""
         raise ValueError(f"`{self.name}` cannot be pickled, and was left out of the fit's pickle; make a new `SVI`.")
 
     init = update = eval_and_update = eval_and_stable_update = __call__
