@@ -77,9 +77,7 @@ class ConditionedPath(dist.Distribution):
                 f"`conditional` must return (mean, sd), both of shape {self.start.shape}; got shapes {shapes}."
             )
         if (prior is None) != (seen is None):
-            raise ValueError(
-                "`prior` and `seen` go together: one says what the steps follow that the other leaves out."
-            )
+            raise ValueError("`prior` and `seen` go together: the steps that are not `seen` follow `prior`.")
         if prior is not None and prior.event_shape != (self.h.shape[-2], self.start.shape[0]):
             raise ValueError(
                 f"`prior` must be of paths {(self.h.shape[-2], self.start.shape[0])}; got {prior.event_shape}."
@@ -87,9 +85,9 @@ class ConditionedPath(dist.Distribution):
         self.prior, self.seen = prior, None if seen is None else jnp.asarray(seen, bool)
         self._dynamic, self._static = split_callable(conditional)
         event = (self.h.shape[-2], self.start.shape[0])
-        batch = (
-            self.h.shape[:-2] if self.seen is None else jnp.broadcast_shapes(self.h.shape[:-2], self.seen.shape[:-1])
-        )
+        batch = self.h.shape[:-2]
+        if prior is not None and self.seen is not None:
+            batch = jnp.broadcast_shapes(batch, self.seen.shape[:-1], prior.batch_shape)
         super().__init__(batch, event, validate_args=validate_args)
 
     @property

@@ -48,7 +48,7 @@ class DrawnGuide(Copied, AutoGuide):
                 self._setup_prototype(*args, **kwargs)
             return self._others is None or self._others.prepare(args, kwargs)
 
-    def check_data(self, sites: dict[str, dict[str, Any]], reads: bool = True) -> None:
+    def _check_data(self, sites: dict[str, dict[str, Any]], reads: bool = True) -> None:
         """Refuses a call without the data that the posterior is made from.
 
         The model would make up data of its own, and the posterior would be that of these.

@@ -94,7 +94,7 @@ class AmortizedFrames(DrawnGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Runs the guide; returns a value for every latent site."""
         sites = structure(self.model, args, kwargs)
-        self.check_data(sites)
+        self._check_data(sites)
         latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
         if "a" not in latent or set(latent) - {"a", "z", "zeta"}:
             raise ValueError(

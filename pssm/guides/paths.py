@@ -109,7 +109,7 @@ class PathGuide(DrawnGuide):
                 f"{', '.join(latent) or '(none)'}. Use a NumPyro AutoGuide, or sample the states with StatePath."
             )
         sites, self.prototype_trace = self.prototype_trace, None
-        self.check_data(sites)  # what is not observed would be taken for a latent site
+        self._check_data(sites)  # what is not observed would be taken for a latent site
         self.prototype_trace = sites
         self._series = self._paths[0]
         if len(self._latent) > len(self._paths):
@@ -120,7 +120,7 @@ class PathGuide(DrawnGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         sites = structure(self.model, args, kwargs)
-        self.check_data(sites, self.posterior.reads_data)
+        self._check_data(sites, self.posterior.reads_data)
         given = () if self.create_plates is None else self.create_plates(*args, **kwargs)
         return plates_of(sites, self._latent, given)
 

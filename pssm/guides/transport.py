@@ -45,7 +45,7 @@ def transported(guide: Any, model: Callable[..., Any], params: dict[str, Any] | 
                 )
             return handlers.reparam(model, config=config)(*args, **kwargs)
 
-        guide.check_data(structure(model, args, kwargs), posterior.reads_data)
+        guide._check_data(structure(model, args, kwargs), posterior.reads_data)
 
         # The potentials need the other sites, some of which may come after the path: first they alone.
         def still(site: dict[str, Any]) -> Any:
