@@ -149,6 +149,13 @@ TABLE = [
         lambda p: ConditionedPath(towards, p["h"], like(p, np.ones(N))),
         {"h": (STEPS, N)},
     ),
+    Case(
+        "ConditionedPath with a prior after the data",
+        lambda p: ConditionedPath(
+            towards, p["h"], like(p, np.ones(N)), prior=path(p), seen=np.arange(STEPS) < STEPS - 2
+        ),
+        {**PATH, "h": (STEPS, N)},
+    ),
     Case("LinearGaussianPosterior", lambda p: LinearGaussianPosterior(linear(p), p["y"]), {**MODEL, "y": (STEPS, P)}),
     Case("LinearGaussianMarginal", lambda p: LinearGaussianMarginal(linear(p), STEPS), MODEL, of_data=True),
     Case(

@@ -20,8 +20,9 @@ import pssm
 from pssm.diagnostics import leave_future_out, load_tree, save_tree, to_datatree
 from pssm.diagnostics.groups import sites_of
 from pssm.distributions import LinearGaussianMarginal
+from pssm.guides.plates import WholePlates
 from pssm.infer import SVIFit, fit_nuts, fit_svi
-from pssm.inspection.axes import WholePlates, find_axes
+from pssm.inspection.axes import find_axes
 from pssm.study import compare as comparison
 from pssm.study import methods as study_methods
 from pssm.study.forecasts import resume_study

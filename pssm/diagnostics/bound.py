@@ -30,6 +30,9 @@ def khat(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> float:
         The estimate of k. It is 0 where the largest weights are equal up to rounding, as those of an exact guide are:
         they have no tail to fit, and finite moments of every order (k <= 0). It is infinite where a weight is NaN.
 
+    Raises:
+        ValueError: as in `importance_bound`: there are no weights.
+
     Source:
         Yao, Vehtari, Simpson & Gelman 2018; Vehtari, Simpson, Gelman, Yao & Gabry 2024, algorithm 1.
     """

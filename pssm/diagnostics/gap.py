@@ -14,8 +14,10 @@ from pssm._types import Key, KeyLike
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
+from pssm.fitting.labels import check_density, with_all_data
 from pssm.fitting.results import SVIFit, elbo, posterior_draws, trace_with
 from pssm.guides import AutoStateSpace
+from pssm.guides.paths import POINT
 from pssm.infer.importance import importance_bound, log_weights
 from pssm.infer.predict import marginal_site
 from pssm.modes.mode import DENSE
@@ -60,6 +62,10 @@ def bound_gap(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> Bo
     Returns:
         A `BoundGap`.
 
+    Raises:
+        ValueError: there is no bound, since the guide has a point mass (`AutoDelta`), or a surrogate's model has an
+            evidence that is unknown; or a model takes a random part of its data and cannot run on all.
+
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from pssm.distributions import StatePath, observe
@@ -72,6 +78,8 @@ def bound_gap(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> Bo
         >>> found.kind, abs(found.gap) < 0.1
         ('exact', True)
     """
+    if fit.objective == POINT:
+        check_density(fit)
     bound_key, evidence_key = jax.random.split(as_key(key))
     bound, error = (
         _objective(fit, bound_key, num_particles)
@@ -84,19 +92,18 @@ def bound_gap(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> Bo
 
 def _objective(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float]:
     """Mean and standard error of minus the loss at the fitted parameters, for a guide that has particles itself."""
-    params = fit.svi.get_params(fit.state)
+    guide, model = with_all_data(fit)
     count = max(num_particles // 25, 10)
 
     def one(k: Any) -> Any:
-        return -jnp.asarray(fit.svi.loss.loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs))
+        return -jnp.asarray(fit.svi.loss.loss(k, fit.params, model, guide, *fit.args, **fit.kwargs))
 
     values = np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks))(jax.random.split(key, count)))
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(count))
 
 
 def _evidence(fit: SVIFit, key: Key, num_particles: int) -> tuple[float, float, str]:
-    params = fit.svi.get_params(fit.state)
-    model = handlers.substitute(fit.svi.model, data=params)
+    model = handlers.substitute(with_all_data(fit, "the evidence")[1], data=fit.params)
     trace = trace_with(model, {}, *fit.args, **fit.kwargs)
     latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
     paths = [s for s in latent.values() if isinstance(unwrap(s["fn"])[0], StatePath)]

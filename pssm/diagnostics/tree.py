@@ -23,9 +23,10 @@ from pssm.diagnostics.groups import (
     steps_seen,
 )
 from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
+from pssm.guides.plates import WholePlates
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
-from pssm.inspection.axes import Axes, WholePlates, find_axes
+from pssm.inspection.axes import Axes, find_axes
 from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
 

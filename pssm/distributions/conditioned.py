@@ -33,6 +33,8 @@ class ConditionedPath(dist.Distribution):
             function or an Equinox module, whose arrays may be learned.
         h: features of every step, `(..., time, feature)`.
         start: what stands for `z_0`, `(state,)`.
+        prior: a `StatePath` that the steps follow which are not `seen`: after the last observation it is exact.
+        seen: steps that follow the conditionals, `(..., time)`; with `prior`.
 
     Raises:
         ValueError: a shape does not fit; the message names the argument.
@@ -48,7 +50,7 @@ class ConditionedPath(dist.Distribution):
         Krishnan, Shalit & Sontag 2017, section 4.
     """
 
-    pytree_data_fields = ("h", "start", "_dynamic")
+    pytree_data_fields = ("h", "start", "_dynamic", "prior", "seen")
     pytree_aux_fields = ("_static",)
     support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
@@ -59,6 +61,8 @@ class ConditionedPath(dist.Distribution):
         h: ArrayLike,
         start: ArrayLike,
         *,
+        prior: StatePath | None = None,
+        seen: ArrayLike | None = None,
         validate_args: bool | None = None,
     ):
         self.h, self.start = as_float("h", h), as_float("start", start)
@@ -72,9 +76,19 @@ class ConditionedPath(dist.Distribution):
             raise ValueError(
                 f"`conditional` must return (mean, sd), both of shape {self.start.shape}; got shapes {shapes}."
             )
+        if (prior is None) != (seen is None):
+            raise ValueError("`prior` and `seen` go together: the steps that are not `seen` follow `prior`.")
+        if prior is not None and prior.event_shape != (self.h.shape[-2], self.start.shape[0]):
+            raise ValueError(
+                f"`prior` must be of paths {(self.h.shape[-2], self.start.shape[0])}; got {prior.event_shape}."
+            )
+        self.prior, self.seen = prior, None if seen is None else jnp.asarray(seen, bool)
         self._dynamic, self._static = split_callable(conditional)
         event = (self.h.shape[-2], self.start.shape[0])
-        super().__init__(self.h.shape[:-2], event, validate_args=validate_args)
+        batch = self.h.shape[:-2]
+        if prior is not None and self.seen is not None:
+            batch = jnp.broadcast_shapes(batch, self.seen.shape[:-1], prior.batch_shape)
+        super().__init__(batch, event, validate_args=validate_args)
 
     @property
     def conditional(self) -> Any:
@@ -92,58 +106,135 @@ class ConditionedPath(dist.Distribution):
         batch = jnp.broadcast_shapes(noise.shape[:-2], self.batch_shape)
         conditional = self.conditional
 
-        def one(a: dict[str, Array]) -> Array:
-            def step(z: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
-                h, e = xs
+        def one(a: dict[str, Any]) -> Array:
+            def own(z: Array, h: Array, e: Array) -> Array:
                 mean, sd = conditional(z, h)
-                z = mean + sd * e
+                return mean + sd * e
+
+            if self.prior is None:
+
+                def step(z: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
+                    z = own(z, *xs)
+                    return z, z
+
+                return jax.lax.scan(step, self.start, (a["h"], a["noise"]))[1]
+
+            prior, rows = self.prior, {"h": a["h"], "e": a["noise"], "seen": a["seen"]}
+            first = {name: x[0] for name, x in rows.items()}
+            z = own(self.start, first["h"], first["e"])
+            z = jnp.where(first["seen"], z, a["m0"] + times(square(a["chol_P0"]), first["e"]))
+
+            def either(z: Array, xs: tuple[dict[str, Array], dict[str, Any]]) -> tuple[Array, Array]:
+                row, timed = xs
+                now = {**a, **timed}
+                # What is not taken is evaluated at zero: no NaN of it may reach a gradient.
+                ahead = prior.step(now, jnp.where(row["seen"], 0.0, z)) + times(square(now["chol_Q"]), row["e"])
+                z = jnp.where(row["seen"], own(jnp.where(row["seen"], z, 0.0), row["h"], row["e"]), ahead)
                 return z, z
 
-            return jax.lax.scan(step, self.start, (a["h"], a["noise"]))[1]
+            later = {name: x[1:] for name, x in rows.items()}
+            return jnp.concatenate([z[None], jax.lax.scan(either, z, (later, prior.timed(a)))[1]])
 
-        return map_batch(one, batch, {"h": self.h, "noise": noise}, {"h": 2, "noise": 2})
+        return self._map(one, batch, {"noise": noise}, {"noise": 2})
 
     @of_events
     def log_prob(self, value: Array) -> Array:
         """Exact log density of paths `(..., time, state)`; no scan."""
 
-        def one(a: dict[str, Array]) -> Array:
-            mean, sd = self._conditionals(a)
-            return -0.5 * jnp.sum(LOG_2PI + 2 * jnp.log(sd) + ((a["z"] - mean) / sd) ** 2)
+        def one(a: dict[str, Any]) -> Array:
+            own = self._own_densities(a)
+            return own.sum() if self.prior is None else jnp.where(a["seen"], own, self._prior_densities(a)).sum()
 
-        batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape)
-        return map_batch(one, batch, {"h": self.h, "z": value}, {"h": 2, "z": 2})
+        return self._map(one, jnp.broadcast_shapes(value.shape[:-2], self.batch_shape), {"z": value}, {"z": 2})
 
-    def log_ratio(self, value: Array, prior: dist.Distribution) -> Array:
-        """`log q(z) - log p(z)` of paths `(..., time, state)`."""
-        return self.log_prob(value) - prior.log_prob(value)
+    def log_ratio(self, value: Array, prior: dist.Distribution | None = None) -> Array:
+        """`log q(z) - log p(z)` of paths `(..., time, state)`; `p` is by default this one's own `prior`."""
+        if prior is not None or self.prior is None:
+            if prior is None:
+                raise ValueError("`prior` must be given: this distribution was made without one.")
+            return self.log_prob(value) - prior.log_prob(value)
 
-    def kl_given(self, value: Array, prior: dist.Distribution | None) -> Array:
+        def one(a: dict[str, Any]) -> Array:
+            return jnp.where(a["seen"], self._own_densities(a) - self._prior_densities(a), 0.0).sum()
+
+        return self._map(one, jnp.broadcast_shapes(value.shape[:-2], self.batch_shape), {"z": value}, {"z": 2})
+
+    def kl_given(self, value: Array, prior: dist.Distribution | None = None) -> Array:
         """`sum_t KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1}))` along paths `(..., time, state)`, for regular noise of `p`.
 
-        Its expectation under `q` is `KL(q || prior)`.
+        Its expectation under `q` is `KL(q || prior)`. By default `p` is the `prior` that this was made with.
         """
-        if not isinstance(prior, StatePath):
-            raise NotImplementedError(f"no divergence in closed form from a {type(prior).__name__}")
+        if self.prior is not None and prior is not None:
+            raise NotImplementedError("no divergence in closed form: steps without data follow another prior")
+        p = self.prior if prior is None else prior
+        if not isinstance(p, StatePath):
+            raise NotImplementedError(f"no divergence in closed form from a {type(p).__name__}")
 
         def one(a: dict[str, Any]) -> Array:
             mean, sd = self._conditionals(a)
-            total = gaussian_kl(a["chol_P0"], mean[0] - a["m0"], sd[0])
-            if prior.num_steps == 1:
-                return total
-            timed, apart = prior.timed(a), mean[1:] - prior.means(a, a["z"])
-            timed_noise = "chol_Q" in timed
-            later = jax.vmap(gaussian_kl, in_axes=(0 if timed_noise else None, 0, 0))
-            return total + later(timed["chol_Q"] if timed_noise else a["chol_Q"], apart, sd[1:]).sum()
+            found = gaussian_kl(a["chol_P0"], mean[0] - a["m0"], sd[0])[None]
+            if p.num_steps > 1:
+                timed, apart = p.timed(a), mean[1:] - p.means(a, a["z"])
+                timed_noise = "chol_Q" in timed
+                later = jax.vmap(gaussian_kl, in_axes=(0 if timed_noise else None, 0, 0))
+                rest = later(timed["chol_Q"] if timed_noise else a["chol_Q"], apart, sd[1:])
+                found = jnp.concatenate([found, rest])
+            return found.sum() if self.prior is None else jnp.where(a["seen"], found, 0.0).sum()
 
-        arrays, cores = prior.arrays()
-        batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape, prior.batch_shape)
-        return map_batch(one, batch, {**arrays, "h": self.h, "z": value}, {**cores, "h": 2, "z": 2})
+        arrays, cores = p.arrays()
+        batch = jnp.broadcast_shapes(value.shape[:-2], self.batch_shape, p.batch_shape)
+        return self._map(one, batch, {**arrays, "z": value}, {**cores, "z": 2})
+
+    def _map(
+        self, one: Callable[..., Array], batch: tuple[int, ...], xs: dict[str, Any], cores: dict[str, Any]
+    ) -> Array:
+        """`one` for each series, with this distribution's arrays and those of its prior."""
+        arrays, own = ({}, {}) if self.prior is None else self.prior.arrays()
+        seen = {} if self.seen is None else {"seen": self.seen}
+        return map_batch(one, batch, {**arrays, "h": self.h, **seen, **xs}, {**own, "h": 2, "seen": 1, **cores})
 
     def _conditionals(self, a: dict[str, Array]) -> tuple[Array, Array]:
         """Means and scales along an unbatched path, `(time, state)` each."""
         before = jnp.concatenate([self.start[None], a["z"][:-1]])
         return jax.vmap(self.conditional)(before, a["h"])
+
+    def _own_densities(self, a: dict[str, Any]) -> Array:
+        """The log density of each step by the conditionals."""
+        mean, sd = self._conditionals(a)
+        return -0.5 * jnp.sum(LOG_2PI + 2 * jnp.log(sd) + ((a["z"] - mean) / sd) ** 2, axis=-1)
+
+    def _prior_densities(self, a: dict[str, Any]) -> Array:
+        """The log density of each step by the prior."""
+        prior: Any = self.prior
+
+        def density(factor: Factor, apart: Array) -> Array:
+            white, pivots = whitened(square(factor), apart)
+            return -0.5 * jnp.sum(LOG_2PI + white**2) - jnp.sum(jnp.log(pivots))
+
+        found = density(a["chol_P0"], a["z"][0] - a["m0"])[None]
+        if prior.num_steps == 1:
+            return found
+        timed, apart = prior.timed(a), a["z"][1:] - prior.means(a, a["z"])
+        timed_noise = "chol_Q" in timed
+        later = jax.vmap(density, in_axes=(0 if timed_noise else None, 0))
+        return jnp.concatenate([found, later(timed["chol_Q"] if timed_noise else a["chol_Q"], apart)])
+
+
+def square(factor: Factor) -> Factor:
+    """A factor of the same covariance with as many columns as rows."""
+    return factor if isinstance(factor, Diagonal) else triangularise(factor)
+
+
+def times(factor: Factor, e: Array) -> Array:
+    """A square factor times a vector."""
+    return factor.scale * e if isinstance(factor, Diagonal) else factor @ e
+
+
+def whitened(factor: Factor, x: Array) -> tuple[Array, Array]:
+    """`L^{-1} x` of a square factor, and the absolute pivots of `L`."""
+    if isinstance(factor, Diagonal):
+        return x / factor.scale, jnp.abs(factor.scale)
+    return solve_lower(factor, x[:, None])[:, 0], jnp.abs(jnp.diagonal(factor))
 
 
 def gaussian_kl(factor: Factor, apart: Array, sd: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,15 @@ from pssm.fitting.chains import SITE, ChainEngine, ChainsRun, gather
 from pssm.fitting.results import FitRecord
 
 OBJECTIVE = "estimate of the posterior (Markov chain of unadjusted steps: their bias is held small, not removed)"
+
+
+class _Draws(NamedTuple):
+    """All draws, whatever is asked for."""
+
+    draws: dict[str, Any]
+
+    def __call__(self, *_: Any) -> dict[str, Any]:
+        return self.draws
 
 
 class MCLMCEngine(ChainEngine):
@@ -33,6 +42,9 @@ class MCLMCEngine(ChainEngine):
         self._kernel = self._mclmc.mcmc.mclmc.build_kernel()
         self._info: Any = None
         self._piece: Callable[..., Any] | None = None
+
+    def __reduce__(self) -> Any:
+        return _engine, (self.model, self.args, self.kwargs, self.options)
 
     def _prepared(self, key: Key) -> Any:
         """The model's potential in unconstrained space, and first positions of all chains."""
@@ -92,6 +104,11 @@ class MCLMCEngine(ChainEngine):
         still = int(np.sum(~(np.asarray(run.state[1].step_size) > 1e-6)))
         stuck = f"{still} chains do not move: their tuning failed. Raise `num_warmup`, or use `fit_nuts`."
         notes = (self.note(run, ended), stuck if still else "")
-        return FitRecord("MCLMC", self.model, self.args, self.kwargs, lambda *_: draws, OBJECTIVE, ended=ended,
+        return FitRecord("MCLMC", self.model, self.args, self.kwargs, _Draws(draws), OBJECTIVE, ended=ended,
                          warnings=tuple(filter(None, notes)), stats=stats, seed=seed,
                          seconds=run.seconds, run=run, engine=self)  # fmt: skip
+
+
+def _engine(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> MCLMCEngine:
+    """The engine of a pickle."""
+    return MCLMCEngine(model, args, kwargs, **options)

@@ -1,8 +1,10 @@
 """What a fit is: NumPyro's results with how they came about, and one record that stands for any of them."""
 
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,12 @@ from numpyro.infer.svi import SVIRunResult
 
 from pssm._keys import as_key
 from pssm._types import Key, KeyLike
+from pssm.fitting.labels import check_density, in_parts, objective_of, with_all_data
+from pssm.fitting.portable import kept, restore
 from pssm.fitting.training import Settings, TrainState
 from pssm.guides.paths import BOUND
+from pssm.guides.plates import Whole, WholePlates
+from pssm.storage.pickling import Copied, dumps
 
 EXACT = "exact posterior (Markov chain)"
 
@@ -53,14 +59,14 @@ class MCMCFit(MCMC):
         self.seed, self.seconds, self.ended, self.note = seed, seconds, ended, note
 
 
-class SVIFit(SVIRunResult):
+class SVIFit(Copied, SVIRunResult):
     """NumPyro's `SVIRunResult` (`params`, `state`, `losses`) with what made it and whether it converged.
 
     Attributes:
         svi: the `SVI` object, with its `model` and `guide`.
         args: the model's positional arguments.
         kwargs: the model's keyword arguments.
-        objective: the meaning of minus the loss: a bound or a surrogate.
+        objective: the meaning of minus the loss: a bound, a surrogate, or a log joint density at a point.
         converged: whether the loss had stopped falling.
         message: the same in words, with the numbers.
         run: where `fit_svi` stopped: the last state, the best one, validation losses, seconds.
@@ -85,9 +91,12 @@ class SVIFit(SVIRunResult):
         """A run of NumPyro's own `svi.run(key, num_steps, *args, **kwargs)` as an `SVIFit`."""
         fit = cls(*result)
         fit.svi, fit.args, fit.kwargs = svi, args, kwargs
-        fit.objective = getattr(svi.guide, "objective", BOUND)
+        fit.objective = objective_of(svi, fit.params, args, kwargs)
         fit.converged, fit.message = convergence(np.asarray(result.losses))
         return fit
+
+    def __reduce__(self) -> Any:
+        return _svi_fit, (type(self), dumps((tuple(self), kept(self))))
 
     @property
     def surrogate(self) -> bool:
@@ -95,9 +104,22 @@ class SVIFit(SVIRunResult):
         return self.objective.startswith("surrogate")
 
     @property
+    def is_bound(self) -> bool:
+        """Whether minus the loss is a lower bound on the log evidence (on minibatches: an unbiased estimate of one)."""
+        return self.objective.startswith(BOUND)
+
+    @property
     def validation(self) -> np.ndarray:
         """Rows of (steps taken, validation loss), `(count, 2)`; none without held-out arguments."""
         return np.zeros((0, 2)) if self.run is None else self.run.validation
+
+
+def _svi_fit(kind: type, data: bytes) -> SVIFit:
+    """The fit of a pickle."""
+    values, state = pickle.loads(data)
+    fit = kind(*values)
+    restore(fit, state)
+    return fit
 
 
 class TrainingError(FloatingPointError):
@@ -129,7 +151,7 @@ def convergence(losses: np.ndarray) -> tuple[bool, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class FitRecord:
+class FitRecord(Copied):
     """A fit of any method: all that predictions, diagnostics and files need of it.
 
     Attributes:
@@ -164,10 +186,24 @@ class FitRecord:
     run: Any = field(default=None, repr=False)
     engine: Any = field(default=None, repr=False)
 
+    def __reduce__(self) -> Any:
+        state = dict(vars(self))
+        if isinstance(self.sample, _GuideDraws) and self.sample.fit.svi.guide is self.guide:
+            state["guide"] = None  # which goes with the fit
+        return _record, (type(self), dumps(state))
+
     def draws(self, num_samples: int = 4000, key: KeyLike = 0) -> dict[str, np.ndarray]:
         """Posterior draws of all sites, as of `posterior_draws`; the same key gives the same draws."""
         found = self.sample(num_samples, as_key(key), self.args, self.kwargs)
         return {name: np.asarray(x) for name, x in found.items()}
+
+
+def _record(kind: type, data: bytes) -> FitRecord:
+    """The record of a pickle."""
+    state = pickle.loads(data)
+    if isinstance(state["sample"], _GuideDraws) and state["guide"] is None:
+        state["guide"] = state["sample"].fit.svi.guide
+    return kind(**state)
 
 
 Fit = MCMC | SVIFit | FitRecord
@@ -190,6 +226,24 @@ def record_of(fit: Any) -> FitRecord:
     raise TypeError(f"`fit` must come from `fit_nuts`, `fit_svi` or `MCMC.run`; got {type(fit).__name__}.{hint}")
 
 
+class _ChainDraws(NamedTuple):
+    """The draws of a Markov chain: all of them, whatever is asked for."""
+
+    fit: MCMC
+
+    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return self.fit.get_samples(group_by_chain=True)
+
+
+class _GuideDraws(NamedTuple):
+    """The draws of a guide, for any arguments."""
+
+    fit: SVIFit
+
+    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return guide_draws(self.fit, num_samples, key, args, kwargs)
+
+
 def _of_mcmc(fit: MCMC) -> FitRecord:
     if fit.last_state is None:
         raise ValueError("`fit` has not been run: it has no draws.")
@@ -207,7 +261,7 @@ def _of_mcmc(fit: MCMC) -> FitRecord:
         fit.sampler.model,
         fit._args,
         fit._kwargs,
-        lambda num_samples, key, args, kwargs: fit.get_samples(group_by_chain=True),
+        _ChainDraws(fit),
         EXACT,
         warnings=tuple(warnings),
         stats=stats,
@@ -218,15 +272,15 @@ def _of_mcmc(fit: MCMC) -> FitRecord:
 def _of_svi(fit: SVIFit) -> FitRecord:
     return FitRecord(
         f"SVI ({type(fit.svi.guide).__name__})",
-        fit.svi.model,
+        with_all_data(fit)[1],
         fit.args,
         fit.kwargs,
-        lambda num_samples, key, args, kwargs: guide_draws(fit, num_samples, key, args, kwargs),
+        _GuideDraws(fit),
         fit.objective,
         ended=fit.ended,
         message=fit.message,
         warnings=() if fit.converged else (_unconverged(fit),),
-        params=fit.svi.get_params(fit.state),
+        params=fit.params,
         guide=fit.svi.guide,
         losses=np.asarray(fit.losses),
         seed=fit.seed,
@@ -252,13 +306,15 @@ def guide_draws(
     fit: SVIFit, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, jax.Array]:
     """Draws from a fitted guide, of latent and deterministic sites, with axes `(1, draw)`."""
-    params, guide = fit.svi.get_params(fit.state), fit.svi.guide
+    params, guide = fit.params, fit.svi.guide
     draw_key, _ = jax.random.split(key)
-    if isinstance(guide, AutoGuide):
-        latents = guide.sample_posterior(draw_key, params, *args, sample_shape=(num_samples,), **kwargs)
-    else:
-        latents = Predictive(guide, params=params, num_samples=num_samples)(draw_key, *args, **kwargs)
-    model = handlers.substitute(fit.svi.model, data=params)
+    _, model = with_all_data(fit, "draws of its series" if in_parts(fit) else "")
+    with WholePlates() if isinstance(model, Whole) else nullcontext():
+        if isinstance(guide, AutoGuide):
+            latents = guide.sample_posterior(draw_key, params, *args, sample_shape=(num_samples,), **kwargs)
+        else:
+            latents = Predictive(guide, params=params, num_samples=num_samples)(draw_key, *args, **kwargs)
+    model = handlers.substitute(model, data=params)
 
     def deterministic(row: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
         trace = trace_with(model, row[1], *args, **kwargs)
@@ -281,12 +337,22 @@ def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: KeyLike = 0) -> d
 def elbo(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> tuple[float, float]:
     """The fitted guide's ELBO, a lower bound on the log evidence, by Monte Carlo: `(value, standard error)`.
 
-    The same `key` gives the same draws, and so the same value.
+    The same `key` gives the same draws, and so the same value. With a plate that takes a part of its data it is that of
+    all data; where the model cannot run on all, the average over minibatches, which is unbiased.
+
+    Args:
+        fit: from `fit_svi`.
+        key: random key, or a whole number.
+        num_particles: draws.
+
+    Raises:
+        ValueError: the guide has no density: it has a point mass (`AutoDelta`), or is moment-matched.
     """
-    params = fit.svi.get_params(fit.state)
+    check_density(fit)
+    guide, model = with_all_data(fit)
 
     def one(k: jax.Array) -> jax.Array:
-        loss = Trace_ELBO().loss(k, params, fit.svi.model, fit.svi.guide, *fit.args, **fit.kwargs)
+        loss = Trace_ELBO().loss(k, fit.params, model, guide, *fit.args, **fit.kwargs)
         return -jnp.asarray(loss)
 
     keys = jax.random.split(as_key(key), num_particles)

@@ -32,10 +32,11 @@ def build_svi(model: Callable[..., Any], settings: Settings) -> SVI:
             guide = AutoStateSpace(model, rank=settings.rank, family=guide)
         else:
             guide = GUIDES[guide](model, init_loc_fn=init_to_median(num_samples=50), init_scale=0.1)
-    return SVI(model, guide, _optimizer(settings), _loss(model, guide) if settings.loss is None else settings.loss)
+    return SVI(model, guide, optimizer_of(settings), _loss(model, guide) if settings.loss is None else settings.loss)
 
 
-def _optimizer(settings: Settings) -> Any:
+def optimizer_of(settings: Settings) -> Any:
+    """The optimiser that the settings ask for."""
     if settings.optimizer is not None:
         return settings.optimizer
     import optax  # takes a fifth of a second

@@ -17,20 +17,27 @@ class DeepKalmanGuide(PathGuide):
     As in deep Kalman filters (deep Markov models). A true bound, for any number of trials and minibatches of them. It
     does not use the model's transition: where that is learned, `AmortizedStateSpace` has less to learn.
 
+    Series of different lengths are padded with NaN. After its last step with data a path follows the model's
+    transition, which is exact, and with `nets.RecurrentFeatures` the features before are those of the series without
+    padding: so padding does not change the bound.
+
     Args:
         model: a NumPyro model with an unobserved `StatePath` site whose noise is regular.
         encoder: a function `(y, u) -> h (time, size)` of one series, `y` `(time, ...)` with NaN for missing, such as
             `nets.RecurrentFeatures`. Arrays of an Equinox module are parameters. For several paths: a dict by site.
         combiner: a function `(z, h) -> (mean, sd)`, such as `nets.Combiner`; what stands for the state before the first
             is its attribute `start`, or zero. For several paths: a dict by site.
-        data: which sites are encoded, as in `AmortizedStateSpace`.
+        data: which sites are encoded, as in `AmortizedStateSpace`. Where a site is masked (`numpyro.handlers.mask`),
+            the encoder gets NaN.
+        lengths: a function of the model's arguments to the number of real steps of each series `(*batch,)`, where
+            the padding is not NaN.
         trainable: what of the networks is trained, see `nets.register`.
         global_guide: makes the guide of the other latent sites, from a model.
         prefix: as in NumPyro's guides.
         init_loc_fn: start of the other sites.
 
     Raises:
-        TypeError: `encoder` or `combiner` is no function.
+        TypeError: `encoder`, `combiner` or `lengths` is no function.
         ValueError: features of another shape.
 
     Example:
@@ -62,6 +69,7 @@ class DeepKalmanGuide(PathGuide):
         encoder: Callable[..., Array] | dict[str, Callable[..., Array]],
         combiner: Callable[..., tuple[Array, Array]] | dict[str, Callable[..., tuple[Array, Array]]],
         data: str | tuple[str, ...] | Callable[..., Array] | None = None,
+        lengths: Callable[..., Any] | None = None,
         trainable: Any = is_trainable,
         global_guide: Callable[..., AutoGuide] = AutoNormal,
         prefix: str = "auto",
@@ -71,5 +79,7 @@ class DeepKalmanGuide(PathGuide):
             for own in given.values() if isinstance(given, dict) else (given,):
                 if not callable(own):
                     raise TypeError(f"`{name}` must be a function; got {type(own).__name__}.")
-        posterior = Conditionals(encoder, combiner, data, trainable)
+        if lengths is not None and not callable(lengths):
+            raise TypeError(f"`lengths` must be a function of the model's arguments; got {type(lengths).__name__}.")
+        posterior = Conditionals(encoder, combiner, data, trainable, lengths)
         super().__init__(model, posterior, global_guide=global_guide, prefix=prefix, init_loc_fn=init_loc_fn)

@@ -11,13 +11,14 @@ from numpyro.infer.autoguide import AutoGuide
 from pssm._checks import as_float
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
-from pssm.guides.model_run import structure
 from pssm.guides.others import OtherSites
+from pssm.guides.plates import Whole, runs_whole, structure
+from pssm.storage.pickling import Copied, reduced
 
 CHUNK = 500  # draws at once
 
 
-class DrawnGuide(AutoGuide):
+class DrawnGuide(Copied, AutoGuide):
     """An AutoGuide that answers by draws, for any arguments of the model.
 
     Of its first call it keeps the model's structure, in `prototype_trace`: names, shapes and plates.
@@ -26,6 +27,12 @@ class DrawnGuide(AutoGuide):
     _series: str = ""  # name of a site with the axes (..., time, state)
     _bare = False  # whether the first call had no arguments
     _others: OtherSites | None = None  # what has a guide of its own
+
+    def __reduce__(self) -> Any:
+        return reduced(self, {n: x for n, x in vars(self).items() if n != "plates"})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.prototype_trace = structure(self.model, args, kwargs)
@@ -42,6 +49,29 @@ class DrawnGuide(AutoGuide):
             if self.prototype_trace is None:
                 self._setup_prototype(*args, **kwargs)
             return self._others is None or self._others.prepare(args, kwargs)
+
+    def _check_data(self, sites: dict[str, dict[str, Any]], reads: bool = True) -> None:
+        """Refuses a call without the data that the posterior is made from.
+
+        The model would make up data of its own, and the posterior would be that of these.
+
+        Args:
+            sites: the model's `structure` for the call.
+            reads: whether the posterior is made from the observed sites, at each call again.
+        """
+        seen, known = (
+            {n for n, s in x.items() if s.get("is_observed")} for x in (sites, self.prototype_trace or sites)
+        )
+        if not reads and known:
+            return
+        missing = sorted(known - seen)
+        if missing or not seen:
+            what = f"does not observe `{missing[0]}`, as it did in the fit" if missing else "observes nothing"
+            raise ValueError(
+                f"`args`: with them the model {what}, and a guide keeps no data. Give the data of the fit, or others "
+                "with NaN where missing. For predictions, first draw given the data: `Predictive(model, "
+                "guide.sample_posterior(key, params, *args, sample_shape=(100,)))(key)`."
+            )
 
     def evaluated(self) -> "DrawnGuide":
         """The guide outside of training."""
@@ -61,6 +91,9 @@ class DrawnGuide(AutoGuide):
     ) -> dict[str, Array]:
         """Draws of every latent site; paths are whole trajectories.
 
+        Of a plate that takes a part of its data (`subsample_size`) all series are drawn, in order, where the arguments
+        have the data of all.
+
         Args:
             rng_key: random key.
             params: from `SVI.get_params`.
@@ -72,7 +105,9 @@ class DrawnGuide(AutoGuide):
         rng_key = as_key(rng_key, "rng_key")
         if self.prototype_trace is not None and not (self._bare or args or kwargs):
             raise ValueError("`args`: a guide keeps no data; give the model's arguments, those of the fit or new ones.")
-        guide = self.evaluated()
+        guide: Any = self.evaluated()
+        if not runs_whole(self.model, args, kwargs):
+            guide = Whole(guide)
 
         def one(key: Key) -> dict[str, Array]:
             with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):

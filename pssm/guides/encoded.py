@@ -60,6 +60,10 @@ class Encoded(FromPotentials):
             potential = site.at_mode(rank, self.form.diagonal, start=start, num_iters=self.refine - 1)
         return self.form.distribution(prior, potential, backward)
 
+    @property
+    def reads_data(self) -> bool:  # noqa: D102
+        return self.refine > 0 or not callable(self.data)
+
     def evaluated(self) -> "Encoded":  # noqa: D102
         return replace(self, masking=None)
 
@@ -88,10 +92,15 @@ class Conditionals(Posterior):
     combiner: Any
     data: Data
     trainable: Any
+    lengths: Callable[..., Any] | None = None
 
     @property
     def family(self) -> str:  # noqa: D102
         return "chain"
+
+    @property
+    def reads_data(self) -> bool:  # noqa: D102
+        return not callable(self.data)
 
     def distribution(self, site: PathSite) -> ConditionedPath:  # noqa: D102
         encode = site.network("encoder", self.encoder, self.trainable)
@@ -105,8 +114,16 @@ class Conditionals(Posterior):
             return h
 
         arrays, cores, batch = site.data(self.data)
+        y = arrays["y"]
+        if self.lengths is None:  # up to the last step with data; after it the prior is exact
+            some = ~jnp.isnan(y).all(tuple(range(len(batch) + 1, y.ndim)))
+            seen = jnp.flip(jnp.cumsum(jnp.flip(some, -1), -1), -1) > 0
+        else:
+            seen = jnp.arange(prior.num_steps) < site.lengths(self.lengths)[..., None]
+            arrays["y"] = jnp.where(seen.reshape(*seen.shape, *(1,) * (y.ndim - seen.ndim)), y, jnp.nan)
         h = map_batch(one, batch, arrays, cores)
-        return ConditionedPath(combine, h, getattr(combine, "start", jnp.zeros(prior.n_state, prior.m0.dtype)))
+        start = getattr(combine, "start", jnp.zeros(prior.n_state, prior.m0.dtype))
+        return ConditionedPath(combine, h, start, prior=prior, seen=seen)
 
     def given_past(self) -> "Conditionals":  # noqa: D102
         check_past(self.data)

@@ -19,7 +19,8 @@ from pssm.distributions import HistoryMarginal, ImputedSeries, LinearGaussianPos
 from pssm.distributions.unwrap import unwrap
 from pssm.filters.along import along_filter
 from pssm.guides.drawn import DrawnGuide
-from pssm.guides.model_run import ModelRun, plates_of, structure
+from pssm.guides.model_run import ModelRun
+from pssm.guides.plates import plates_of, structure
 from pssm.linalg import Diagonal
 from pssm.register import is_trainable, register
 
@@ -93,6 +94,7 @@ class AmortizedFrames(DrawnGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Runs the guide; returns a value for every latent site."""
         sites = structure(self.model, args, kwargs)
+        self._check_data(sites)
         latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
         if "a" not in latent or set(latent) - {"a", "z", "zeta"}:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The guide of the latent sites beside the paths: any NumPyro guide, run in the plates and with the data of ours."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuide, AutoMultivariateNormal, AutoNormal
 
 from pssm._types import Array
+from pssm.guides.plates import WholePlates, are_whole
 
 PREPARED = (AutoNormal, AutoMultivariateNormal, AutoDiagonalNormal, AutoDelta)  # keep nothing but their prototype
 
@@ -25,6 +26,8 @@ class OtherSites:
     ):
         self.model = model
         self._call: tuple[tuple, dict[str, Any]] = ((), {})
+        self._made_by = model, paths, make, prefix, init_loc_fn
+        self._used_before = False  # in another process
 
         def hide(site: dict[str, Any]) -> bool:
             is_other = site["type"] == "sample" and (site["name"] in paths or site.get("is_observed", False))
@@ -32,6 +35,14 @@ class OtherSites:
 
         rest = handlers.block(handlers.seed(self._model, jax.random.key(0)), hide_fn=hide)
         self.guide = make(rest, prefix=prefix, init_loc_fn=init_loc_fn)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What makes it again: the guide's own prototype has functions that no pickle can hold."""
+        return self._made_by
+
+    def __setstate__(self, made_by: tuple[Any, ...]) -> None:
+        self.__init__(*made_by)
+        self._used_before = True
 
     def _model(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = (args, kwargs) if args or kwargs else self._call
@@ -48,8 +59,10 @@ class OtherSites:
 
     def __call__(self, args: tuple, kwargs: dict[str, Any], indices: dict[str, Array]) -> dict[str, Array]:
         """Runs the guide; `indices` are those of the plates that are there already."""
+        self._set_up_again(args, kwargs)
         plates = {name: {"type": "plate", "value": x} for name, x in indices.items()}
-        with self.at(args, kwargs), handlers.block(hide=list(plates)), handlers.replay(trace=plates):
+        whole = WholePlates() if are_whole() else nullcontext()  # what is hidden does not hear one outside
+        with self.at(args, kwargs), handlers.block(hide=list(plates)), handlers.replay(trace=plates), whole:
             return self.guide() if isinstance(self.guide, AutoGuide) else self.guide(*args, **kwargs)
 
     def prepare(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -63,5 +76,12 @@ class OtherSites:
 
     def median(self, params: dict[str, Array], args: tuple, kwargs: dict[str, Any]) -> dict[str, Array]:
         """The guide's medians."""
+        self._set_up_again(args, kwargs)
         with self.at(args, kwargs):
             return dict(self.guide.median(params))
+
+    def _set_up_again(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The prototype of a guide that was pickled; apart, so that it takes no random key of the draws."""
+        if self._used_before and getattr(self.guide, "prototype_trace", ()) is None:
+            with self.at(args, kwargs), handlers.block(), handlers.seed(rng_seed=jax.random.key(0)):
+                self.guide._setup_prototype()

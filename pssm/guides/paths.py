@@ -9,20 +9,23 @@ import jax
 import numpyro
 from numpyro import handlers
 from numpyro.infer import init_to_median
-from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation, AutoNormal
 
 from pssm._types import Array
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.drawn import DrawnGuide
-from pssm.guides.model_run import ModelRun, PathSite, plates_of, structure
+from pssm.guides.model_run import ModelRun, PathSite
 from pssm.guides.others import OtherSites
+from pssm.guides.plates import plates_of, structure
 from pssm.guides.posteriors import FAMILIES, Posterior
 from pssm.guides.transport import transported
 
 BOUND = "lower bound on the log evidence (ELBO)"
 SURROGATE = "surrogate: the published moment-matched objective, which can exceed the log evidence"
 
-__all__ = ["BOUND", "FAMILIES", "SURROGATE", "PathGuide"]
+POINT = "log joint density at one point of the guide: no bound on the log evidence"
+
+__all__ = ["BOUND", "FAMILIES", "POINT", "SURROGATE", "PathGuide"]
 
 
 class PathGuide(DrawnGuide):
@@ -71,6 +74,8 @@ class PathGuide(DrawnGuide):
     @property
     def objective(self) -> str:
         """What an ELBO with this guide is, in words."""
+        if self._others is not None and isinstance(self._others.guide, AutoDelta | AutoLaplaceApproximation):
+            return POINT
         return SURROGATE if self.family == "moment_matched" else BOUND
 
     def with_posterior(self, posterior: Posterior) -> Any:
@@ -103,6 +108,9 @@ class PathGuide(DrawnGuide):
                 "`model` has no unobserved `StatePath` site, so there is no path for this guide; its latent sites are "
                 f"{', '.join(latent) or '(none)'}. Use a NumPyro AutoGuide, or sample the states with StatePath."
             )
+        sites, self.prototype_trace = self.prototype_trace, None
+        self._check_data(sites)  # what is not observed would be taken for a latent site
+        self.prototype_trace = sites
         self._series = self._paths[0]
         if len(self._latent) > len(self._paths):
             self._others = OtherSites(self.model, self._paths, self._global_guide, self.prefix, self.init_loc_fn)
@@ -111,8 +119,10 @@ class PathGuide(DrawnGuide):
         """The plates of the model's latent sites for these arguments, whose sizes may be new."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        sites = structure(self.model, args, kwargs)
+        self._check_data(sites, self.posterior.reads_data)
         given = () if self.create_plates is None else self.create_plates(*args, **kwargs)
-        return plates_of(structure(self.model, args, kwargs), self._latent, given)
+        return plates_of(sites, self._latent, given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Runs the guide; returns a value for every latent site."""
@@ -136,18 +146,19 @@ class PathGuide(DrawnGuide):
                 with handlers.trace() as made:
                     q = self.posterior.distribution(site)
                 self._params |= {n for n, s in made.items() if s["type"] == "param"}
-                values[name] = result[name] = self._sample(name, q, mask, prior)
+                values[name] = result[name] = self._sample(name, q, mask, site)
             if self._own_site is not None:
                 result[name] = numpyro.sample(name, self._own_site(result[name], *args, **kwargs))
         return result
 
-    def _sample(self, name: str, q: Any, mask: Any, prior: Any) -> Array:
+    def _sample(self, name: str, q: Any, mask: Any, site: PathSite) -> Array:
         """Samples the path; where it is cheap the draw's KL divergence comes along, for `TraceConditionalKL_ELBO`."""
         masked = q if mask is None else q.mask(mask)
-        infer: dict[str, Any] = {"prior_from_model": getattr(q, "prior", None) is prior}
+        infer: dict[str, Any] = {"prior_from_model": getattr(q, "prior", None) is site.prior}
         if self._own_site is not None:
             name, infer["is_auxiliary"] = f"{name}_path", True
-        key = numpyro.prng_key() if hasattr(q, "sample_with_kl") else None
+        own_shape = q.batch_shape == site.shape[:-2]  # else one distribution for all series of a plate
+        key = numpyro.prng_key() if hasattr(q, "sample_with_kl") and own_shape else None
         if key is None:
             return numpyro.sample(name, masked, infer=infer)
         z, kl = jax.jit(q.sample_with_kl)(key)

@@ -25,12 +25,17 @@ class Posterior(Protocol):
     Attributes:
         family: "chain", "moment_matched" or "diagonal"; the second is no joint density.
         needs_values: whether the distribution depends on the data or on other sites besides the path's prior.
+        reads_data: whether it is made from the model's observed sites at each call.
     """
 
     needs_values: ClassVar[bool] = True
 
     @property
     def family(self) -> str: ...  # noqa: D102
+
+    @property
+    def reads_data(self) -> bool:  # noqa: D102
+        return self.needs_values
 
     def distribution(self, site: PathSite) -> Any:
         """The path's distribution; called inside of the guide, with parameters made by `site.param`."""

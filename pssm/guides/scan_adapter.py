@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
@@ -16,6 +15,7 @@ from numpyro.primitives import Messenger
 from pssm._types import Array
 from pssm.distributions import StatePath
 from pssm.guides.auto import AutoStateSpace
+from pssm.guides.model_run import depends_on
 from pssm.linalg import Diagonal
 
 
@@ -52,16 +52,23 @@ def scan_path(model: Callable[..., Any], site: str) -> Callable[..., Any]:
         >>> trace["z"]["value"].shape, trace["y"]["fn"].batch_shape
         ((20, 1), (20,))
     """
+    return _PathModel(model, site)
 
-    def path_model(*args: Any, **kwargs: Any) -> Any:
-        messenger = _PathOfScan(site)
+
+class _PathModel:
+    """The model of `scan_path`."""
+
+    def __init__(self, model: Callable[..., Any], site: str):
+        self.model = self.__wrapped__ = model
+        self.site = site
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        messenger = _PathOfScan(self.site)
         with messenger:
-            out = model(*args, **kwargs)
+            out = self.model(*args, **kwargs)
         if not messenger.found:
-            raise ValueError(f"`site`: the model has no scan whose body samples {site!r}.")
+            raise ValueError(f"`site`: the model has no scan whose body samples {self.site!r}.")
         return out
-
-    return path_model
 
 
 class _PathOfScan(Messenger):
@@ -191,16 +198,8 @@ def _prior(f: Any, init: Any, xs: Any, length: int, name: str) -> tuple[StatePat
 
 
 def _depends(fn: Callable[[Array], Any], x: Array) -> bool:
-    """Whether any array of the result is computed from `x`: by the program, so under `jit` too.
-
-    An equation with an inner program counts as a whole.
-    """
-    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
-    reached = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(v in reached for v in eqn.invars if not isinstance(v, Literal)):
-            reached.update(eqn.outvars)
-    return any(v in reached for v in jaxpr.outvars if not isinstance(v, Literal))
+    """Whether any array of the result is computed from `x`."""
+    return any(depends_on(lambda x: jax.tree.leaves(fn(x)), x))
 
 
 class AutoScanStateSpace(AutoStateSpace):

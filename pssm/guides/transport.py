@@ -14,6 +14,7 @@ from pssm._types import Array
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun, PathSite
+from pssm.guides.plates import structure
 
 
 def transported(guide: Any, model: Callable[..., Any], params: dict[str, Any] | None) -> Callable[..., Any]:
@@ -43,6 +44,8 @@ def transported(guide: Any, model: Callable[..., Any], params: dict[str, Any] | 
                     lambda prior, shape, name=name: of_site(PathSite(name, prefix, run, {}, prior, shape))
                 )
             return handlers.reparam(model, config=config)(*args, **kwargs)
+
+        guide._check_data(structure(model, args, kwargs), posterior.reads_data)
 
         # The potentials need the other sites, some of which may come after the path: first they alone.
         def still(site: dict[str, Any]) -> Any:

@@ -63,11 +63,10 @@ def causal_draws(
         raise ValueError(
             f"`origins` must be a list of numbers from 0 to {steps} (the steps of the data); got {origins}."
         )
-    params = fit.svi.get_params(fit.state)
 
     def one(xs: tuple[Array, Array]) -> dict[str, Array]:
         origin, own_key = xs
-        return guide.given_past(own_key, params, origin, *fit.args, sample_shape=(num_samples,), **fit.kwargs)
+        return guide.given_past(own_key, fit.params, origin, *fit.args, sample_shape=(num_samples,), **fit.kwargs)
 
     keys = jax.random.split(as_key(key), known.size)
     run = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=min(batch_size, known.size)))

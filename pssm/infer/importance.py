@@ -13,6 +13,7 @@ from pssm._keys import as_key
 from pssm._types import Array, Key, KeyLike
 from pssm.distributions import LowRankChain
 from pssm.distributions.unwrap import site_log_prob, unwrap
+from pssm.fitting.labels import check_density, with_all_data
 from pssm.fitting.results import SVIFit
 from pssm.guides.guided_filter import guided_filter
 from pssm.guides.model_run import ModelRun
@@ -41,20 +42,26 @@ class EvidenceBound(NamedTuple):
 
 def log_weights(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 1000, batch_size: int = 500) -> np.ndarray:
     """`log p(y, z) - log q(z)` of draws from the guide, `(num_particles,)`; the same draws for the same `key`."""
-    params = fit.svi.get_params(fit.state)
+    guide, model = _weighed(fit)
 
     def one(k: Array) -> Array:
         guide_key, model_key = jax.random.split(k)
-        guide_trace = _trace(fit.svi.guide, guide_key, params, fit, None)
-        model_trace = _trace(fit.svi.model, model_key, params, fit, guide_trace)
+        guide_trace = _trace(guide, guide_key, fit, None)
+        model_trace = _trace(model, model_key, fit, guide_trace)
         return _weight(model_trace, guide_trace)
 
     keys = jax.random.split(as_key(key), num_particles)
     return np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=min(batch_size, num_particles)))(keys))
 
 
-def _trace(fn: Any, key: Array, params: dict[str, Any], fit: SVIFit, replayed: dict[str, Any] | None) -> dict[str, Any]:
-    fn = handlers.substitute(handlers.seed(fn, key), data=params)
+def _weighed(fit: SVIFit) -> tuple[Any, Any]:
+    """Guide and model with densities, of all data: the weight of a part of them estimates no evidence."""
+    check_density(fit)
+    return with_all_data(fit, "importance weights")
+
+
+def _trace(fn: Any, key: Array, fit: SVIFit, replayed: dict[str, Any] | None) -> dict[str, Any]:
+    fn = handlers.substitute(handlers.seed(fn, key), data=fit.params)
     if replayed is not None:
         fn = handlers.replay(fn, replayed)
     return handlers.trace(fn).get_trace(*fit.args, **fit.kwargs)
@@ -110,15 +117,15 @@ def importance_bound(
         An `EvidenceBound`.
 
     Raises:
-        ValueError: `resample_every` with a guide that has no unbatched `LowRankChain` site.
+        ValueError: `resample_every` with a guide that has no unbatched `LowRankChain` site; a guide without a density
+            (a point mass such as `AutoDelta`, or moment-matched); a model that takes a random part of its data and
+            cannot run on all.
         FloatingPointError: no draw has a finite weight.
 
     Source:
         Burda, Grosse & Salakhutdinov 2016; twisted particle filters: Guarniero, Johansen & Lee 2017.
     """
     check_count("num_particles", num_particles, least=2)
-    if fit.surrogate:
-        raise ValueError('`fit` has a family without a joint density ("moment_matched"): there are no weights.')
     if resample_every is None:
         weights = log_weights(fit, key=key, num_particles=num_particles)
         return _summary(weights, f"lower bound (importance sampling, {num_particles} draws)")
@@ -139,17 +146,15 @@ def _summary(weights: np.ndarray, kind: str, ess: float | None = None) -> Eviden
 
 
 def _particle_bound(fit: SVIFit, key: Key, num_particles: int, block: int, num_outer: int) -> EvidenceBound:
-    params = fit.svi.get_params(fit.state)
+    guide, model = _weighed(fit)
 
     def run(outer_key: Array) -> tuple[Array, Array]:
         guide_key, model_key, filter_key = jax.random.split(outer_key, 3)
-        guide_trace = _trace(fit.svi.guide, guide_key, params, fit, None)
+        guide_trace = _trace(guide, guide_key, fit, None)
         name, chain = _chain_site(guide_trace)
-        model_trace = _trace(fit.svi.model, model_key, params, fit, guide_trace)
+        model_trace = _trace(model, model_key, fit, guide_trace)
         values = {n: s["value"] for n, s in model_trace.items() if s["type"] in ("sample", "param") and n != name}
-        log_lik = ModelRun(fit.svi.model, fit.args, fit.kwargs, {}).log_lik(
-            name, {**values, name: guide_trace[name]["value"]}
-        )
+        log_lik = ModelRun(model, fit.args, fit.kwargs, {}).log_lik(name, {**values, name: guide_trace[name]["value"]})
         # log_lik holds every other site of the model, so the outer weight needs only what the guide drew them with.
         drawn = sum(
             (site_log_prob(s) for n, s in guide_trace.items() if s["type"] == "sample" and n != name), jnp.zeros(())
@@ -157,7 +162,7 @@ def _particle_bound(fit: SVIFit, key: Key, num_particles: int, block: int, num_o
         value, ess = guided_filter(filter_key, chain, log_lik, num_particles, block)
         return value - drawn, ess
 
-    first = _trace(fit.svi.guide, key, params, fit, None)
+    first = _trace(guide, key, fit, None)
     alone = sum(s["type"] == "sample" for s in first.values()) == 1
     _chain_site(first)
     if alone:  # several smaller filters in place of one: their spread is the standard error

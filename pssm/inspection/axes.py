@@ -23,6 +23,7 @@ from pssm.distributions import (
     StatePath,
     WithMissing,
 )
+from pssm.guides.plates import WholePlates
 
 # Distributions whose event is (time, ...), declared so by their kind.
 PATHS = (StatePath, ConditionedPath, LinearGaussianPosterior, LowRankChain, LowRankMomentMatched)
@@ -54,16 +55,6 @@ class Axes(NamedTuple):
             if self.time in self.names[name]:
                 return np.shape(self.trace[name]["value"])[self.names[name].index(self.time)]
         return None
-
-
-class WholePlates(Messenger):
-    """Plates that take a random part of their data take all of it, in order."""
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        """Sets the indices of a plate."""
-        if msg["type"] == "plate":
-            size = msg["args"][0]
-            msg["args"], msg["value"] = (size, size), jnp.arange(size)
 
 
 class _Scans(Messenger):

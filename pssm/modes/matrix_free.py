@@ -27,6 +27,7 @@ from pssm.linalg.low_rank import (
 )
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import matmul
+from pssm.modes.coupled import hessian_times
 
 PROBES = 64  # random vectors for the diagonal of a message
 OVERSAMPLING = 8  # columns of the range finder beyond the rank
@@ -58,19 +59,15 @@ def gauss_newton_matrix_free(
 
     Costs `O(time state rank)` and some `PROBES` products with the transition's Jacobian and the likelihood's Hessian.
     """
-    slope = jax.grad(lambda z: jnp.sum(log_lik(z)))
-    gradient = jnp.nan_to_num(slope(path), posinf=0.0, neginf=0.0)
+    gradient, times = hessian_times(log_lik, path)
+    gradient = jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0)
     n, wide = prior.n_state, min(rank + OVERSAMPLING, prior.n_state)  # messages keep more than is asked for
     probes = jax.random.rademacher(jax.random.key(0), (n, PROBES), path.dtype)
     sketch = jax.random.normal(jax.random.key(1), (n, min(wide + OVERSAMPLING, n)), path.dtype)
 
     def hessian(columns: Array) -> Array:
         """Minus the Hessian blocks of the likelihood times columns `(..., time, state, many)`."""
-
-        def one(v: Array) -> Array:
-            return -jax.jvp(slope, (path,), (jnp.broadcast_to(v, path.shape),))[1]
-
-        return jnp.nan_to_num(jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(columns, -1, 0)), 0, -1))
+        return jnp.nan_to_num(-jnp.moveaxis(jax.lax.map(times, jnp.moveaxis(columns, -1, 0)), 0, -1))
 
     sd = jnp.broadcast_to(sd, path.shape)
     seen_delta, seen_K = _compress(hessian, sd, probes, sketch, wide, diagonal)

@@ -32,6 +32,7 @@ from pssm.distributions import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
+from pssm.modes.coupled import hessian_times
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 from pssm.modes.search import climb, converged, insist, start_path
 
@@ -54,8 +55,8 @@ def mode_potentials(
 
     Args:
         prior: the path prior.
-        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch` or `()`; each step's state enters its
-            own summand only.
+        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch`, with axes of length 1 (or none)
+            where series share a term; each step's state enters its own summand only.
         rank: columns of `K`, at most `state`.
         diagonal: whether a diagonal goes beside them.
         start: a path to start from; by default the prior's path without noise.
@@ -279,13 +280,8 @@ def sites(log_lik: Callable[[Array], Array], path: Array) -> tuple[Array, Array]
     one column of all blocks.
     """
     n = path.shape[-1]
-    slope = jax.grad(lambda z: jnp.sum(log_lik(z)))
-    gradient = slope(path)
-
-    def column(unit: Array) -> Array:
-        return jax.jvp(slope, (path,), (jnp.broadcast_to(unit, path.shape),))[1]
-
-    hessian = jnp.moveaxis(jax.lax.map(column, jnp.eye(n, dtype=path.dtype)), 0, -1)
+    gradient, times = hessian_times(log_lik, path)
+    hessian = jnp.moveaxis(jax.lax.map(times, jnp.eye(n, dtype=path.dtype)), 0, -1)
     curvature = -0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     curvature = jnp.where(jnp.isfinite(curvature), curvature, 0.0)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pssm._checks import is_traced
 from pssm._types import Array
 from pssm.distributions import StatePath
+from pssm.modes.coupled import Conjugate, group_shape, sum_groups
 
 Function = Callable[[Array], Array]
 
@@ -45,21 +46,25 @@ def climb(
 ) -> Array:
     """The path after at most `num_iters` steps along `direction(path)`.
 
-    A lane (an entry of the batch) is over when the squared length of its step in standard deviations is below
-    `tolerance`, or when the step moves no number by more than rounding does.
+    A lane is an entry of the batch, or the entries that share a term of the likelihood. It is over when the squared
+    length of its step in standard deviations is below `tolerance`, or when the step moves no number by more than rounding
+    does.
     """
-    along = _along(prior, log_lik)
+    along, density = _along(prior, log_lik), _density(prior, log_lik)
+    coupled = group_shape(log_lik, start) != start.shape[:-2]
 
-    def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        path, count, _ = state
+    def body(state: tuple[Array, Array, Array, Conjugate | None]) -> tuple[Array, Array, Array, Conjugate | None]:
+        path, count, _, memory = state
         move = direction(path)
         move = jnp.where(jnp.isfinite(move), move, 0.0)
+        if memory is not None:
+            move, memory = memory.next(density, path, move)
         here = along(path, move)
         going = ~_settled(path, move, here, tolerance)
         size = jnp.where(going, _length(lambda s: along(path + _wide(s) * move, move), here, path), 0.0)
-        return path + _wide(size) * move, count + 1, jnp.any(size > 0)
+        return path + _wide(size) * move, count + 1, jnp.any(size > 0), memory
 
-    state = start, jnp.zeros((), int), jnp.ones((), bool)
+    state = start, jnp.zeros((), int), jnp.ones((), bool), Conjugate.start(start) if coupled else None
     return jax.lax.while_loop(lambda state: state[2] & (state[1] < num_iters), body, state)[0]
 
 
@@ -90,24 +95,27 @@ def _wide(size: Array) -> Array:
 
 
 def _along(prior: StatePath, log_lik: Function) -> Callable[[Array, Array], _Line]:
-    """The log density of a path and its slope along a step.
-
-    Where the likelihood is one number for a whole batch, the batch is one lane.
-    """
+    """The log density of a path and its slope along a step, for each lane."""
+    density = _density(prior, log_lik)
 
     def objective(path: Array) -> Array:
-        own, seen = prior.log_prob(path), log_lik(path)
-        value = own + seen if seen.shape == own.shape else jnp.sum(own) + jnp.sum(seen)
+        value = density(path)
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
     return lambda path, move: _Line(*jax.jvp(objective, (path,), (move,)))
+
+
+def _density(prior: StatePath, log_lik: Function) -> Function:
+    """The log density of each lane: of a series, or of those that share a term of the likelihood."""
+    return lambda path: sum_groups(prior.log_prob(path), group_shape(log_lik, path)) + log_lik(path)
 
 
 def _settled(path: Array, move: Array, here: _Line, tolerance: float, units: int = 4) -> Array:
     """Whether nothing is left to gain; `units` of rounding are those of the largest number of each variable."""
     reach = jnp.max(jnp.abs(path), axis=-2, keepdims=True)
     still = jnp.abs(move) <= units * jnp.finfo(path.dtype).eps * reach
-    still = jnp.all(still, axis=(-2, -1) if here.slope.ndim == path.ndim - 2 else None)
+    shared = tuple(i for i, size in enumerate(here.slope.shape) if size != path.shape[i])
+    still = jnp.all(jnp.all(still, axis=(-2, -1)), axis=shared, keepdims=True)
     return jnp.isfinite(here.value) & (still | (jnp.abs(here.slope) <= tolerance))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, Float, KeyLike, Series
-from pssm.nets.features import seen_and_filled
+from pssm.nets.features import run_backward, seen_and_filled
 
 
 class RecurrentFeatures(eqx.Module):
@@ -18,7 +18,8 @@ class RecurrentFeatures(eqx.Module):
     Args:
         front: features of a step, `(y_t, seen_t, u_t) -> (features,)`, such as `StepMLP`.
         mixer: a sequence mixer of those features, such as `GRU`.
-        reverse: whether the mixer runs from the end to the start, which smooths; else forward: `h_t` knows the past.
+        reverse: whether the mixer runs from the last step with data to the start, which smooths (features after that
+            step are zero); else forward: `h_t` knows the past.
     """
 
     front: Any
@@ -28,11 +29,12 @@ class RecurrentFeatures(eqx.Module):
     def __call__(self, y: Series, u: Float[Array, "time input"] | None = None) -> Float[Array, "time size"]:
         """Features of all steps."""
 
-        def features(y: Array, u: Array | None) -> Array:
-            return self.front(*seen_and_filled(y), u)
+        def features(y: Array, u: Array | None) -> tuple[Array, Array]:
+            filled, seen = seen_and_filled(y)
+            return self.front(filled, seen, u), seen.any()
 
-        x = jax.vmap(features)(y, u)
-        return self.mixer(x[::-1])[::-1] if self.reverse else self.mixer(x)
+        x, some = jax.vmap(features)(y, u)
+        return run_backward(self.mixer, x, some) if self.reverse else self.mixer(x)
 
 
 class Combiner(eqx.Module):

@@ -16,7 +16,7 @@ from pssm._checks import check_choice
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, KeyLike, Series
 from pssm.linalg.potential import Potential
-from pssm.nets.features import StepMLP, seen_and_filled
+from pssm.nets.features import StepMLP, run_backward, seen_and_filled
 from pssm.nets.mixers import GRU, LSTM, SelfAttention
 from pssm.nets.potentials import PotentialHead
 from pssm.nets.s5 import S5
@@ -84,7 +84,7 @@ class BackwardEncoder(eqx.Module):
     def __call__(self, numbers: Array, mask: Array, u: Inputs | None = None) -> Potential:
         """Potentials, from `(time, size)` numbers that are zero where `mask` `(time,)` is false."""
         x = numbers if u is None else jnp.concatenate([numbers, u], axis=-1)
-        out = jax.vmap(self.head.numbers)(self.mixer(x[::-1])[::-1])
+        out = jax.vmap(self.head.numbers)(run_backward(self.mixer, x, mask))
         after = jnp.cumsum(mask[::-1])[::-1] > 0
         shifted = jnp.concatenate([out[1:], jnp.zeros_like(out[:1])])
         return _with_mask(self.head.split(shifted), jnp.concatenate([after[1:], jnp.zeros(1, bool)]))
@@ -141,7 +141,7 @@ class SequenceEncoder(eqx.Module):
         """Potentials of all steps."""
         features, mask = jax.vmap(self._features)(y, u)
         if self.reverse:
-            mixed, mask = self.mixer(features[::-1])[::-1], jnp.cumsum(mask[::-1])[::-1] > 0
+            mixed, mask = run_backward(self.mixer, features, mask), jnp.cumsum(mask[::-1])[::-1] > 0
         else:
             mixed = self.mixer(features)
         numbers = jax.vmap(self.head.numbers)(jnp.concatenate([features, mixed], axis=-1))

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +20,17 @@ def seen_and_filled(y: Array) -> tuple[Array, Array]:
     """Data with zeros for NaN, and where there was something."""
     seen = ~jnp.isnan(y)
     return jnp.where(seen, y, 0.0), seen
+
+
+def run_backward(mixer: Any, x: Float[Array, "time size"], some: Bool[Array, " time"]) -> Array:
+    """A mixer's outputs from the last step with data (`some`) to the first; zero after it.
+
+    The steps after it come last for the mixer, so that a causal one gives the outputs of the series without them.
+    """
+    after = jnp.cumsum(some[::-1])[::-1] > 0
+    padding = len(some) - after.sum()
+    out = jnp.roll(mixer(jnp.roll(x[::-1], -padding, axis=0)), padding, axis=0)[::-1]
+    return jnp.where(after[:, None], out, 0.0)
 
 
 class StepMLP(eqx.Module):

@@ -5,6 +5,7 @@ trained on missing data. The likelihood still scores all data, so the bound rema
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +17,36 @@ from pssm._types import Array, Float, Key, KeyLike, Shaped
 def hide_entries(rate: float) -> Callable[[Key, Array], Array]:
     """Hides every entry with probability `rate`."""
     _check_rate(rate)
-    return lambda key, y: jnp.where(jax.random.bernoulli(key, rate, y.shape), jnp.nan, y)
+    return partial(_hide_entries, rate)
 
 
 def hide_steps(rate: float) -> Callable[[Key, Array], Array]:
     """Hides whole steps of a series `(time, ...)` with probability `rate`."""
     _check_rate(rate)
-
-    def hide(key: KeyLike, y: Array) -> Array:
-        key = as_key(key)
-        hidden = jax.random.bernoulli(key, rate, y.shape[:1])
-        return jnp.where(hidden.reshape(-1, *(1,) * (y.ndim - 1)), jnp.nan, y)
-
-    return hide
+    return partial(_hide_steps, rate)
 
 
 def hide_end(shortest: int) -> Callable[[Key, Array], Array]:
     """Hides everything after a random step, never one of the first `shortest`: the situation of a forecast."""
+    return partial(_hide_end, shortest)
 
-    def hide(key: KeyLike, y: Array) -> Array:
-        key = as_key(key)
-        end = jax.random.randint(key, (), shortest, y.shape[0] + 1)
-        past = jnp.arange(y.shape[0]) < end
-        return jnp.where(past.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
 
-    return hide
+def _hide_entries(rate: float, key: KeyLike, y: Array) -> Array:
+    key = as_key(key)
+    return jnp.where(jax.random.bernoulli(key, rate, y.shape), jnp.nan, y)
+
+
+def _hide_steps(rate: float, key: KeyLike, y: Array) -> Array:
+    key = as_key(key)
+    hidden = jax.random.bernoulli(key, rate, y.shape[:1])
+    return jnp.where(hidden.reshape(-1, *(1,) * (y.ndim - 1)), jnp.nan, y)
+
+
+def _hide_end(shortest: int, key: KeyLike, y: Array) -> Array:
+    key = as_key(key)
+    end = jax.random.randint(key, (), shortest, y.shape[0] + 1)
+    past = jnp.arange(y.shape[0]) < end
+    return jnp.where(past.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
 
 
 def coordinated_dropout(

@@ -166,7 +166,8 @@ def run_method(
     result.seconds_run = time.perf_counter() - start - result.seconds_compile
     if isinstance(fit, SVIFit):
         result.losses = np.asarray(fit.losses)
-        if not fit.surrogate:
+        result.objective = fit.objective
+        if fit.is_bound:
             found = result.attempt("ELBO and k-hat", lambda: elbo_and_khat(fit, key=settings.seed + 1))
             result.diagnostics |= dict(zip(("elbo", "elbo_se", "khat"), found or (), strict=False))
         else:

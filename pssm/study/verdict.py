@@ -78,7 +78,9 @@ def judge(
             rhat = float(own["r_hat"].max()) if name.startswith("nuts") else np.nan
             numbers |= {"ess_min": ess, "rhat_max": rhat}
             if name in GUIDE_NAMES:
-                result.level, result.verdict = _judge_guide(GUIDE_NAMES[name], own, numbers, reference)
+                result.level, result.verdict = _judge_guide(
+                    GUIDE_NAMES[name], own, numbers, reference, result.objective
+                )
             else:
                 result.level, result.verdict = _judge_chain(name, own, numbers, reference)
         else:
@@ -141,9 +143,11 @@ def _agreement(own: pd.DataFrame) -> str:
     )
 
 
-def _judge_guide(guide: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
+def _judge_guide(
+    guide: str, own: pd.DataFrame, numbers: dict[str, float], reference: str, objective: str
+) -> tuple[str, str]:
     k = numbers.get("khat", np.nan)
-    weights = "no k-hat: its objective is a surrogate" if np.isnan(k) else f"k-hat {k:.2f}"
+    weights = f"no k-hat: {objective}" if np.isnan(k) else f"k-hat {k:.2f}"
     if not reference or not own["sd_ratio"].notna().any():
         if k < KHAT_GOOD:
             return "good", f"{guide} passes its own check ({weights}); no exact method ran beside it."
