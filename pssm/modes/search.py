@@ -47,8 +47,8 @@ def climb(
     """The path after at most `num_iters` steps along `direction(path)`.
 
     A lane is an entry of the batch, or the entries that share a term of the likelihood. It is over when the squared
-    length of its step in standard deviations is below `tolerance`, or when the step moves no number by more than rounding
-    does.
+    length of its step in standard deviations is below `tolerance`, or when the step moves no number by more than
+    rounding does.
     """
     along, density = _along(prior, log_lik), _density(prior, log_lik)
     coupled = group_shape(log_lik, start) != start.shape[:-2]
