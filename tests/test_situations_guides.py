@@ -389,8 +389,9 @@ def unpadded(kind):
 
 SUM = mixed(np.ones((1, N)))
 GROUPS = rng.normal(size=(2, T, 1))
-EAGER = {"jit": "eager", "precisions": (True,)}
 
+DOUBLE = (True,)
+EAGER = {"jit": "eager", "precisions": DOUBLE}
 FREE = (1e-5, 1e-4)  # stored potentials have a floor, and so a small error
 
 TABLE = {
@@ -399,23 +400,33 @@ TABLE = {
         bound(indexed), lambda: each(Y.transpose(0, 2, 1)), close=FREE, args=(Y,)
     ),
     "indexed, at the mode": Situation(
-        bound(indexed, potentials="mode"), lambda: each(Y.transpose(0, 2, 1)), close=FREE, args=(Y,)
+        bound(indexed, potentials="mode"), lambda: each(Y.transpose(0, 2, 1)), close=FREE, precisions=DOUBLE, args=(Y,)
     ),
     "sensors inside of the series": Situation(
         bound(inner_sensors), lambda: each(ALL[0]), close=FREE, args=(ALL[0][..., None],)
     ),
     "sensors outside of the series": Situation(
-        bound(outer_sensors), lambda: each(ALL[0]), close=FREE, args=(ALL[0].swapaxes(0, 1)[..., None],)
+        bound(outer_sensors),
+        lambda: each(ALL[0]),
+        close=FREE,
+        precisions=DOUBLE,
+        args=(ALL[0].swapaxes(0, 1)[..., None],),
     ),
-    "nested plates": Situation(bound(nested), lambda: each(ALL.reshape(6, 4, T)), close=FREE, args=(ALL[..., None],)),
+    "nested plates": Situation(
+        bound(nested), lambda: each(ALL.reshape(6, 4, T)), close=FREE, precisions=DOUBLE, args=(ALL[..., None],)
+    ),
     "a plate over time": Situation(
-        bound(plate_of_time), lambda: each(Y.transpose(0, 2, 1)), close=FREE, args=(Y[..., 0],)
+        bound(plate_of_time), lambda: each(Y.transpose(0, 2, 1)), close=FREE, precisions=DOUBLE, args=(Y[..., 0],)
     ),
     "a plate over time before the series'": Situation(
-        bound(time_before, potentials="mode"), lambda: each(Y.transpose(0, 2, 1)), close=FREE, args=(Y[..., 0].T,)
+        bound(time_before, potentials="mode"),
+        lambda: each(Y.transpose(0, 2, 1)),
+        close=FREE,
+        precisions=DOUBLE,
+        args=(Y[..., 0].T,),
     ),
     "observed without a plate": Situation(
-        bound(without_plate), lambda: each(Y.transpose(0, 2, 1)), close=FREE, args=(Y,)
+        bound(without_plate), lambda: each(Y.transpose(0, 2, 1)), close=FREE, precisions=DOUBLE, args=(Y,)
     ),
     # Series that share a term: the mean is that of the joint posterior
     "a sum over the series": Situation(
@@ -424,29 +435,44 @@ TABLE = {
     "a sum over the series, at the mode": Situation(
         center(summed, potentials="mode"),
         lambda: posterior_mean(SUM, Y[0].ravel(), N),
+        precisions=DOUBLE,
         args=(Y[0],),
         close=(1e-6, 1e-3),
     ),
     "a sum over the series as a factor": Situation(
-        center(factored), lambda: posterior_mean(SUM, Y[0].ravel(), N), args=(Y[0],), close=(1e-6, 1e-3)
+        center(factored),
+        lambda: posterior_mean(SUM, Y[0].ravel(), N),
+        precisions=DOUBLE,
+        args=(Y[0],),
+        close=(1e-6, 1e-3),
     ),
     "a plate of as many sensors": Situation(
-        center(other_plate), lambda: posterior_mean(mixed(MIX), Y.ravel(), N), args=(Y,), close=(1e-4, 1e-2)
+        center(other_plate),
+        lambda: posterior_mean(mixed(MIX), Y.ravel(), N),
+        precisions=DOUBLE,
+        args=(Y,),
+        close=(1e-4, 1e-2),
     ),
     "observed by themselves and as a sum": Situation(
         center(own_and_summed),
         lambda: posterior_mean(np.vstack([np.eye(N * T), SUM]), np.append(Y, Y[1] - 1), N),
+        precisions=DOUBLE,
         args=(Y, Y[1] - 1),
         close=(1e-6, 1e-3),
     ),
     "sums over one of two plates": Situation(
         center(summed_by_group),
         lambda: np.stack([posterior_mean(SUM, y.ravel(), 3) for y in GROUPS], axis=1),
+        precisions=DOUBLE,
         args=(GROUPS,),
         close=(1e-6, 1e-3),
     ),
     "the bound of a sum is the best of its kind": Situation(
-        bound(summed, particles=4000), lambda: best_bound(SUM, Y[0].ravel(), N), args=(Y[0],), close=(2e-3, 2e-3)
+        bound(summed, particles=4000),
+        lambda: best_bound(SUM, Y[0].ravel(), N),
+        precisions=DOUBLE,
+        args=(Y[0],),
+        close=(2e-3, 2e-3),
     ),
     "an encoder reads sensors inside of the series": Situation(
         encoded(inner_sensors), ALL[0].swapaxes(1, 2)[:, None, :, :, None], args=(ALL[0][..., None],)
@@ -633,6 +659,7 @@ TABLE = {
     "padding that is not NaN": Situation(
         padded_ratio("deep", 7, data=3.0, lengths=lambda y: jnp.full(len(y), T)),
         unpadded("deep"),
+        precisions=DOUBLE,
         args=(Y,),
         close=(1e-10, 1e-5),
     ),
