@@ -315,4 +315,4 @@ class NonCenteredPath(Reparam):
         if not isinstance(path, StatePath):
             raise TypeError(f"`{name}` must be a StatePath to be non-centred; got {type(path).__name__}.")
         base = dist.Normal(jnp.zeros(path.noise_size, path.m0.dtype), 1.0).to_event(1).expand(shape)
-        return None, path.path_from_noise(numpyro.sample(f"{name}_base", base))
+        return None, path.path_from_noise(numpyro.sample(f"{name}_base", base, infer={"path_noise": True}))

@@ -85,5 +85,5 @@ def regression(u: ArrayLike | None, length: int, about: Scale) -> tuple[Array | 
         raise ValueError(f"`u` must have shape ({length}, input); got {inputs.shape}.")
     spread = jnp.std(inputs, axis=0)
     width = 2.5 * about.spread / jnp.where(spread > 0, spread, 1.0)
-    beta = numpyro.sample("beta", dist.Normal(0.0, width).to_event(1))
+    beta = numpyro.sample("beta", dist.Normal(0.0, width).to_event(1), infer={"dims": {"beta": ("input",)}})
     return beta[None], inputs

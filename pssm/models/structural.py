@@ -269,7 +269,7 @@ def _sampled_autoregression(data: Array | None, length: int, block: Block, shift
     """Observed values enter as they are, missing ones are drawn: `x_t = mean_t + sigma e_t` with `e_t` a site."""
     order = block.m0.shape[0]
     normal = dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1)
-    noise = numpyro.sample("z_base", normal, infer={"state_names": block.names})
+    noise = numpyro.sample("z_base", normal, infer={"state_names": block.names, "path_noise": True})
     sigma = block.chol_Q[0, 0]
     values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
     seen = ~jnp.isnan(values)
