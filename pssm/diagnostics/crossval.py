@@ -71,7 +71,7 @@ def _cut_along(axes: Axes, args: tuple[Any, ...]) -> tuple[str, int]:
         raise ValueError(
             f"`fit`: the time axis of {site!r} is not known; its axes are {axes.names[site]}. Give `dims`."
         )
-    others = [n for n in axes.data[1:] if axes.time in axes.names[n]]
+    others = [n for n in axes.data[1:] if n in axes.times]
     if others:
         raise ValueError(f"`fit`: the sites {others} run along time too, and their future would be known.")
     if not takes_missing(axes.trace[site]["fn"]):

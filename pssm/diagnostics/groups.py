@@ -1,6 +1,6 @@
 """The groups of a fit's DataTree: names that a file can hold, labels of every axis, pointwise log-likelihoods."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -48,16 +48,11 @@ class Namer:
     """
 
     def __init__(self, axes: Axes, labels: dict[str, np.ndarray]):
-        self.dims = {n: tuple(a.replace("/", ".") for a in names) for n, names in axes.names.items()}
-        self.labels = {n.replace("/", "."): x for n, x in labels.items()}
-        taken = {*LEAD, *(a for names in self.dims.values() for a in names)}
-        self.variables: dict[str, str] = {}
-        for site in axes.names:
-            name = site.replace("/", ".")
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            self.variables[site] = name
+        every = dict.fromkeys([a for names in axes.names.values() for a in names] + list(axes.states.values()))
+        self.axes = _without_slashes(every, set())
+        self.dims = {n: tuple(self.axes[a] for a in names) for n, names in axes.names.items()}
+        self.labels = {self.axes.get(n, n): x for n, x in labels.items()}
+        self.variables = _without_slashes(axes.names, {*LEAD, *self.axes.values()})
 
     def dataset(
         self,
@@ -80,6 +75,18 @@ class Namer:
                 argument = "`time`" if axis == "time" else f"`coords` for {axis!r}"
                 raise ValueError(f"{argument} must have {sizes[axis]} labels; got {len(label)}.")
         return xr.Dataset(data, coords={n: known.get(n, np.arange(size)) for n, size in sizes.items()})
+
+
+def _without_slashes(names: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """Other names without "/", no two alike and none of those taken."""
+    found = {}
+    for name in names:
+        new = name.replace("/", ".")
+        while new in taken:
+            new += "_"
+        taken.add(new)
+        found[name] = new
+    return found
 
 
 def sites_of(group: Any) -> dict[str, np.ndarray]:
@@ -110,8 +117,9 @@ def pointwise(site: dict[str, Any], dims: tuple[str, ...], time: str | None) -> 
     inner = innermost(fn)
     if isinstance(inner, BY_STEPS):
         steps = inner.log_prob_steps(value)
-        mask = _mask_of(fn)
-        return steps if mask is None else jnp.where(mask[..., None], steps, 0.0)
+        for mask, _ in _masks(fn):
+            steps = jnp.where(jnp.asarray(mask)[..., None], steps, 0.0)
+        return steps
     kept = pointwise_dims(site, dims, time)
     if time not in kept:
         return fn.log_prob(value)
@@ -128,15 +136,12 @@ def pointwise_dims(site: dict[str, Any], dims: tuple[str, ...], time: str | None
     return tuple(a for k, a in enumerate(dims[: len(dims) - inner.event_dim]) if k < batch or a == time)
 
 
-def _mask_of(fn: Any) -> jax.Array | None:
-    """The mask around a distribution."""
-    mask = None
+def _masks(fn: Any) -> Iterator[tuple[Any, int]]:
+    """The masks around and inside a distribution, and how many axes of an event stand behind each."""
     while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | WithMissing | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
-            own = jnp.asarray(fn._mask)
-            mask = own if mask is None else mask & own
+            yield fn._mask, fn.event_dim
         fn = fn.base if isinstance(fn, WithMissing) else fn.base_dist
-    return mask
 
 
 def pointwise_likelihoods(
@@ -150,7 +155,7 @@ def pointwise_likelihoods(
 
     def one(sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
         trace = trace_with(model, sample, *args, **kwargs)
-        return {name: pointwise(trace[name], axes.names[name], axes.time) for name in names}
+        return {name: pointwise(trace[name], axes.names[name], axes.times.get(name)) for name in names}
 
     compiled = jax.jit(lambda s: jax.lax.map(one, s, batch_size=200))
 
@@ -164,12 +169,55 @@ def pointwise_likelihoods(
     return of_draws
 
 
-def steps_seen(axes: Axes) -> np.ndarray | None:
-    """At which time steps something was observed; None where no observed site has the time axis."""
-    found = []
-    for name in axes.data:
-        if axes.time in axes.names[name]:
-            value = np.asarray(axes.trace[name]["value"], dtype=float)
-            rows = np.moveaxis(value, axes.names[name].index(axes.time), 0)
-            found.append(~np.isnan(rows.reshape(len(rows), -1)).all(1))
-    return np.any(found, axis=0) if found else None
+def points_seen(site: dict[str, Any], dims: tuple[str, ...], time: str | None) -> np.ndarray:
+    """Where something was observed, neither NaN nor masked, with the axes of `pointwise_dims`."""
+    value = np.asarray(site["value"])
+    there = ~np.isnan(value) if value.dtype.kind == "f" else np.ones(value.shape, bool)
+    for mask, events in _masks(site["fn"]):
+        there = there & np.asarray(mask).reshape(*np.shape(mask), *(1,) * events)
+    kept = pointwise_dims(site, dims, time)
+    return there.any(tuple(k for k, a in enumerate(dims) if a not in kept))
+
+
+def observed_points(arrays: dict[str, np.ndarray], axes: Axes, names: Namer) -> xr.Dataset | None:
+    """Log-likelihoods at what was observed: an entry that was not scores 0 in every draw, and is no data point.
+
+    Where whole steps, series or members of a plate were not observed they are left out of their axis. Where single
+    entries were not, the others stand one behind the other on an axis `<site>_point`, with the labels of their axes as
+    coordinates. Sites of which nothing was observed are left out. None where there is no other.
+    """
+    rows_of: dict[str, list[int]] = {}  # the labels that are left of an axis, by those of the first site that has it
+    whole: dict[str, Any] = {}
+    single: dict[str, Any] = {}
+    for site, x in ((n, arrays[n]) for n in axes.data if n in arrays):
+        dims, trace = axes.names[site], axes.trace[site]
+        seen = points_seen(trace, dims, axes.times.get(site))
+        if not seen.any():
+            continue
+        rows = [np.flatnonzero(seen.any(tuple(i for i in range(seen.ndim) if i != k))) for k in range(seen.ndim)]
+        own = [names.axes[a] for a in pointwise_dims(trace, dims, axes.times.get(site))]
+        labels = [names.labels.get(a, np.arange(n)) for a, n in zip(own, seen.shape, strict=True)]
+        if seen[np.ix_(*rows)].all():
+            x = x[(..., *np.ix_(*rows))]
+            same = [rows_of.setdefault(a, r.tolist()) == r.tolist() for a, r in zip(own, rows, strict=True)]
+            placed = [a if s else f"{names.variables[site]}_{a}" for a, s in zip(own, same, strict=True)]
+            whole[site] = x, placed, [label[r] for label, r in zip(labels, rows, strict=True)]
+        else:
+            where = np.nonzero(seen)
+            single[site] = x[..., seen], own, [label[w] for label, w in zip(labels, where, strict=True)]
+    data: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
+    for site, (x, placed, labels) in whole.items():
+        data[site] = (*LEAD, *placed), x
+        coords |= dict(zip(placed, labels, strict=True))
+    for site, (x, own, labels) in single.items():
+        point = f"{names.variables[site]}_point"
+        data[site] = (*LEAD, point), x
+        coords[point] = np.arange(x.shape[-1])
+        for axis, label in zip(own, labels, strict=True):
+            coords[axis if axis not in coords else f"{names.variables[site]}_{axis}"] = (point, label)
+    if not data:
+        return None
+    coords |= {a: np.arange(n) for a, n in zip(LEAD, next(iter(arrays.values())).shape, strict=False)}
+    renamed = {names.variables[n]: (*x, {} if names.variables[n] == n else {"site": n}) for n, x in data.items()}
+    return xr.Dataset(renamed, coords=coords)

@@ -17,16 +17,15 @@ from pssm.diagnostics.groups import (
     LEAD,
     Namer,
     label_array,
+    observed_points,
     pointwise,
-    pointwise_dims,
     pointwise_likelihoods,
-    steps_seen,
 )
 from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
 from pssm.guides.plates import WholePlates
-from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states
+from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states, states_of
 from pssm.infer.predict import forecast as forecast_draws
-from pssm.inspection.axes import Axes, find_axes
+from pssm.inspection.axes import Axes, find_axes, is_path_noise
 from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
 
@@ -133,7 +132,7 @@ def build_tree(
         draws = posterior_draws(fit, num_samples=num_samples, key=key)
         axes = _axes_of(fitted, scorer, args, kwargs, draws, dims, series=time is not None)
         names = Namer(axes, _labels(axes, time, coords))
-        own = {n: x for n, x in draws.items() if not (n.endswith("_base") and n.removesuffix("_base") in draws)}
+        own = {n: x for n, x in draws.items() if not is_path_noise(axes.trace.get(n))}
         tree = {"posterior": names.dataset(own, LEAD)}
         if record.stats:
             tree["sample_stats"] = names.dataset(stats := _stats(record.stats), LEAD, dims=dict.fromkeys(stats, ()))
@@ -177,10 +176,11 @@ def rehearse(
     if axes.data:
         tree["observed_data"] = names.dataset({n: np.asarray(axes.trace[n]["value"]) for n in axes.data})
         shapes = {
-            n: jax.eval_shape(lambda n=n: pointwise(axes.trace[n], axes.names[n], axes.time)).shape for n in axes.data
+            n: jax.eval_shape(lambda n=n: pointwise(axes.trace[n], axes.names[n], axes.times.get(n))).shape
+            for n in axes.data
         }
-        scores = {n: np.zeros((1, 1, *shape)) for n, shape in shapes.items()}
-        tree["log_likelihood"] = names.dataset(scores, LEAD, dims=_score_dims(axes, names))
+        scores = observed_points({n: np.zeros((1, 1, *shape)) for n, shape in shapes.items()}, axes, names)
+        tree |= {} if scores is None else {"log_likelihood": scores}
     if horizon:
         steps = {"horizon": _future(horizon, future_time)}
         tree["forecast"] = names.dataset({"mean": np.zeros(horizon)}, dims={"mean": ("horizon",)}, labels=steps)
@@ -230,7 +230,12 @@ def _axes_of(fitted, scorer, args, kwargs, draws, dims, *, series: bool) -> Axes
     axes = find_axes(fitted, args, kwargs, values=first, dims=dims, series=series)
     if scorer is not fitted:
         other = find_axes(scorer, args, kwargs, values=first, dims=dims, series=series)
-        axes = other._replace(names={**axes.names, **other.names}, trace={**axes.trace, **other.trace})
+        axes = other._replace(
+            names={**axes.names, **other.names},
+            trace={**axes.trace, **other.trace},
+            states={**axes.states, **other.states},
+            times={**axes.times, **other.times},
+        )
     for name, x in draws.items():
         axes.names.setdefault(name, tuple(f"{name}_dim_{i}" for i in range(x.ndim - 2)))
     for name in dims or {}:
@@ -242,10 +247,10 @@ def _axes_of(fitted, scorer, args, kwargs, draws, dims, *, series: bool) -> Axes
 def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | None) -> dict[str, np.ndarray]:
     """Labels of axes: the names of states that a model gives one of its sites, those of `coords`, and of time."""
     labels = {}
-    for site in axes.trace.values():
-        if "state_names" in (site.get("infer") or {}):
-            labels["state"] = np.asarray(site["infer"]["state_names"])
-            break
+    for name, site in axes.trace.items():
+        holder = name.removesuffix("_base") if is_path_noise(site) else name
+        if "state_names" in (site.get("infer") or {}) and axes.states.get(holder) not in (None, *labels):
+            labels[axes.states[holder]] = np.asarray(site["infer"]["state_names"])
     labels |= {name: label_array(f"coords[{name!r}]", x) for name, x in (coords or {}).items()}
     if time is not None:
         if axes.time is None:
@@ -276,11 +281,6 @@ def _stats(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {n: -x if n == "lp" else x for n, x in stats.items()}
 
 
-def _score_dims(axes: Axes, names: Namer) -> dict[str, tuple[str, ...]]:
-    found = {n: pointwise_dims(axes.trace[n], axes.names[n], axes.time) for n in axes.data}
-    return {n: tuple(names.dims[n][axes.names[n].index(a)] for a in kept) for n, kept in found.items()}
-
-
 def _future(horizon: int, future_time: ArrayLike | None) -> np.ndarray:
     steps = np.arange(1, horizon + 1) if future_time is None else label_array("future_time", future_time)
     if len(steps) != horizon:
@@ -299,56 +299,62 @@ class _Run(NamedTuple):
     names: Namer
     fit: Any = None  # whose states are meant; None where another model scores the draws
 
-    def log_likelihood(self) -> xr.Dataset:
-        """Pointwise log-likelihoods, at the steps at which something was observed."""
+    def log_likelihood(self) -> xr.Dataset | None:
+        """Pointwise log-likelihoods of what was observed."""
         axes = self.axes
-        arrays = pointwise_likelihoods(self.model, axes.data, self.args, self.kwargs, axes)(self.draws)
-        group = self.names.dataset(arrays, LEAD, dims=_score_dims(axes, self.names))
-        # A step without data scores 0 for every draw, which `az.loo` refuses and counts as a data point.
-        seen = steps_seen(axes)
-        return group if seen is None or not seen.any() else group.isel({str(axes.time): seen})
+        scores = pointwise_likelihoods(self.model, axes.data, self.args, self.kwargs, axes)(self.draws)
+        return observed_points(scores, axes, self.names)
 
     def states(self) -> xr.Dataset:
-        """Smoothed states, and the signal of each observed site."""
+        """Smoothed states of every path and series that has some, and the signal of every observed site with states."""
         data, dims = {}, {}
-        for site, end in self._sites():
-            lead = self._axes_before_time(site)
+        sites, holders = self._with_states()
+        for of, end in (*holders.items(), *sites.items()):
             if self.fit is None:
-                moments = smoothed_states(self.model, self.draws, *self.args, site=site, **self.kwargs)
+                found = smoothed_states(self.model, self.draws, *self.args, site=of, **self.kwargs)
             else:
-                moments = smoothed_states(self.fit, site=site)
-            state, signal = moments.state, moments.signal
-            data |= {"mean": state.mean, "sd": state.sd, f"signal_mean{end}": signal.mean, f"signal_sd{end}": signal.sd}
-            dims |= {name: (*lead, self.axes.time or "time", "state") for name in ("mean", "sd")}
-            dims |= {f"signal_{what}{end}": self.names.dims[site] for what in ("mean", "sd")}
+                found = smoothed_states(self.fit, site=of)
+            if of in holders and (end := holders[of]) is not None:
+                state = self.names.axes.get(self.axes.states.get(of, "state"), "state")
+                data |= {f"mean{end}": found.state.mean, f"sd{end}": found.state.sd}
+                dims |= dict.fromkeys((f"mean{end}", f"sd{end}"), (*self.names.dims[of][:-1], state))
+            if of in sites and (end := sites[of]) is not None:
+                data |= {f"signal_mean{end}": found.signal.mean, f"signal_sd{end}": found.signal.sd}
+                dims |= dict.fromkeys((f"signal_mean{end}", f"signal_sd{end}"), self.names.dims[of])
         return self.names.dataset(data, dims=dims)
 
     def forecast(self, horizon: int, future_time: Any, u_future: Any, key: Any) -> xr.Dataset:
-        """Moments and quantiles of the steps after the data, of each observed site."""
+        """Moments and quantiles of the steps after the data, of each observed site with states."""
         labels = {"horizon": _future(horizon, future_time)}
         data, dims = {}, {}
-        for site, end in self._sites():
+        for site, end in self._with_states()[0].items():
             options = {"u_future": u_future, "key": key, "site": site}
             if self.fit is None:
                 f = forecast_draws(self.model, self.draws, horizon, *self.args, **options, **self.kwargs)
             else:
                 f = forecast_draws(self.fit, horizon, **options)
-            lead = self._axes_before_time(site)
             found = {"mean": f.mean, "sd": f.sd}
             found |= {f"q{round(100 * q):02d}": x for q, x in zip(QUANTILES, f.quantiles, strict=True)}
             data |= {f"{name}{end}": x for name, x in found.items()}
-            own = (*lead, "horizon", *self.names.dims[site][len(lead) + 1 :])
-            dims |= {f"{name}{end}": own for name in found}
+            dims |= dict.fromkeys((f"{name}{end}" for name in found), self._ahead(site))
         return self.names.dataset(data, dims=dims, labels=labels)
 
-    def _sites(self) -> list[tuple[str, str]]:
-        """The observed sites along time, and the ending of their names in a group: none where there is one."""
-        found = [n for n in self.axes.data if self.axes.time in self.axes.names[n]] or list(self.axes.data)
-        return [(name, f"_{name}" if len(found) > 1 else "") for name in found]
+    def _with_states(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The observed sites with states, and the sites that have these: with the endings of their names in a group."""
+        found = (
+            states_of(self.model, self.draws, *self.args, **self.kwargs) if self.fit is None else states_of(self.fit)
+        )
+        sites, holders = (list(dict.fromkeys(x)) for x in zip(*found, strict=True)) if found else ([], [])
+        sites.sort(key=self.axes.data.index)
+        return tuple(
+            {n: f"_{self.names.variables[n]}" if len(names) > 1 else "" for n in names} for names in (sites, holders)
+        )
 
-    def _axes_before_time(self, site: str) -> tuple[str, ...]:
-        dims = self.names.dims[site]
-        return dims[: dims.index(self.axes.time)] if self.axes.time in dims else dims[:-2]
+    def _ahead(self, site: str) -> tuple[str, ...]:
+        """The axes of a site's forecast: the horizon in the place of time."""
+        own = self.axes.names[site]
+        time = self.axes.times.get(site, own[-2])
+        return tuple("horizon" if a == time else x for a, x in zip(own, self.names.dims[site], strict=True))
 
 
 def _provenance(record: FitRecord, axes: Axes) -> dict[str, str | int]:

@@ -1,5 +1,6 @@
 """What a fit is: NumPyro's results with how they came about, and one record that stands for any of them."""
 
+import math
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -374,4 +375,4 @@ def trace_with(model: Callable[..., Any], values: dict[str, Any], *args: Any, **
 
 def flatten_draws(draws: dict[str, Any]) -> dict[str, jax.Array]:
     """Merges the `(chain, draw)` axes."""
-    return {name: jnp.asarray(x).reshape(-1, *jnp.shape(x)[2:]) for name, x in draws.items()}
+    return {n: jnp.asarray(x).reshape(math.prod(jnp.shape(x)[:2]), *jnp.shape(x)[2:]) for n, x in draws.items()}

@@ -129,13 +129,22 @@ class DrawnGuide(Copied, AutoGuide):
     ) -> dict[str, Array]:
         """Draws of every latent site, the paths given the observations before step `origin` alone.
 
-        The model's first argument must be the data; what they hold from step `origin` on counts as missing. Arguments
-        as in `sample_posterior`.
+        The model's first argument must be the data, and all of them, `(*batch, time, ...)` with the batch axes of the
+        path in front; what they hold from step `origin` on counts as missing. For other arguments there is
+        `pssm.infer.causal_draws`. Arguments as in `sample_posterior`.
+
+        Raises:
+            ValueError: the first argument has other axes.
         """
         self.prepare(jax.random.key(0), *args, **kwargs)
         axis = self.time_axis
-        if not args or jnp.ndim(args[0]) <= axis:
-            raise ValueError(f"The model's first argument must be the data, an array whose axis {axis} is time.")
+        lead = tuple(structure(self.model, args, kwargs)[self._series]["shape"][: axis + 1])
+        if not args or jnp.shape(args[0])[: axis + 1] != lead:
+            got = jnp.shape(args[0]) if args else "no argument"
+            raise ValueError(
+                f"`args`: the model's first argument must be the data, of shape {lead} (batch, time) in front; got "
+                f"{got}. `causal_draws` finds out which arguments are the data, and which of their axes is time."
+            )
         y = as_float("args[0]", args[0])
         seen = (jnp.arange(y.shape[axis]) < origin).reshape(-1, *(1,) * (y.ndim - axis - 1))
         past = jnp.where(seen, y, jnp.nan)

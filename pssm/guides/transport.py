@@ -91,7 +91,7 @@ class Transport(Reparam):
             raise ValueError(f"`{name}` must be an unobserved StatePath, as it was when the guide was fitted.")
         q = self.posterior(prior, (*shape, *prior.event_shape))
         base = dist.Normal(jnp.zeros(prior.noise_size, prior.m0.dtype), 1.0).to_event(1).expand(shape)
-        z = q.path_from_noise(numpyro.sample(f"{name}_base", base))
+        z = q.path_from_noise(numpyro.sample(f"{name}_base", base, infer={"path_noise": True}))
         numpyro.factor(f"{name}_ratio", -q.log_ratio(z, None if self.own_prior else prior))
         return None, z
 

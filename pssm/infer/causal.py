@@ -1,20 +1,29 @@
 """Filter mode of a guide: the states given the observations up to some step, and nothing of what comes after."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro import handlers
 
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, KeyLike
 from pssm.fitting.results import SVIFit
+from pssm.inspection.past import timed_arguments
 
 
 def causal_draws(
-    fit: SVIFit, origins: ArrayLike, *, num_samples: int = 200, key: KeyLike = 0, batch_size: int = 8
+    fit: SVIFit,
+    origins: ArrayLike,
+    *,
+    num_samples: int = 200,
+    key: KeyLike = 0,
+    batch_size: int = 8,
+    dims: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Draws of the latent sites given `y[:origin]` only, for every origin.
+    """Draws of the latent sites given the observations before `origin` only, for every origin.
 
     The observations from `origin` on are made NaN, and the path's potentials are those of what is left: found again at
     the mode, or made by the guide's networks. Nothing of the future can reach them: in the path of a draw, row
@@ -23,20 +32,24 @@ def causal_draws(
     observations. The other latent sites keep the fit's posterior, given the whole series.
 
     Args:
-        fit: from `fit_svi`, with a guide of `pssm.guides`; the model's first argument is the data, `(time, ...)` or,
-            for a path in plates, `(*batch, time, ...)`, with NaN for missing.
+        fit: from `fit_svi`, with a guide of `pssm.guides`. Which arguments of the model are the data, and which of
+            their axes is time, is found out from the model: all that it observes is hidden from `origin` on. Inputs
+            are not.
         origins: how many observations are known, each from 0 to `time`.
         num_samples: draws for every origin.
         key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
         batch_size: origins that run at once.
+        dims: names of the axes of observed sites, `{"counts": ("time", "region")}`, where the model does not say which
+            is time.
 
     Returns:
         Arrays by site, `(origin, draw, ...)`.
 
     Raises:
         TypeError: the guide is none of `pssm.guides`.
-        ValueError: an origin outside of the series, or a model whose first argument is no data array, or
-            a guide of which it is not known what of its arguments is the future.
+        ValueError: an origin outside of the series; a model whose time axis is not known, whose missing entries are not
+            NaN, or whose data do not come from its arguments; or a guide of which it is not known what of its arguments
+            is the future.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -55,18 +68,18 @@ def causal_draws(
             f"`fit` must have an AutoStateSpace or another guide of `pssm.guides`; got {type(guide).__name__}."
         )
     guide.prepare(jax.random.key(0), *fit.args, **fit.kwargs)
-    axis = guide.time_axis
-    if not fit.args or jnp.ndim(fit.args[0]) <= axis:
-        raise ValueError(f"`fit`: the model's first argument must be the data, an array whose axis {axis} is time.")
-    steps, known = jnp.shape(fit.args[0])[axis], np.asarray(origins)
+    timed = timed_arguments(handlers.substitute(guide.model, data=fit.params), fit.args, fit.kwargs, dims)
+    steps, known = timed.steps, np.asarray(origins)
     if known.ndim != 1 or known.size == 0 or known.min() < 0 or known.max() > steps:
         raise ValueError(
             f"`origins` must be a list of numbers from 0 to {steps} (the steps of the data); got {origins}."
         )
+    of_the_past = guide.of_the_past()
 
     def one(xs: tuple[Array, Array]) -> dict[str, Array]:
         origin, own_key = xs
-        return guide.given_past(own_key, fit.params, origin, *fit.args, sample_shape=(num_samples,), **fit.kwargs)
+        args, kwargs = timed.past(origin)
+        return of_the_past.sample_posterior(own_key, fit.params, *args, sample_shape=(num_samples,), **kwargs)
 
     keys = jax.random.split(as_key(key), known.size)
     run = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=min(batch_size, known.size)))

@@ -16,7 +16,7 @@ from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
-from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of
+from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -80,7 +80,7 @@ def smoothed_states(
         draws: posterior draws with leading axes `(chain, draw)`; not with a fit.
         args: the model's positional arguments, likewise.
         most: number of draws to use.
-        site: the observed site whose signal is meant, where there are several.
+        site: the observed site whose signal is meant, or the path whose states are meant, where there are several.
         key: random key, or a whole number; the same key gives the same draws from a guide.
         kwargs: the model's keyword arguments, where a model is given.
 
@@ -260,9 +260,22 @@ class _Task(NamedTuple):
         return self._replace(draws={n: jnp.asarray(x[0]) for n, x in found.items()})
 
 
+def states_of(
+    fit: Fit | Callable[..., Any], draws: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+) -> list[tuple[str, str]]:
+    """Every observed site with states and the site that has them: a path that it follows, or the series itself."""
+    model, _, first, args, kwargs, _ = _run_of(fit, draws, args, kwargs, 1, as_key(0))
+    return [(s.site, s.holder) for s in sources_of(model, first, args, kwargs)]
+
+
 def _task(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, key: Any, site: str | None) -> _Task:
     """From a fit, or from a model with its draws."""
-    key = as_key(key)
+    model, thinned, first, args, kwargs, key = _run_of(fit, draws, args, kwargs, most, as_key(key))
+    return _Task(source_of(model, first, args, kwargs, site), thinned, key, fit if draws is None else None)
+
+
+def _run_of(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, key: Key) -> tuple[Any, ...]:
+    """The model that has the states, its draws, the first of them, its arguments, and a key."""
     if draws is not None:
         thinned = _thin(draws, most)
         first = {name: x[0] for name, x in thinned.items()}
@@ -271,7 +284,7 @@ def _task(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, 
                 "`model` has no `LinearGaussianMarginal` site, so its states cannot be integrated out exactly. "
                 'pssm\'s linear models have one with states="marginal".'
             )
-        return _Task(source_of(fit, first, args, kwargs, site), thinned, key)
+        return fit, thinned, first, args, kwargs, key
     if args or kwargs:
         raise TypeError("a fit has its own arguments: `*args` and `**kwargs` go with a model and its draws.")
     record = record_of(fit)
@@ -282,7 +295,7 @@ def _task(fit: Any, draws: Any, args: tuple, kwargs: dict[str, Any], most: int, 
     found = integrated(model, first, record.args, record.kwargs)
     model, kwargs = (model, record.kwargs) if found is None else found
     model = handlers.substitute(model, data=record.params) if record.params else model
-    return _Task(source_of(model, first, record.args, kwargs, site), thinned, key, fit)
+    return model, thinned, first, record.args, kwargs, key
 
 
 def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:

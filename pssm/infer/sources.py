@@ -6,7 +6,7 @@ All but the exact one is given by draws, so moments are averages over them.
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from pssm.filters import kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
 from pssm.fitting.results import trace_with
+from pssm.inspection.axes import Axes, find_axes, holds, is_factor
 from pssm.linalg.random import standard_normal
 from pssm.ssm import check_inputs
 
@@ -51,7 +52,8 @@ class Source(NamedTuple):
     """A model, its arguments, and the sites that matter: learned parameters are fitted, paths are plain sites.
 
     `site` is observed, over `num_steps` steps; `path` is the latent site, of batch shape `batch`, or None where the
-    states are integrated out.
+    states are integrated out. `along` has the time axis and the value of every observed site over these steps, and
+    `paths` are all sampled paths over them.
     """
 
     model: Callable[..., Any]
@@ -61,6 +63,13 @@ class Source(NamedTuple):
     path: str | None
     num_steps: int
     batch: tuple[int, ...]
+    along: dict[str, tuple[int, Any]]
+    paths: tuple[str, ...]
+
+    @property
+    def holder(self) -> str:
+        """The site that has the states: the path, or the series whose states are integrated out."""
+        return self.path or self.site
 
     def trace(self, sample: dict[str, Array], longer: Horizon | None = None) -> dict[str, Any]:
         """The model's trace at a draw, for the fit's own arguments or longer ones."""
@@ -128,11 +137,18 @@ class PathSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The model's own transition and emission from the last known state on."""
-        path_key, key = jax.random.split(key)
-        others = {name: x for name, x in sample.items() if name != self.path}
-        prior = self.fn(self.trace(others, ahead), self.path)
-        z = prior.continued(path_key, sample[self.path][..., : ahead.known, :])
-        return _observed(self.trace({**others, self.path: z}, ahead)[self.site], key, ahead, len(self.batch))
+        values = {name: x for name, x in sample.items() if name not in self.paths}
+        for name in self.paths:  # in the order of the model: a path may depend on those before
+            path_key, key = jax.random.split(key)
+            prior = self.fn(self.trace(values, ahead), name)
+            if prior.num_steps < ahead.known + ahead.num_steps:
+                raise ValueError(
+                    f"`future`: the path `{name}` has {prior.num_steps} steps also where the data have "
+                    f"{ahead.known + ahead.num_steps}. Let its length follow the data in the model, or give "
+                    "`future=(args, kwargs)`."
+                )
+            values[name] = prior.continued(path_key, sample[name][..., : ahead.known, :])
+        return _observed(self.trace(values, ahead)[self.site], key, ahead, self.along[self.site][0])
 
 
 class FilterSource(Source):
@@ -175,7 +191,7 @@ class CodesSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The frames of codes that the guide has drawn for the longer series."""
-        return _observed(self.trace(sample, ahead)[self.site], key, ahead, len(self.batch))
+        return _observed(self.trace(sample, ahead)[self.site], key, ahead, self.along[self.site][0])
 
 
 def _mean_of(site: dict[str, Any]) -> Array:
@@ -199,45 +215,106 @@ def _observed(site: dict[str, Any], key: Key, ahead: Horizon, axis: int) -> Futu
 # ------------------------------------------------------------------------------------------------ which source it is
 
 
+def sources_of(
+    model: Callable[..., Any], first: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Source]:
+    """Every observed site that has states, with each path that it follows, from a model's first draw.
+
+    Where states are integrated out in some sites, they come first.
+
+    Raises:
+        ValueError: the model has no states.
+    """
+    trace = trace_with(model, first, *args, **kwargs)
+    sampled = {n: s for n, s in trace.items() if s["type"] == "sample" and not is_factor(s)}
+    observed = {n: s for n, s in sampled.items() if s["is_observed"]}
+    latent = {n: s for n, s in sampled.items() if not s["is_observed"]}
+    kinds = {n: type(unwrap(s["fn"])[0]) for n, s in sampled.items()}
+    exact = [n for n in observed if issubclass(kinds[n], LinearGaussianMarginal)]
+    filtered = [n for n in observed if issubclass(kinds[n], GaussianFilterMarginal)]
+    paths = [n for n in latent if issubclass(kinds[n], StatePath)]
+    paths += [n for n in latent if issubclass(kinds[n], HistoryMarginal)]
+    if not (exact or filtered or paths):
+        raise ValueError(
+            "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; "
+            f"its latent sites are {', '.join(latent) or '(none)'}."
+        )
+    axes = cache(lambda: find_axes(model, args, kwargs, values=first))
+
+    def along(lead: tuple[int, ...]) -> dict[str, tuple[int, Any]]:
+        found = {n: _time_axis(n, np.shape(s["value"]), lead, axes) for n, s in observed.items()}
+        return {n: (axis, observed[n]["value"]) for n, axis in found.items() if axis is not None}
+
+    def of(kind: type[Source], site: str, path: str | None, lead: tuple[int, ...]) -> Source:
+        together = [n for n in paths if kinds[n] is StatePath and sampled[n]["fn"].event_shape[0] == lead[-1]]
+        return kind(model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together))
+
+    result = []
+    for kind, names in ((ExactSource, exact), (FilterSource, filtered)):
+        for name in names:
+            fn = observed[name]["fn"]
+            result.append(of(kind, name, None, (*fn.batch_shape, fn.event_shape[0])))
+    for path in paths:
+        fn = latent[path]["fn"]
+        lead = (*fn.batch_shape, fn.event_shape[0])
+        follow = [n for n in along(lead) if n not in (*exact, *filtered)]
+        if len(paths) > 1:
+            follow = [
+                n
+                for n in follow
+                if _depends(trace, trace_with(model, {**first, path: first[path] + 1}, *args, **kwargs), n)
+            ]
+        kind = CodesSource if issubclass(kinds[path], HistoryMarginal) else PathSource
+        result += [of(kind, name, path, lead) for name in follow]
+    return result
+
+
+def _time_axis(site: str, shape: tuple[int, ...], lead: tuple[int, ...], axes: Callable[[], Axes]) -> int | None:
+    """The axis of an observed value along a path's steps: behind the path's batch axes, unless the model says else."""
+    last = len(lead) - 1
+    fits = shape[: len(lead)] == lead
+    if fits and shape.count(lead[-1]) == 1:
+        return last
+    if lead[-1] not in shape:
+        return None
+    known = axes().times.get(site)
+    if known is not None and shape[place := axes().names[site].index(known)] == lead[-1]:
+        return place
+    return last if fits else None
+
+
+def _depends(before: dict[str, Any], after: dict[str, Any], site: str) -> bool:
+    """Whether the distribution of a site is another one."""
+    pairs = zip(jax.tree.leaves(before[site]["fn"]), jax.tree.leaves(after[site]["fn"]), strict=True)
+    return any(not np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
 def source_of(
     model: Callable[..., Any], first: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: str | None
 ) -> Source:
     """The source of the states of a model's draws, the first of which is given.
 
+    Args:
+        model: the model.
+        first: its first draw.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        site: the observed site, or the path, where there are several.
+
     Raises:
-        ValueError: the model has no path of states, or several observed sites and none is named by `site`.
+        ValueError: the model has no states, or several observed sites and none is named by `site`.
     """
-    trace = trace_with(model, first, *args, **kwargs)
-    observed = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
-    latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
-    for kind, core, sites in (
-        (ExactSource, LinearGaussianMarginal, observed),
-        (FilterSource, GaussianFilterMarginal, observed),
-        (PathSource, StatePath, latent),
-        (CodesSource, HistoryMarginal, latent),
-    ):
-        found = {n: s for n, s in sites.items() if isinstance(unwrap(s["fn"])[0], core)}
-        if sites is observed and site is not None:
-            found = {n: s for n, s in found.items() if n == site}
-        if not found:
-            continue
-        if len(found) > 1:
-            raise ValueError(f"`site` must name one of the observed sites {', '.join(found)}.")
-        name, of_path = next(iter(found.items()))
-        batch, steps = of_path["fn"].batch_shape, of_path["fn"].event_shape[0]
-        if sites is observed:
-            return kind(model, args, kwargs, name, None, steps, batch)
-        lead = (*batch, steps)
-        along = [n for n, s in observed.items() if jnp.shape(s["value"])[: len(lead)] == lead]
-        if site is None and len(along) != 1:
-            raise ValueError(f"`site` must name the observed site; those along `{name}` are {along or 'none'}.")
-        if site is not None and site not in along:
-            raise ValueError(f"`site` must be one of {along}, which are observed along `{name}`; got {site!r}.")
-        return kind(model, args, kwargs, site or along[0], name, steps, batch)
-    raise ValueError(
-        "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; its "
-        f"latent sites are {', '.join(latent) or '(none)'}."
-    )
+    found = sources_of(model, first, args, kwargs)
+    named = list(dict.fromkeys(s.site for s in found))
+    if site is None:
+        kept = [s for s in found if type(s) is type(found[0])]
+        if len({s.site for s in kept}) == 1:
+            return kept[0]
+        raise ValueError(f"`site` must name the observed site; those with states are {named or 'none'}.")
+    kept = [s for s in found if site in (s.site, s.path)]
+    if not kept:
+        raise ValueError(f"`site` must be one of {named}, the observed sites with states; got {site!r}.")
+    return kept[0]
 
 
 def longer_arguments(
@@ -254,16 +331,23 @@ def longer_arguments(
     stop = max(source.num_steps, known + num_steps)
     more, lead = stop - source.num_steps, source.batch
 
+    def axis_of(given: Any) -> int | None:
+        return next((axis for axis, x in source.along.values() if holds(x, given)), None)
+
     def data(given: Any) -> Any:
         y = np.asarray(given)
-        y = y if y.dtype.kind == "f" else y.astype(float)
-        axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
-        if y.ndim <= axis or y.shape[axis] != source.num_steps:
+        axis = axis_of(given)
+        if axis is None and held and source.num_steps not in y.shape:
+            return given
+        if axis is None and not held:
+            axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
+        if axis is None or y.ndim <= axis or y.shape[axis] != source.num_steps:
+            why = "is not observed" if axis is None else f"has no axis of the {source.num_steps} steps of the path"
             raise ValueError(
-                f"`future` is needed: no axis of the model's first argument, of shape {y.shape}, has the "
-                f"{source.num_steps} steps of the path. Give `future=(args, kwargs)`, the model's arguments with the "
-                "steps of the forecast, their data NaN."
+                f"`future` is needed: an array of shape {y.shape} in the model's arguments {why}. Give "
+                "`future=(args, kwargs)`, the model's arguments with the steps of the forecast, their data NaN."
             )
+        y = y if y.dtype.kind == "f" else y.astype(float)
         y = np.concatenate([y, np.full((*y.shape[:axis], more, *y.shape[axis + 1 :]), np.nan, y.dtype)], axis)
         y[(slice(None),) * axis + (slice(known, None),)] = np.nan
         return jnp.asarray(y) if isinstance(given, jax.Array) else y
@@ -273,8 +357,9 @@ def longer_arguments(
         function = function.fn
     bound = inspect.signature(function).bind(*source.args, **source.kwargs)
     call = bound.arguments
-    name = next((n for n, x in call.items() if x is not None), "y")
-    call[name] = jax.tree.map(data, call.get(name))
+    held = [n for n, x in call.items() if n != "u" and any(axis_of(leaf) is not None for leaf in jax.tree.leaves(x))]
+    for name in held or [next((n for n, x in call.items() if x is not None), "y")]:
+        call[name] = jax.tree.map(data, call.get(name))
     if call.get("num_steps") is not None:
         call["num_steps"] = stop
     if call.get("u") is not None and more:

@@ -1,5 +1,6 @@
 """The axes of a model's sites, found out from one trace: plates, state paths, scans, series; never from sizes alone."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,13 +25,12 @@ from pssm.distributions import (
     WithMissing,
 )
 from pssm.guides.plates import WholePlates
+from pssm.inspection.named import TIME, Kind, name_axes, plate_names, settle_time, state_axes
 
 # Distributions whose event is (time, ...), declared so by their kind.
 PATHS = (StatePath, ConditionedPath, LinearGaussianPosterior, LowRankChain, LowRankMomentMatched)
 SERIES = (LinearGaussianMarginal, HistoryMarginal, GaussianFilterMarginal, ImputedSeries)
 NUMPYRO_PATHS = (dist.EulerMaruyama, dist.GaussianRandomWalk, dist.GaussianStateSpace)
-# Names of the axes of the vector sites in pssm's own models.
-SITE_DIMS = {"phi": ("lag",), "ar_partial": ("lag",), "beta": ("input",)}
 
 
 class Axes(NamedTuple):
@@ -41,12 +41,17 @@ class Axes(NamedTuple):
         names: the axes of every sampled and deterministic site; an axis that is not known is `<site>_dim_<position>`.
         data: the observed sites, that which holds the first argument of the model in front.
         time: the name of the time axis of the data, or None where it is not known.
+        states: the name of the axis of the states, by the site that has them: a path, or a series whose states are
+            integrated out.
+        times: the name of the time axis of each site that has one; another than `time` where it has other steps.
     """
 
     trace: dict[str, Any]
     names: dict[str, tuple[str, ...]]
     data: tuple[str, ...]
     time: str | None
+    states: dict[str, str]
+    times: dict[str, str]
 
     @property
     def steps(self) -> int | None:
@@ -102,15 +107,20 @@ def find_axes(
 
     An axis has the name of its plate. Time is: the first axis of what stands in a `scan`; the axis of a `StatePath`
     and of the distributions of whole series; the axis before the last of an observed event of two or more axes
-    (`.to_event(2)`), by the library's rule; the plate "time"; and each axis along which a site follows a path step by
-    step: a change of one step of the path changes that entry alone.
+    (`.to_event(2)`), by the library's rule; the plate "time", unless the sites in it have another time; and each axis
+    along which a site follows a path step by step: a change of one step of the path changes that entry alone.
+
+    Every path has its own axis of states and every observed site its own axis of series. The first is called "state" or
+    "series", a further one `<site>_state` or `<site>_series`; so does time of another length. A plate keeps its name,
+    but "chain", "draw" and "horizon", and a "time" that is not that of the data, get "_" at their end.
 
     Args:
         model: a NumPyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
         values: values of latent sites.
-        dims: names of the axes of sites, which are taken as they are; names of other sites are passed over.
+        dims: names of the axes of sites, which are taken as they are, but for a "time" of other steps than the data's;
+            names of other sites are passed over.
         series: the first argument of the model is known to be a series `(time,)` or `(time, obs)`: a site that holds
             it has these axes, where the model itself does not say otherwise.
 
@@ -125,28 +135,45 @@ def find_axes(
     with WholePlates(), scans:
         trace = trace_model(model, dict(values or {}), args, kwargs)
     sites = {n: s for n, s in trace.items() if s["type"] in ("sample", "deterministic") and not is_factor(s)}
-    found = {n: _declared(n, s, trace, n in scans.names) for n, s in sites.items()}
-    for name, axes in _checked(dims or {}, sites).items():
-        found[name] = list(axes)
-    _follow_paths(model, args, kwargs, trace, found, frozenset(dims or {}))
+    last = _dims_of_sites(sites)
+    found = {n: _declared(n, s, trace, n in scans.names, last.get(n, ())) for n, s in sites.items()}
+    shapes = {n: np.shape(s["value"]) for n, s in sites.items()}
+    paths = [n for n, axes in found.items() if ("state", n) in axes]
+    given = _checked(dims or {}, shapes)
+    plates = plate_names(n for n, s in trace.items() if s["type"] == "plate")
+    of_time = {"time", *(f"{n}_time" for n in sites)}
+    for name, own in given.items():
+        known = [None if a == TIME and of_time & {*own} else a for a in found[name]]
+        kinds = [TIME if a in of_time else ("plate", plates[a]) if a in plates else ("named", a) for a in own]
+        found[name] = [k if k == TIME else a or k for a, k in zip(known, kinds, strict=True)]
+    _follow_paths(model, args, kwargs, trace, found, frozenset(given))
+    settle_time(found, shapes)
     data = _data_sites(sites, args)
     for name in sites:
         if f"{name}_observed" in sites and None in found[name]:  # NumPyro's `obs_mask`
             found[name] = list(found[f"{name}_observed"])
-        if _is_event_series(sites[name]) and "time" not in found[name]:
-            found[name][-2:] = [a or b for a, b in zip(found[name][-2:], ("time", "series"), strict=True)]
-        if name in data and "time" in found[name] and "series" not in found[name] and found[name].count(None) == 1:
-            found[name][found[name].index(None)] = "series"
+        if _is_event_series(sites[name]) and TIME not in found[name]:
+            found[name][-2:] = [a or b for a, b in zip(found[name][-2:], (TIME, ("series", name)), strict=True)]
+        if name in data and TIME in found[name] and found[name].count(None) == 1 and _kinds(found[name])["series"] == 0:
+            found[name][found[name].index(None)] = ("series", name)
     if series and data and args and holds(sites[data[0]]["value"], args[0]):
-        _as_series(found[data[0]])
-    time = "time" if any("time" in found[n] for n in data) else None
+        _as_series(found[data[0]], data[0])
+    time: Kind | None = TIME if any(TIME in found[n] for n in data) else None
     if time is None and series and data and len(found[data[0]]) == 1 and found[data[0]][0] is not None:
         time = found[data[0]][0]  # the plate over the steps of the one series
-    if time is None and any("time" in axes for axes in found.values()) and not data:
-        time = "time"
-    _settle(found, sites, data)
-    names = {n: tuple(a or f"{n}_dim_{i}" for i, a in enumerate(axes)) for n, axes in found.items()}
-    return Axes(trace, names, data, time)
+    if time is None and any(TIME in axes for axes in found.values()) and not data:
+        time = TIME
+    names = name_axes(found, shapes, given, first=data)
+    times = {n: names[n][found[n].index(time)] for n in sites if time is not None and time in found[n]}
+    integrated = [n for n, s in sites.items() if s["type"] == "sample" and isinstance(innermost(s["fn"]), SERIES)]
+    return Axes(
+        trace,
+        {n: names[n] for n in sites},
+        data,
+        next((times[n] for n in (*data, *sites) if n in times), None),
+        state_axes(names, paths, integrated),
+        times,
+    )
 
 
 def is_factor(site: dict[str, Any]) -> bool:
@@ -168,34 +195,52 @@ def trace_model(
     return handlers.trace(handlers.seed(started, jax.random.key(0))).get_trace(*args, **kwargs)
 
 
-def _declared(name: str, site: dict[str, Any], trace: dict[str, Any], in_scan: bool) -> list[str | None]:
-    """What the kind of a site says of its axes; None for the others."""
+def _dims_of_sites(sites: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Names of the last axes of sites, which a model gives in the `infer={"dims": {site: names}}` of a sample site."""
+    found = {}
+    for name, site in sites.items():
+        scope = name.rpartition("/")[0]
+        for other, axes in (site.get("infer") or {}).get("dims", {}).items():
+            found[f"{scope}/{other}" if scope else other] = tuple(axes)
+    return found
+
+
+def is_path_noise(site: dict[str, Any] | None) -> bool:
+    """Whether a site is the noise that drives a path, whose values are a deterministic site of their own."""
+    return site is not None and bool((site.get("infer") or {}).get("path_noise"))
+
+
+def _declared(
+    name: str, site: dict[str, Any], trace: dict[str, Any], in_scan: bool, own: tuple[str, ...]
+) -> list[Kind | None]:
+    """What the kind of a site says of its axes; None for the others. `own` are the names of its last axes."""
     ndim = np.ndim(site["value"])
-    axes: list[str | None] = [None] * ndim
+    axes: list[Kind | None] = [None] * ndim
+    path: list[Kind | None] = [TIME, ("state", name)]
     frames = {f.dim: f for f in site.get("cond_indep_stack") or ()}
     event_dim = 0
     if site["type"] == "sample":
         event_dim = len(site["fn"].event_shape)
         inner = innermost(site["fn"])
         if isinstance(inner, PATHS):
-            axes[-2:] = ["time", "state"]
+            axes[-2:] = path
         elif isinstance(inner, SERIES):
-            axes[-2:] = ["time", "series"]
+            axes[-2:] = [TIME, ("series", name)]
         elif isinstance(inner, NUMPYRO_PATHS):
-            axes[ndim - inner.event_dim :] = ["time", "state"][: inner.event_dim]
+            axes[ndim - inner.event_dim :] = path[: inner.event_dim]
     else:
         event_dim = _event_of(np.shape(site["value"]), frames)
-        base = trace.get(f"{name}_base")
-        if base is not None and base["type"] == "sample" and np.ndim(base["value"]) == ndim - 1:
-            axes[-2:] = ["time", "state"]  # a path in its non-centred form
-    if SITE_DIMS.get(name) and not any(axes) and ndim == 1:
-        axes = list(SITE_DIMS[name])
+        if is_path_noise(trace.get(f"{name}_base")):
+            axes[-2:] = path
+    if own and ndim >= len(own) and not any(axes):
+        axes[ndim - len(own) :] = [("named", a) for a in own]
+        event_dim = max(event_dim, len(own))
     for dim, frame in frames.items():
         place = ndim - event_dim + dim
         if event_dim >= 0 and place >= 0 and axes[place] is None:
-            axes[place] = frame.name
+            axes[place] = ("plate", frame.name)
     if in_scan and ndim and axes[0] is None:
-        axes[0] = "time"
+        axes[0] = TIME
     return axes
 
 
@@ -229,47 +274,37 @@ def _data_sites(sites: dict[str, Any], args: tuple[Any, ...]) -> tuple[str, ...]
     return (*first[:1], *(n for n in observed if n not in first[:1]))
 
 
-def _as_series(axes: list[str | None]) -> None:
+def _as_series(axes: list[Kind | None], name: str) -> None:
     """Names the axes of a series `(time,)` or `(time, obs)` that have none."""
-    if "time" in axes or len(axes) > 2 or axes[0] is not None:
+    if TIME in axes or len(axes) > 2 or axes[0] is not None:
         return
-    axes[0] = "time"
+    axes[0] = TIME
     if len(axes) == 2 and axes[1] is None:
-        axes[1] = "series"
+        axes[1] = ("series", name)
 
 
-def _checked(dims: Mapping[str, tuple[str, ...]], sites: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def _kinds(axes: list[Kind | None]) -> Counter[str]:
+    return Counter(axis[0] for axis in axes if axis is not None)
+
+
+def _checked(dims: Mapping[str, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    sizes: dict[str, int] = {}
     for name, axes in dims.items():
-        if name not in sites:
+        if name not in shapes:
             continue
-        shape = np.shape(sites[name]["value"])
+        shape = shapes[name]
         if isinstance(axes, str) or len(axes) != len(shape) or len(set(axes)) < len(axes):
             raise ValueError(
                 f"`dims` for {name!r} must have {len(shape)} names; got {axes!r}, and the shape is {shape}. One name "
                 "for each axis, no two alike."
             )
-    return {name: tuple(axes) for name, axes in dims.items() if name in sites}
-
-
-def _settle(found: dict[str, list[str | None]], sites: dict[str, Any], data: tuple[str, ...]) -> None:
-    """Gives an axis of several lengths a name for each site; the data's first site keeps the plain name."""
-    for name, axes in found.items():  # one site must not have one name twice
-        for i, axis in enumerate(axes):
-            if axis in axes[:i]:
-                axes[i] = None
-        found[name] = axes
-    sizes: dict[str, set[int]] = {}
-    for name, axes in found.items():
-        for axis, size in zip(axes, np.shape(sites[name]["value"]), strict=True):
-            if axis is not None:
-                sizes.setdefault(axis, set()).add(size)
-    for axis in [a for a, lengths in sizes.items() if len(lengths) > 1]:
-        holders = [n for n in (*data, *found) if axis in found[n]]
-        kept = np.shape(sites[holders[0]]["value"])[found[holders[0]].index(axis)]
-        for name in dict.fromkeys(holders):
-            place = found[name].index(axis)
-            if np.shape(sites[name]["value"])[place] != kept:
-                found[name][place] = f"{name}_{axis}"
+        for axis, size in zip(axes, shape, strict=True):
+            if axis != "time" and sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"`dims` for {name!r} calls an axis of {size} entries {axis!r}, which has {sizes[axis]} entries at "
+                    "another site; give it a name of its own."
+                )
+    return {name: tuple(axes) for name, axes in dims.items() if name in shapes}
 
 
 # Which axes follow a path
@@ -280,22 +315,20 @@ def _follow_paths(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     trace: dict[str, Any],
-    found: dict[str, list[str | None]],
+    found: dict[str, list[Kind | None]],
     given: frozenset[str],
 ) -> None:
     """Names the axes along which sites follow a sampled path: a change of one step moves that entry and no other."""
     paths = [
-        n
-        for n, axes in found.items()
-        if trace[n]["type"] == "sample" and not trace[n]["is_observed"] and "time" in axes
+        n for n, axes in found.items() if trace[n]["type"] == "sample" and not trace[n]["is_observed"] and TIME in axes
     ]
     targets = [n for n, axes in found.items() if n not in given and None in axes and n not in paths]
     latent = {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
     noise = {n: trace[n]["fn"].sample(jax.random.key(1)) for n in targets if trace[n]["type"] == "sample"}
     for path in paths if targets else ():
-        value, axis = jnp.asarray(latent[path], float), found[path].index("time")
+        value, axis = jnp.asarray(latent[path], float), found[path].index(TIME)
         length = value.shape[axis]
-        wanted = [n for n in targets if "time" not in found[n] and length in np.shape(trace[n]["value"])]
+        wanted = [n for n in targets if TIME not in found[n] and length in np.shape(trace[n]["value"])]
         if length < 3 or not wanted:
             continue
 
@@ -319,7 +352,7 @@ def _follow_paths(
             _name_followed(found[name], [(step, np.asarray(change[name])) for step, change in moved])
 
 
-def _name_followed(axes: list[str | None], moved: list[tuple[int, np.ndarray]]) -> None:
+def _name_followed(axes: list[Kind | None], moved: list[tuple[int, np.ndarray]]) -> None:
     def follows(k: int) -> bool:
         for step, change in moved:
             where = np.flatnonzero((change != 0).any(tuple(i for i in range(change.ndim) if i != k)))
@@ -329,7 +362,7 @@ def _name_followed(axes: list[str | None], moved: list[tuple[int, np.ndarray]]) 
 
     along = [k for k, axis in enumerate(axes[: moved[0][1].ndim]) if axis is None and follows(k)]
     if len(along) == 1:
-        axes[along[0]] = "time"
+        axes[along[0]] = TIME
 
 
 def _entry_scores(fn: Any, value: Any) -> jax.Array:

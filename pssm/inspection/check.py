@@ -271,10 +271,10 @@ def _odd_values(name: str, s: dict[str, Any]) -> list[str]:
 def _odd_axes(name: str, s: dict[str, Any], axes: Axes) -> list[str]:
     dims, shape = axes.names[name], np.shape(s["value"])
     size = dict(zip(dims, shape, strict=True))
-    steps = size.get(axes.time or "", 0)
-    if axes.time in dims and size.get("series", 0) > steps > 0:
+    steps, series = size.get(axes.times.get(name, ""), 0), size.get("series", size.get(f"{name}_series", 0))
+    if series > steps > 0:
         return [
-            f"`{name}` has {size['series']} series of {steps} steps: time is the axis before the last; transpose the "
+            f"`{name}` has {series} series of {steps} steps: time is the axis before the last; transpose the "
             "data if that is not meant."
         ]
     return []

@@ -184,7 +184,8 @@ def autoregressive_block(scale: Scale, order: int) -> Block:
     Partial autocorrelations `ar_partial ~ Uniform(-1, 1)` (every point is stationary), innovations
     `sigma_ar ~ HalfNormal(spread)`. The first state has the stationary distribution.
     """
-    partial = numpyro.sample("ar_partial", dist.Uniform(-1.0, 1.0).expand([order]).to_event(1))
+    prior = dist.Uniform(-1.0, 1.0).expand([order]).to_event(1)
+    partial = numpyro.sample("ar_partial", prior, infer={"dims": {"ar_partial": ("lag",), "phi": ("lag",)}})
     sigma = numpyro.sample("sigma_ar", dist.HalfNormal(scale.spread))
     phi, chol_P0 = stationary_autoregression(partial, sigma)
     numpyro.deterministic("phi", phi)

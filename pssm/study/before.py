@@ -163,11 +163,12 @@ def series_of(axes: Axes, column: str | Sequence[str]) -> tuple[np.ndarray, tupl
     dims, value = axes.names[name], axes.trace[name]["value"]
     series = as_series(value, dims, str(axes.time))
     others = [a for a in dims if a != axes.time]
-    if len(others) == 1 and (others == ["series"] or not isinstance(column, str)):
+    own = [a for a in others if a in ("series", f"{name}_series")]
+    if len(others) == 1 and (own or not isinstance(column, str)):
         names = series_names(column, series.shape[1])
         return series, names, {others[0]: list(names)}
-    if len(others) == 2 and "series" in others and not isinstance(column, str):
-        plate = next(a for a in others if a != "series")
+    if len(others) == 2 and own and not isinstance(column, str):
+        plate = next(a for a in others if a not in own[-1:])
         size = np.shape(value)[dims.index(plate)]
         if series.shape[1] == size:  # one variable in each of several series
             return series, series_names(column, size), {plate: list(series_names(column, size))}

@@ -195,16 +195,17 @@ def run_method(
         ),
     )
     if exact:
-        coverage = result.attempt("coverage of the forecasts", lambda: _coverage(fit, model, y, kwargs, result.tree))
+        coverage = result.attempt("coverage of the forecasts", lambda: _coverage(fit, model, y, kwargs))
         result.diagnostics["coverage90"] = float("nan") if coverage is None else coverage
     return result
 
 
-def _coverage(fit: Any, model: Callable[..., Any], y: Any, kwargs: dict[str, Any], tree: xr.DataTree | None) -> float:
+def _coverage(fit: Any, model: Callable[..., Any], y: Any, kwargs: dict[str, Any]) -> float:
     """How often the central 90 % of one-step forecasts held what came, after as many steps as there are states."""
     p = np.asarray(one_step_probabilities(model, posterior_draws(fit, num_samples=400), y, **kwargs))
     p = np.moveaxis(p, -2, 0).reshape(p.shape[-2], -1)
-    first = tree["smoothed_states"].sizes["state"] if tree is not None and "smoothed_states" in tree.children else 0
+    exact: Any = marginal_site(trace_model(model, {}, (y,), kwargs))
+    first = exact[1].ssm.n_state
     seen = np.flatnonzero(~np.isnan(p).all(1))[first:]
     inside = (p[seen] > 0.05) & (p[seen] < 0.95)
     return float(inside[~np.isnan(p[seen])].mean()) if seen.size else float("nan")
