@@ -54,7 +54,9 @@ def are_whole() -> bool:
 
 
 def structure(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The model's trace without values and distributions: kinds, shapes and plates of its sites. Nothing is computed.
+    """The model's trace without values and distributions: kinds, shapes and plates of its sites.
+
+    Nothing is computed, if the model can be traced.
 
     Of a plate `args` is kept: its size and that of a subsample. `is_path` marks the `StatePath` sites.
     """
@@ -73,7 +75,10 @@ def structure(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
             found[name] = kept
         return 0
 
-    jax.eval_shape(run, jax.random.key(0))
+    try:
+        jax.eval_shape(run, jax.random.key(0))
+    except jax.errors.JAXTypeError:  # the model needs values
+        run(jax.random.key(0))
     return found
 
 
