@@ -308,13 +308,14 @@ def path_site(name: str, path: StatePath, **options: Any) -> Array:
 def check_steps(name: str, value: ArrayLike, fn: dist.Distribution, num_steps: int) -> None:
     """Refuses a value of a path's site, or of its noise, that was made for another number of steps.
 
-    NumPyro takes a value that a handler gives to a site as it is: `Predictive` with posterior draws of a path of T steps
-    would return T steps for a model of T + H.
+    NumPyro takes a value that a handler gives to a site as it is: `Predictive` with posterior draws of a path of T
+    steps would return T steps for a model of T + H.
     """
     if jnp.shape(value)[-len(fn.event_shape) :] != fn.event_shape:
         raise ValueError(
             f"`{name}` has a given value of shape {jnp.shape(value)}, but the model has {num_steps} steps, an event of "
-            f"shape {fn.event_shape}. Draws of a path are no forecast: use `pssm.infer.forecast`, or leave `{name}` out."
+            f"shape {fn.event_shape}. Draws of a path are no forecast: use `pssm.infer.forecast`, or leave `{name}`"
+            " out."
         )
 
 
