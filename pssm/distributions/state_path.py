@@ -291,6 +291,27 @@ def _normal_log_prob(factor: Factor, residuals: Array) -> Array:
     return -0.5 * jnp.sum(jnp.where(live[:, None], terms, 0.0), axis=0)
 
 
+def path_site(name: str, path: StatePath, **options: Any) -> Array:
+    """`numpyro.sample(name, path, **options)` that refuses a given value of other steps than the path has."""
+    z = jnp.asarray(numpyro.sample(name, path, **options))
+    check_steps(name, z, path, path.num_steps)
+    return z
+
+
+def check_steps(name: str, value: ArrayLike, fn: dist.Distribution, num_steps: int) -> None:
+    """Refuses a value of a path's site, or of its noise, that was made for another number of steps.
+
+    NumPyro takes a value that a handler gives to a site as it is: `Predictive` with posterior draws of a path of T
+    steps would return T steps for a model of T + H.
+    """
+    if jnp.shape(value)[-len(fn.event_shape) :] != fn.event_shape:
+        raise ValueError(
+            f"`{name}` has a given value of shape {jnp.shape(value)}, but the model has {num_steps} steps, an event of "
+            f"shape {fn.event_shape}. Draws of a path are no forecast: use `pssm.infer.forecast`, or leave `{name}`"
+            " out."
+        )
+
+
 class NonCenteredPath(Reparam):
     """Samples a `StatePath` site through the standard normal noise that drives it.
 
@@ -315,4 +336,6 @@ class NonCenteredPath(Reparam):
         if not isinstance(path, StatePath):
             raise TypeError(f"`{name}` must be a StatePath to be non-centred; got {type(path).__name__}.")
         base = dist.Normal(jnp.zeros(path.noise_size, path.m0.dtype), 1.0).to_event(1).expand(shape)
-        return None, path.path_from_noise(numpyro.sample(f"{name}_base", base, infer={"path_noise": True}))
+        noise = numpyro.sample(f"{name}_base", base, infer={"path_noise": True})
+        check_steps(f"{name}_base", noise, base, path.num_steps)
+        return None, path.path_from_noise(noise)

@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from pssm._checks import also_called, check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import HistoryMarginal, StatePath, observe
+from pssm.distributions.state_path import path_site
 from pssm.linalg import Diagonal
 from pssm.models.deep import EMISSIONS, emitted, registered_decoder
 from pssm.models.several import About, at_each, in_trials, look_at
@@ -212,7 +213,7 @@ def extended_kalman_vae(
             m0, sd = jnp.split(at_each(first, zeta), 2, axis=-1)
             sd = jax.nn.softplus(sd)
         path = StatePath(m0, Diagonal(sd), move, Diagonal(sigma_state), about.num_steps, inputs)
-        z = numpyro.sample("z", path)
+        z = path_site("z", path)
         a = numpyro.sample("a", dist.Normal(z[..., :size], sigma_code).to_event(2))
         observe("y", emitted(emission, at_each(read, a), noise).to_event(2), data)
 

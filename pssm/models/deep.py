@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from pssm._checks import also_called, as_float, check_choice, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
+from pssm.distributions.state_path import path_site
 from pssm.filters.linearize import NAMES
 from pssm.linalg import Diagonal
 from pssm.models.several import About, at_each, in_trials, look_at
@@ -113,7 +114,7 @@ def neural_ssm(
         return
 
     def one(inputs: Array | None, data: Array | None) -> None:
-        z = numpyro.sample("z", StatePath(m0, start, f, noise, about.num_steps, inputs))
+        z = path_site("z", StatePath(m0, start, f, noise, about.num_steps, inputs))
         observe("y", observed(z).to_event(2), data)
 
     in_trials(one, about, batch_size)

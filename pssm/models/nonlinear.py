@@ -15,6 +15,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from pssm._checks import also_called, check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import GaussianFilterMarginal, StableMatrixNormal, StatePath, observe
+from pssm.distributions.state_path import path_site
 from pssm.filters.linearize import NAMES
 from pssm.models.dynamics import (
     Emission,
@@ -273,6 +274,6 @@ def _observe(system: NonlinearSSM, about: About, states: str) -> None:
         marginal = GaussianFilterMarginal(system, about.num_steps, about.u, method=states)
         numpyro.sample("y", marginal, obs=about.y)
         return
-    z = numpyro.sample("z", StatePath.from_ssm(system, about.num_steps, about.u))
+    z = path_site("z", StatePath.from_ssm(system, about.num_steps, about.u))
     each = promote_batch_shape(jax.vmap(system.emission)(z, about.u))
     observe("y", each.to_event(1), about.y)

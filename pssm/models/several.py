@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 from pssm._checks import as_float, check_count, check_series
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.distributions.state_path import path_site
 from pssm.ssm import LinearGaussianSSM
 
 
@@ -123,7 +124,7 @@ def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
     path = StatePath.from_ssm(ssm, about.num_steps, about.u)
     if ssm.chol_Q.shape[-1] < ssm.n_state:
         return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
-    return numpyro.sample("z", path)
+    return path_site("z", path)
 
 
 def observe_series(ssm: LinearGaussianSSM, about: About, states: str) -> None:

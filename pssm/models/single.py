@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 from pssm._checks import as_float, check_choice, check_count, check_series, check_shape, is_traced
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.distributions.state_path import path_site
 from pssm.models import components
 from pssm.models.components import Scale
 from pssm.sde import gaps_between
@@ -37,7 +38,7 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
         with numpyro.handlers.infer_config(config_fn=lambda site: named):
             z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     else:
-        z = numpyro.sample("z", path, infer=named)
+        z = path_site("z", path, infer=named)
     observe("y", dist.Normal(ssm.signal(z, inputs), sigma_obs).to_event(2), data)
 
 

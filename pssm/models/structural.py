@@ -20,6 +20,7 @@ import numpyro.distributions as dist
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LinearGaussianMarginal, observe
+from pssm.distributions.state_path import check_steps
 from pssm.models import components
 from pssm.models.components import Block, Scale
 from pssm.models.single import STATES, fit, one_series, regression, scale_of
@@ -270,6 +271,7 @@ def _sampled_autoregression(data: Array | None, length: int, block: Block, shift
     order = block.m0.shape[0]
     normal = dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1)
     noise = numpyro.sample("z_base", normal, infer={"state_names": block.names, "path_noise": True})
+    check_steps("z_base", noise, normal, length)
     sigma = block.chol_Q[0, 0]
     values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
     seen = ~jnp.isnan(values)
