@@ -196,7 +196,7 @@ def observed_points(arrays: dict[str, np.ndarray], axes: Axes, names: Namer) -> 
             continue
         rows = [np.flatnonzero(seen.any(tuple(i for i in range(seen.ndim) if i != k))) for k in range(seen.ndim)]
         own = [names.axes[a] for a in pointwise_dims(trace, dims, axes.times.get(site))]
-        labels = [names.labels.get(a, np.arange(n)) for a, n in zip(own, seen.shape, strict=True)]
+        labels = [np.asarray(names.labels.get(a, range(n))) for a, n in zip(own, seen.shape, strict=True)]
         if seen[np.ix_(*rows)].all():
             x = x[(..., *np.ix_(*rows))]
             same = [rows_of.setdefault(a, r.tolist()) == r.tolist() for a, r in zip(own, rows, strict=True)]

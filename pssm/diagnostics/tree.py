@@ -50,9 +50,11 @@ def to_datatree(
 
     Groups: `posterior` (chain, draw, ...), `sample_stats` (NUTS), `log_likelihood` with one entry for each time step
     at which something was observed (`log p(y_t | y_{1:t-1}, parameters)` where the states are integrated out),
-    `observed_data`, and on demand `smoothed_states` and `forecast`. Draws of an SVI fit are one chain, so that every
-    ArviZ function takes the tree. The name of the time axis is in the attribute `time_axis`. A site whose name no file
-    can hold is renamed ("/" becomes ".", the name of an axis gets "_"); its own name is in its attribute `site`.
+    `observed_data`, and on demand `smoothed_states` and `forecast` of every site with states. Where single entries
+    were not observed, as in a panel with ragged ends, the scores of the others stand on an axis `<site>_point`. Draws
+    of an SVI fit are one chain, so that every ArviZ function takes the tree. The name of the time axis is in the
+    attribute `time_axis`. A site whose name no file can hold is renamed ("/" becomes ".", the name of an axis gets
+    "_"); its own name is in its attribute `site`.
 
     Args:
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
@@ -61,7 +63,7 @@ def to_datatree(
         time: labels of the time steps; 0, 1, ... by default.
         dims: names of the axes of sites, `{"counts": ("region", "time")}`, over those that are worked out from
             plates, paths, scans and series. The name "time" makes an axis that of time.
-        coords: labels of axes, by axis name. Those of `state` are taken from a site with
+        coords: labels of axes, by axis name. Those of the states of a site are taken from its
             `infer={"state_names": (...)}`, as pssm's models have it.
         log_likelihood: add the pointwise log-likelihood.
         states: add smoothed states and signal, as `pssm.infer.smoothed_states` has them.

@@ -187,7 +187,12 @@ def sample_states(
 
 
 def one_step_probabilities(
-    fit: Fit | Callable[..., Any], draws: dict[str, Any] | None = None, *args: Any, most: int = 400, **kwargs: Any
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 400,
+    site: str | None = None,
+    **kwargs: Any,
 ) -> np.ndarray:
     """Predictive distribution function at each observation, `P(Y_t <= y_t | y_{1:t-1})`, `(time, obs)`; NaN if missing.
 
@@ -195,7 +200,7 @@ def one_step_probabilities(
     posterior would be slightly wider. Arguments and errors as in `smoothed_states`, of models that integrate their
     states out exactly.
     """
-    task = _task(fit, draws, args, kwargs, most, 0, None)
+    task = _task(fit, draws, args, kwargs, most, 0, site)
     source = task.source
     if not isinstance(source, ExactSource):
         raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")

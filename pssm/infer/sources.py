@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
     `site` is observed, over `num_steps` steps; `path` is the latent site, of batch shape `batch`, or None where the
     states are integrated out. `along` has the time axis and the value of every observed site over these steps, and
-    `paths` are all sampled paths over them.
+    `paths` are all sampled paths over them; `latent` are the sites that are drawn.
     """
 
     model: Callable[..., Any]
@@ -65,6 +65,7 @@ class Source(NamedTuple):
     batch: tuple[int, ...]
     along: dict[str, tuple[int, Any]]
     paths: tuple[str, ...]
+    latent: tuple[str, ...]
 
     @property
     def holder(self) -> str:
@@ -73,8 +74,10 @@ class Source(NamedTuple):
 
     def trace(self, sample: dict[str, Array], longer: Horizon | None = None) -> dict[str, Any]:
         """The model's trace at a draw, for the fit's own arguments or longer ones."""
-        args, kwargs = (self.args, self.kwargs) if longer is None else (longer.args, longer.kwargs)
-        return trace_with(self.model, sample, *args, **kwargs)
+        if longer is None:
+            return trace_with(self.model, sample, *self.args, **self.kwargs)
+        drawn = {n: x for n, x in sample.items() if n in self.latent}  # deterministic sites follow, in their own length
+        return trace_with(self.model, drawn, *longer.args, **longer.kwargs)
 
     def fn(self, trace: dict[str, Any], name: str | None = None) -> Any:
         """The distribution of a site, unwrapped."""
@@ -247,7 +250,7 @@ def sources_of(
 
     def of(kind: type[Source], site: str, path: str | None, lead: tuple[int, ...]) -> Source:
         together = [n for n in paths if kinds[n] is StatePath and sampled[n]["fn"].event_shape[0] == lead[-1]]
-        return kind(model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together))
+        return kind(model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together), tuple(latent))
 
     result = []
     for kind, names in ((ExactSource, exact), (FilterSource, filtered)):
@@ -356,9 +359,11 @@ def longer_arguments(
     while isinstance(function, Messenger):
         function = function.fn
     bound = inspect.signature(function).bind(*source.args, **source.kwargs)
+    first = next((n for n, x in bound.arguments.items() if x is not None), "y")
+    bound.apply_defaults()  # with what `functools.partial` holds
     call = bound.arguments
     held = [n for n, x in call.items() if n != "u" and any(axis_of(leaf) is not None for leaf in jax.tree.leaves(x))]
-    for name in held or [next((n for n, x in call.items() if x is not None), "y")]:
+    for name in held or [first]:
         call[name] = jax.tree.map(data, call.get(name))
     if call.get("num_steps") is not None:
         call["num_steps"] = stop

@@ -129,7 +129,7 @@ def find_axes(
         kwargs: its keyword arguments.
         values: values of latent sites.
         dims: names of the axes of sites, which are taken as they are, but for a "time" of other steps than the data's;
-            names of other sites are passed over.
+            names of other sites are passed over. The axis that is known to be time may have any name.
         series: the first argument of the model is known to be a series `(time,)` or `(time, obs)`: a site that holds
             it has these axes, where the model itself does not say otherwise.
 
@@ -148,14 +148,7 @@ def find_axes(
     found = {n: _declared(n, s, trace, n in scans.names, last.get(n, ())) for n, s in sites.items()}
     shapes = {n: np.shape(s["value"]) for n, s in sites.items()}
     paths = [n for n, axes in found.items() if ("state", n) in axes]
-    given = _checked(dims or {}, shapes)
-    plates = plate_names(n for n, s in trace.items() if s["type"] == "plate")
-    of_time = {"time", *(f"{n}_time" for n in sites)}
-    for name, own in given.items():
-        known = [None if a == TIME and of_time & {*own} else a for a in found[name]]
-        kinds = [TIME if a in of_time else ("plate", plates[a]) if a in plates else ("named", a) for a in own]
-        found[name] = [k if k == TIME else a or k for a, k in zip(known, kinds, strict=True)]
-    _follow_paths(model, args, kwargs, trace, found, frozenset(given))
+    _follow_paths(model, args, kwargs, trace, found)
     settle_time(found, shapes)
     data = _data_sites(sites, args)
     for name in sites:
@@ -167,6 +160,13 @@ def find_axes(
             found[name][found[name].index(None)] = ("series", name)
     if series and data and args and holds(sites[data[0]]["value"], args[0]):
         _as_series(found[data[0]], data[0])
+    given = _checked(dims or {}, shapes)
+    plates = plate_names(n for n, s in trace.items() if s["type"] == "plate")
+    of_time = {"time", *(f"{n}_time" for n in sites)}
+    for name, own in given.items():
+        known = [None if a == TIME and of_time & {*own} else a for a in found[name]]
+        kinds = [TIME if a in of_time else ("plate", plates[a]) if a in plates else ("named", a) for a in own]
+        found[name] = [k if k == TIME else a or k for a, k in zip(known, kinds, strict=True)]
     time: Kind | None = TIME if any(TIME in found[n] for n in data) else None
     if time is None and series and data and len(found[data[0]]) == 1 and found[data[0]][0] is not None:
         time = found[data[0]][0]  # the plate over the steps of the one series
@@ -325,13 +325,12 @@ def _follow_paths(
     kwargs: dict[str, Any],
     trace: dict[str, Any],
     found: dict[str, list[Kind | None]],
-    given: frozenset[str],
 ) -> None:
     """Names the axes along which sites follow a sampled path: a change of one step moves that entry and no other."""
     paths = [
         n for n, axes in found.items() if trace[n]["type"] == "sample" and not trace[n]["is_observed"] and TIME in axes
     ]
-    targets = [n for n, axes in found.items() if n not in given and None in axes and n not in paths]
+    targets = [n for n, axes in found.items() if None in axes and n not in paths]
     latent = {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
     noise = {n: trace[n]["fn"].sample(jax.random.key(1)) for n in targets if trace[n]["type"] == "sample"}
     for path in paths if targets else ():

@@ -201,9 +201,10 @@ def run_method(
 
 def _coverage(fit: Any, model: Callable[..., Any], y: Any, kwargs: dict[str, Any]) -> float:
     """How often the central 90 % of one-step forecasts held what came, after as many steps as there are states."""
-    p = np.asarray(one_step_probabilities(model, posterior_draws(fit, num_samples=400), y, **kwargs))
-    p = np.moveaxis(p, -2, 0).reshape(p.shape[-2], -1)
     exact: Any = marginal_site(trace_model(model, {}, (y,), kwargs))
+    draws = posterior_draws(fit, num_samples=400)
+    p = np.asarray(one_step_probabilities(model, draws, y, site=exact[0], **kwargs))
+    p = np.moveaxis(p, -2, 0).reshape(p.shape[-2], -1)
     first = exact[1].ssm.n_state
     seen = np.flatnonzero(~np.isnan(p).all(1))[first:]
     inside = (p[seen] > 0.05) & (p[seen] < 0.95)
