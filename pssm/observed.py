@@ -14,7 +14,7 @@ from numpyro.primitives import _PYRO_STACK
 from pssm._checks import as_float, check_finite, is_traced
 from pssm._types import Array, ArrayLike, Key
 from pssm.events import of_events
-from pssm.partly_observed import is_count, log_prob_observed
+from pssm.partly_observed import log_prob_observed
 
 
 class _OrMissing(constraints.Constraint):
@@ -138,8 +138,9 @@ def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = 
         return numpyro.sample(name, WithMissing(distribution))
     values = as_float("obs", obs)
     _check_shapes(name, distribution, values.shape)
-    check_finite("obs", values, allow_nan=True)
-    _check_whole(distribution, values)
+    if not is_traced(values):
+        check_finite("obs", values, allow_nan=True)
+        _check_whole(distribution, np.asarray(values))
     return numpyro.sample(name, WithMissing(distribution), obs=values)
 
 
@@ -188,13 +189,14 @@ def _enumerates() -> bool:
     return any(type(h).__module__.startswith("numpyro.contrib.funsor") for h in _PYRO_STACK)
 
 
-def _check_whole(d: dist.Distribution, values: Array) -> None:
-    if is_traced(values) or not d.support.is_discrete:
+def _check_whole(d: dist.Distribution, values: np.ndarray) -> None:
+    if not d.support.is_discrete:
         return
-    wrong = np.argwhere(~np.asarray(is_count(values) | jnp.isnan(values)))
+    most = jnp.iinfo(jnp.result_type(int)).max
+    wrong = np.argwhere((values != np.floor(values)) & ~np.isnan(values) | (np.abs(values) >= most))
     if len(wrong):
         where = tuple(int(i) for i in wrong[0])
         raise ValueError(
-            f"`obs` must have whole numbers below {jnp.iinfo(jnp.result_type(int)).max}, as its distribution is "
-            f"discrete; got {np.asarray(values)[where]} at index {where}."
+            f"`obs` must have whole numbers below {most}, as its distribution is discrete; "
+            f"got {values[where]} at index {where}."
         )

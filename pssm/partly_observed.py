@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln, logsumexp
 from numpyro.distributions import constraints, transforms
@@ -31,14 +32,17 @@ def log_prob_observed(d: Any, value: Array) -> Array:
     """
     if getattr(d, "understands_missing", False):
         return d.log_prob(value)
+    if d.event_dim:
+        _check_whole_events(d, value)
     value, missing = _broadcast(d, value)
     if d.event_dim:
-        partly = _partly_missing(d, missing)
+        partly = missing.any(_event_axes(d)) & ~missing.all(_event_axes(d))
         missing = jnp.broadcast_to(missing.any(_event_axes(d), keepdims=True), missing.shape)
     filled = jnp.where(missing, _harmless(d, value), value)
     whole = jnp.ones((), bool)
     if d.support.is_discrete:
-        whole, filled = is_count(filled), filled.astype(jnp.result_type(int))
+        whole = (filled == jnp.floor(filled)) & (jnp.abs(filled) < jnp.iinfo(jnp.result_type(int)).max)
+        filled = filled.astype(jnp.result_type(int))
         whole = whole.all(_event_axes(d)) if d.event_dim else whole
     each = jnp.where(whole, d.log_prob(filled), -jnp.inf)
     if not d.event_dim:
@@ -157,11 +161,6 @@ def _parts(found: Any) -> list[Any]:
     return parts
 
 
-def is_count(x: Array) -> Array:
-    """Which entries are whole numbers that an integer of JAX can hold."""
-    return (x == jnp.floor(x)) & (jnp.abs(x) < jnp.iinfo(jnp.result_type(int)).max)
-
-
 def _event_axes(d: Any) -> tuple[int, ...]:
     return tuple(range(-d.event_dim, 0))
 
@@ -172,15 +171,16 @@ def _broadcast(d: Any, value: Array) -> tuple[Array, Array]:
     return value, jnp.isnan(value)
 
 
-def _partly_missing(d: Any, missing: Array) -> Array:
-    """Which events have some but not all entries missing; an error outside of `jit` where there is one."""
-    partly = missing.any(_event_axes(d)) & ~missing.all(_event_axes(d))
-    if not is_traced(partly) and bool(partly.any()):
+def _check_whole_events(d: Any, value: Array) -> None:
+    """Refuses an event that has some but not all entries missing, where its values can be looked at."""
+    if is_traced(value):
+        return
+    missing = np.isnan(np.asarray(value))
+    if np.any(missing.any(_event_axes(d)) & ~missing.all(_event_axes(d))):
         raise ValueError(
             f"`obs` has an event with some entries missing, and the marginal of {type(d).__name__} is not known. "
             "Make the whole event NaN, or use independent entries or a MultivariateNormal."
         )
-    return partly
 
 
 def _harmless(d: Any, value: Array) -> Array:

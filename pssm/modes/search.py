@@ -52,6 +52,7 @@ def climb(
     """
     along, density = _along(prior, log_lik), _density(prior, log_lik)
     coupled = group_shape(log_lik, start) != start.shape[:-2]
+    tolerance = 1e-4 * tolerance if coupled else tolerance  # no step squares what is left there
 
     def body(state: tuple[Array, Array, Array, Conjugate | None]) -> tuple[Array, Array, Array, Conjugate | None]:
         path, count, _, memory = state
