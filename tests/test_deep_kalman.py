@@ -187,7 +187,7 @@ def test_training_on_minibatches_comes_near_and_stays_a_bound():
     assert np.isfinite(result.losses).all()
     found = losses(guide, result.params, y, num=200).mean()
     assert evidences().sum() - 1.5 < found < evidences().sum()
-    start = eqx.filter(guide.combiner, nets.is_trainable)
+    start = eqx.filter(guide.posterior.combiner, nets.is_trainable)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max() > 0, result.params["z_auto_combiner$params"], start)
     assert all(jax.tree.leaves(moved))
     new = guide.sample_posterior(jax.random.key(0), result.params, jnp.zeros((2, T, 1)), sample_shape=(3,))["z"]
