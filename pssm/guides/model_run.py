@@ -18,7 +18,7 @@ from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.plates import Whole, apart, are_whole
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import near_mode, potentials_at
+from pssm.modes.mode import mode_path, potentials_at
 from pssm.register import register
 
 
@@ -208,7 +208,7 @@ class PathSite(NamedTuple):
             noise = jnp.zeros((*prior.batch_shape, prior.noise_size), prior.m0.dtype)
             start = jnp.broadcast_to(prior.path_from_noise(noise), self.shape)
         # The search itself has no gradient; the last step, at the mode, has the mode's.
-        path = near_mode(prior, log_lik, start=start, num_iters=num_iters, **options)
+        path = mode_path(prior, log_lik, start=start, num_iters=num_iters, strict=False, **options)
         return potentials_at(*parts(self.values), jax.lax.stop_gradient(path), **options)
 
 

@@ -14,7 +14,7 @@ from pssm.filters.linearize import cubature_points, hermite_points
 from pssm.filters.particle_sweep import MAKERS
 from pssm.linalg.low_rank import Factor, as_factor
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import DENSE, check_start, near_mode, potentials_at
+from pssm.modes.mode import DENSE, check_start, mode_path, potentials_at
 from pssm.modes.search import converged
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
@@ -120,7 +120,7 @@ def _potentials(
         def average(path: Array) -> Array:
             return jnp.sum(weights * jax.vmap(log_lik)(path + offsets))
 
-        path = near_mode(prior, average, rank=rank, start=found.center, num_iters=num_iters)
+        path = mode_path(prior, average, rank=rank, start=found.center, num_iters=num_iters, strict=False)
         found = potentials_at(prior, average, path, rank=rank)
         return _spread(prior, found), found, converged(prior, average, path, found.center - path)
 

@@ -11,7 +11,7 @@ from pssm.distributions import StatePath
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul
-from pssm.modes.mode import check_start, gauss_newton, near_mode, through_noise
+from pssm.modes.mode import check_start, gauss_newton, mode_path, through_noise
 from pssm.modes.search import converged, insist
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
@@ -68,7 +68,8 @@ def laplace_path(
 
     close = 1e-12 if series.dtype == jnp.float64 else 1e-6
     first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
-    path = near_mode(prior, log_lik, rank=model.n_state, start=first, num_iters=num_iters, tolerance=close)
+    options: dict[str, Any] = {"start": first, "num_iters": num_iters, "tolerance": close}
+    path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
     step = gauss_newton(prior, log_lik, path)
     is_mode = converged(prior, log_lik, path, step.move)
     path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))

@@ -82,6 +82,7 @@ def mode_path(
     start: Array | None = None,
     num_iters: int = 30,
     tolerance: float | None = None,
+    strict: bool = True,
 ) -> Array:
     """The path of highest posterior density near `start`, by Gauss-Newton steps; each of them climbs.
 
@@ -94,46 +95,31 @@ def mode_path(
         num_iters: most Gauss-Newton steps.
         tolerance: the search is over when the squared length of the step, in standard deviations of the posterior, is
             less; 1e-8, in single precision 1e-5.
+        strict: whether the path must be a mode. Without, it is as far as the steps have come: a posterior written
+            around any path is a posterior.
 
     Returns:
-        The path, `(*batch, time, state)`; under `jit` NaN in each series whose search has not converged.
+        The path, `(*batch, time, state)`; strictly and under `jit` NaN in each series whose search has not converged.
 
     Raises:
-        ValueError: (outside of `jit`) the search has not converged.
+        ValueError: (strictly, outside of `jit`) the search has not converged.
     """
-    options: dict[str, Any] = {"rank": rank, "diagonal": diagonal}
-    path = near_mode(prior, log_lik, start=start, num_iters=num_iters, tolerance=tolerance, **options)
-    move = _direction(prior, log_lik, **options)(path)
-    return insist(path, converged(prior, log_lik, path, move), num_iters)
-
-
-def near_mode(
-    prior: StatePath,
-    log_lik: Callable[[Array], Array],
-    *,
-    rank: int,
-    diagonal: bool = True,
-    start: Array | None = None,
-    num_iters: int = 30,
-    tolerance: float | None = None,
-) -> Array:
-    """As `mode_path`, but as far as the steps have come: a posterior written around any path is a posterior."""
-    path = start_path(prior, log_lik) if start is None else start
-    if tolerance is None:
-        tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
-    direction = _direction(prior, log_lik, rank, diagonal)
-    return climb(prior, log_lik, direction, path, num_iters=num_iters, tolerance=tolerance)
-
-
-def _direction(
-    prior: StatePath, log_lik: Callable[[Array], Array], rank: int, diagonal: bool
-) -> Callable[[Array], Array]:
     if _is_large(prior):
         sd = noise_scale(prior)
         step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
     else:
         step = partial(gauss_newton, prior, log_lik)
-    return lambda path: step(path).move
+
+    def direction(path: Array) -> Array:
+        return step(path).move
+
+    path = start_path(prior, log_lik) if start is None else start
+    if tolerance is None:
+        tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
+    path = climb(prior, log_lik, direction, path, num_iters=num_iters, tolerance=tolerance)
+    if not strict:
+        return path
+    return insist(path, converged(prior, log_lik, path, direction(path)), num_iters)
 
 
 def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
