@@ -254,3 +254,15 @@ def test_missing_data_and_keyword_arguments_reach_the_model():
     )
     assert np.isfinite(posterior_draws(fit)["sigma_obs"]).all()
     assert fit._kwargs == {"scale": 1.0, "location": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("fit", "few"), [(fit_nuts, {"num_warmup": 5, "num_samples": 5}), (fit_svi, {"num_steps": 10})]
+)
+def test_part_of_a_joint_event_stops_a_fit_in_words(fit, few):
+    def model(y):
+        a = numpyro.sample("a", dist.HalfNormal(1.0))
+        observe("y", dist.Dirichlet(a * jnp.ones(3)), y)
+
+    with pytest.raises(ValueError, match="`obs` has an event with some entries missing.*Dirichlet"):
+        fit(model, np.array([[0.2, np.nan, 0.3]]), progress_bar=False, **few)
