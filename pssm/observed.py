@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -11,7 +12,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import _PYRO_STACK
 
-from pssm._checks import as_float, check_finite, is_traced
+from pssm._checks import as_float, check_finite, is_traced, unmasked
 from pssm._types import Array, ArrayLike, Key
 from pssm.events import of_events
 from pssm.partly_observed import log_prob_observed
@@ -123,7 +124,7 @@ def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = 
     Raises:
         ValueError: the shapes do not fit; an infinite value; a value between the whole numbers of a discrete
             distribution; or an event of a joint distribution of which only some entries are missing and whose marginal
-            is not known. (Values are checked outside of `jit` only; inside, the log density is then -inf or NaN.)
+            is not known. (Traced values are not looked at: the log density is then -inf or NaN.)
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -138,9 +139,12 @@ def observe(name: str, distribution: dist.Distribution, obs: ArrayLike | None = 
         return numpyro.sample(name, WithMissing(distribution))
     values = as_float("obs", obs)
     _check_shapes(name, distribution, values.shape)
-    if not is_traced(values):
-        check_finite("obs", values, allow_nan=True)
-        _check_whole(distribution, np.asarray(values))
+    if isinstance(obs, np.ndarray) or not is_traced(values):  # JAX traces what it makes of an array inside of `jit`
+        plain = np.asarray(unmasked(obs) if isinstance(obs, np.ndarray) else values)
+        check_finite("obs", plain, allow_nan=True)
+        _check_whole(distribution, plain)
+        if distribution.event_dim and np.isnan(plain).any():
+            jax.eval_shape(lambda: log_prob_observed(distribution, plain))  # refuses a part of an event, if it must
     return numpyro.sample(name, WithMissing(distribution), obs=values)
 
 
