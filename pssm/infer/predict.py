@@ -157,7 +157,7 @@ def forecast(
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
-    times = 1 if isinstance(source, ExactSource) else FUTURES
+    times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
     moments = _mixture(mean, variance)
     if isinstance(source, ExactSource):
@@ -183,7 +183,7 @@ def sample_states(
         task = _task(fit, None, (), {}, most, key, None)
     else:
         task = _task(model, draws, args, kwargs, most, fit, None)
-    return task.map(task.source.draw)
+    return task.map(task.source.draw, most if task.count == 1 else 1)
 
 
 def one_step_probabilities(
@@ -237,6 +237,10 @@ class _Task(NamedTuple):
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
         rows = jnp.repeat(jnp.arange(self.count), times)
         keys = jax.random.split(self.key, len(rows))
+        if self.count == 1 and times > 1:  # one point: what does not depend on the key is computed once
+            point = {name: x[0] for name, x in self.draws.items()}
+            found = jax.jit(jax.vmap(one, (None, 0)))(point, keys)
+            return jax.tree.map(np.asarray, found)
 
         @jax.jit
         def run(draws: dict[str, Array]) -> Any:
