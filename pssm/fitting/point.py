@@ -1,15 +1,17 @@
 """A fit that is one point: the maximum of a likelihood or of a posterior, with standard errors and what limits them."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from pssm._types import Key
 from pssm.fitting.climb import Peak
 from pssm.fitting.results import FitRecord
 from pssm.fitting.target import Values
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LIKELIHOOD = "log-likelihood at its maximum: one point, no posterior"
 MODE = "log joint density at its maximum: one point, no bound on the log evidence"
@@ -31,7 +33,7 @@ class PointFit(FitRecord):
         num_observations: entries that were observed.
         errors: standard errors by site, latent and deterministic, from the observed information; NaN where there is
             none: at the boundary, and where the density does not depend on a parameter.
-        covariance: of the entries of the latent sites, in the user's units.
+        joint_covariance: the matrix of `covariance`.
         low, high: an interval of 95 % by site, symmetric in unconstrained coordinates where a site has one for each of
             its entries.
         at_boundary: entries that are at the boundary of their support, such as a variance that is zero.
@@ -47,7 +49,7 @@ class PointFit(FitRecord):
     num_parameters: int = 0
     num_observations: int = 0
     errors: Values = field(default_factory=dict, repr=False)
-    covariance: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    joint_covariance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     low: Values = field(default_factory=dict, repr=False)
     high: Values = field(default_factory=dict, repr=False)
     at_boundary: tuple[str, ...] = ()
@@ -55,6 +57,14 @@ class PointFit(FitRecord):
     converged: bool = False
     decrement: float = float("nan")
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
+
+    @property
+    def covariance(self) -> "pd.DataFrame":
+        """Covariances of the entries of the latent sites, in the user's units, by name."""
+        import pandas as pd  # takes half a second
+
+        names = [label for n, x in self.params.items() for label in entries(n, x)]
+        return pd.DataFrame(self.joint_covariance, index=names, columns=names)
 
     @property
     def aic(self) -> float:
@@ -72,8 +82,10 @@ class PointFit(FitRecord):
         """Schwarz's criterion, `k log n - 2 log L`."""
         return self.num_parameters * float(np.log(self.num_observations)) - 2 * self.log_likelihood
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> "pd.DataFrame":
         """One row for each entry of latent and deterministic sites: estimate, standard error, interval, note."""
+        import pandas as pd
+
         notes = dict.fromkeys(self.unidentified, "not identified") | dict.fromkeys(self.at_boundary, "at the boundary")
         rows = []
         for name, value in {**self.params, **self.derived}.items():
@@ -136,7 +148,6 @@ def point_fit(engine: Any, run: Any, peak: Peak, ended: str, seed: Any) -> Point
     names = function.names
     jacobian = np.concatenate([slopes[n] for n in names], axis=1)
     joint = jacobian.T @ fixed @ jacobian
-    own = [label for n in names for label in entries(n, values[n])]
     none = ~(np.diagonal(joint) > 0) | (not sound)
     joint[none], joint[:, none] = np.nan, np.nan
     likelihood, density = _both(engine, z, peak.value)
@@ -163,7 +174,7 @@ def point_fit(engine: Any, run: Any, peak: Peak, ended: str, seed: Any) -> Point
         run=run._replace(peak=peak), engine=engine, derived={n: x for n, x in values.items() if n not in names},
         log_likelihood=likelihood, log_joint=density, num_parameters=function.size,
         num_observations=function.num_observations, errors=errors,
-        covariance=pd.DataFrame(joint, index=own, columns=own), low=low, high=high, at_boundary=at_boundary,
+        joint_covariance=joint, low=low, high=high, at_boundary=at_boundary,
         unidentified=unidentified, converged=converged, decrement=peak.decrement, starts=run.values,
     )  # fmt: skip
 
