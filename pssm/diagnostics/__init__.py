@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
 from pssm.diagnostics.gap import BoundGap, bound_gap
+from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
@@ -15,11 +16,13 @@ __all__ = [
     "BoundGap",
     "Calibration",
     "Evidence",
+    "Residuals",
     "bound_gap",
     "khat",
     "leave_future_out",
     "load_tree",
     "log_evidence",
+    "residuals",
     "save_tree",
     "scores",
     "simulation_based_calibration",

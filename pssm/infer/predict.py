@@ -18,6 +18,8 @@ from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
 from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
+from pssm.linalg import outer
+from pssm.ssm import LinearGaussianSSM
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FUTURES = 10  # paths for each draw, where a forecast's quantiles are those of paths
@@ -215,6 +217,40 @@ def one_step_probabilities(
         return jax.scipy.stats.norm.cdf(y, mean, jnp.sqrt(variance))
 
     return task.map(one).mean(0)
+
+
+def innovations(
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 100,
+    site: str | None = None,
+    key: KeyLike = 0,
+    **kwargs: Any,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """One-step errors `(draw, ..., time, obs)`, NaN where missing, their covariances, and the number of states.
+
+    Arguments and errors as in `one_step_probabilities`.
+    """
+    task = _task(fit, draws, args, kwargs, most, key, site)
+    source = task.source
+    if not isinstance(source, ExactSource):
+        raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
+
+    def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
+        trace = source.trace(sample)
+        d, y = source.fn(trace), source.series(trace)
+        return *errors_of(d.ssm, y, d.u), jnp.asarray(d.ssm.n_state)
+
+    errors, covariances, n_state = task.map(one)
+    return errors, covariances, int(n_state[0])
+
+
+def errors_of(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+    """One-step errors `(..., time, obs)` of a model, and their covariances."""
+    f = kalman_filter(ssm, y, u)
+    factor = ssm.with_time_axis("C") @ f.predicted_chol
+    return y - ssm.signal(f.predicted_mean, u), outer(factor) + outer(ssm.with_time_axis("chol_R"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
