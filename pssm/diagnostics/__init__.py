@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pssm.diagnostics.backtest import Backtest, backtest
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
 from pssm.diagnostics.gap import BoundGap, bound_gap
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from pssm.diagnostics.crossval import leave_future_out
 
 __all__ = [
+    "Backtest",
     "BoundGap",
     "Calibration",
     "Evidence",
     "Residuals",
+    "backtest",
     "bound_gap",
     "khat",
     "leave_future_out",

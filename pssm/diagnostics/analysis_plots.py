@@ -4,7 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pssm.plot_helpers import GREY, INK, SIGNAL, new_figure, positions, shown_text, tidy
+from pssm.plot_helpers import (
+    FORECAST,
+    GREY,
+    INK,
+    LEGEND,
+    SIGNAL,
+    limit_x,
+    method_style,
+    new_figure,
+    positions,
+    shown_text,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,4 +58,39 @@ def plot_residuals(found: Any, *, title: str = "") -> Figure:
                 axes[0], ("standardised residuals", "normal quantiles", "autocorrelation by lag"), strict=True
             ):
                 ax.set_title(text, loc="left", fontsize=10.5, color=GREY)
+    return figure
+
+
+def plot_backtest(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Backtest`."""
+    table, first = found.table, found.table["method"].iloc[0]
+    shown = min(found.y.shape[1], MOST_SERIES)
+    figure = new_figure([2.8] * shown + [2.4], title)
+    axes = figure.subplots(shown + 1, 1, squeeze=False)[:, 0]
+    x, _, dates = positions(found.time, len(found.time), None, 0)
+    for j, ax in enumerate(axes[:-1]):
+        ax.plot(x, found.y[:, j], color=INK, lw=1.0, label="data")
+        own = table[(table["method"] == first) & (table["series"] == j)]
+        for k, (known, part) in enumerate(own.groupby("known")):
+            places = x[known + part["ahead"].to_numpy() - 1]
+            band = {"label": "90 % interval"} if k == 0 else {}
+            ax.fill_between(places, part["low"], part["high"], color=FORECAST, alpha=0.25, lw=0, **band)
+            ax.plot(places, part["mean"], ".-", color=FORECAST, lw=1.4, ms=4, label=f"{first}" if k == 0 else None)
+            ax.axvline(x[known - 1], color=GREY, lw=0.5, ls=":")
+        start = max(int(table["known"].min()) - 2 * int(table["ahead"].max()) - 20, 0)
+        limit_x(ax, x[start], x[-1])
+        tidy(ax, dates)
+        if j == 0:
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
+    last = axes[-1]
+    for k, (method, part) in enumerate(found.scores.reset_index().groupby("method", sort=False)):
+        color, line = method_style(k)
+        last.errorbar(part["ahead"], part["crps"], part["crps_se"], color=color, ls=line, marker="o", ms=4, capsize=2,
+                      label=shown_text(method))  # fmt: skip
+    last.xaxis.get_major_locator().set_params(integer=True)
+    last.set_xlabel("steps ahead", fontsize=11)
+    last.set_ylabel("CRPS", fontsize=11)
+    last.set_ylim(bottom=0)
+    tidy(last, False)
+    last.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, **LEGEND)
     return figure

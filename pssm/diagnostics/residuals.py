@@ -10,7 +10,7 @@ from pssm._checks import as_float, check_count, check_series
 from pssm._types import ArrayLike, KeyLike
 from pssm.diagnostics.analysis_plots import plot_residuals
 from pssm.fitting.results import Fit
-from pssm.infer.predict import errors_of, innovations
+from pssm.infer.predict import innovations, one_step
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def residuals(
             raise ValueError("`y` is required: the data of a `LinearGaussianSSM`.")
         series = check_series(y, fit.n_obs)
         inputs = check_inputs(fit, None if u is None else as_float("u", u), series.shape[-2])
-        errors, covariances = (np.asarray(x)[None] for x in jax.jit(errors_of)(fit, series, inputs))
+        mean, cov = jax.jit(one_step)(fit, series, inputs)
+        errors, covariances = np.asarray(series - mean)[None], np.asarray(cov)[None]
         n_state = fit.n_state
     else:
         if y is not None or u is not None:

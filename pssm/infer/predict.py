@@ -240,17 +240,18 @@ def innovations(
     def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
         trace = source.trace(sample)
         d, y = source.fn(trace), source.series(trace)
-        return *errors_of(d.ssm, y, d.u), jnp.asarray(d.ssm.n_state)
+        mean, cov = one_step(d.ssm, y, d.u)
+        return y - mean, cov, jnp.asarray(d.ssm.n_state)
 
     errors, covariances, n_state = task.map(one)
     return errors, covariances, int(n_state[0])
 
 
-def errors_of(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
-    """One-step errors `(..., time, obs)` of a model, and their covariances."""
+def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+    """Mean `(..., time, obs)` and covariance of each observation given those before it."""
     f = kalman_filter(ssm, y, u)
     factor = ssm.with_time_axis("C") @ f.predicted_chol
-    return y - ssm.signal(f.predicted_mean, u), outer(factor) + outer(ssm.with_time_axis("chol_R"))
+    return ssm.signal(f.predicted_mean, u), outer(factor) + outer(ssm.with_time_axis("chol_R"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
