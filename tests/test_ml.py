@@ -324,3 +324,22 @@ def test_a_flat_direction_is_said():
     assert not fit.converged
     assert np.isnan(fit.errors["a"])
     assert fit.params["a"] + fit.params["b"] == pytest.approx(2.5, abs=1e-6)
+
+
+def test_draws_of_the_normal_approximation():
+    fit = fit_ml(models.local_linear_trend, NILE)
+    draws = fit.approximate_draws(4000, key=1)
+    assert (draws["sigma_slope"] == 0).all()
+    logs = np.log(draws["sigma_obs"])
+    assert logs.mean() == pytest.approx(np.log(fit.params["sigma_obs"]), abs=0.01)
+    assert logs.std() == pytest.approx(fit.errors["sigma_obs"] / fit.params["sigma_obs"], rel=0.05)
+
+
+def test_states_integrated_out_by_a_gaussian_filter():
+    y = np.random.default_rng(4).normal(size=60) * np.exp(np.repeat([0.0, 1.0, -0.5], 20))
+    fit = fit_ml(models.stochastic_volatility, y, states="ekf", num_starts=1)
+    assert fit.log_likelihood >= max(fit.starts) - 1e-9
+    found = infer.smoothed_states(fit)
+    assert found.state.mean.shape == (60, 1)
+    assert found.state.mean[20:40].mean() > found.state.mean[40:].mean()
+    assert np.isfinite(found.signal.mean).all()

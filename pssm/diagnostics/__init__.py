@@ -6,6 +6,7 @@ from pssm.diagnostics.backtest import Backtest, backtest
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
 from pssm.diagnostics.gap import BoundGap, bound_gap
+from pssm.diagnostics.impact import Impact, impact
 from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
@@ -18,9 +19,11 @@ __all__ = [
     "BoundGap",
     "Calibration",
     "Evidence",
+    "Impact",
     "Residuals",
     "backtest",
     "bound_gap",
+    "impact",
     "khat",
     "leave_future_out",
     "load_tree",

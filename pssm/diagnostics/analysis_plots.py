@@ -94,3 +94,31 @@ def plot_backtest(found: Any, *, title: str = "") -> Figure:
     tidy(last, False)
     last.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, **LEGEND)
     return figure
+
+
+def plot_impact(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Impact`."""
+    table = found.table
+    figure = new_figure([2.6, 2.0, 2.0], title)
+    axes = figure.subplots(3, 1, sharex=True)
+    x, _, dates = positions(table["time"].to_numpy(), len(table), None, 0)
+    after = (table["period"] == "post").to_numpy()
+    start = x[np.flatnonzero(after)[0]]
+    share = f"{100 * found.level:g} % interval"
+    first = min(len(table) // 20 + 1, 5)  # where predictions rest on the first state alone
+    parts = (("predicted", "series"), ("effect", "effect of each step"), ("cumulative", "cumulative effect"))
+    for ax, (name, label) in zip(axes, parts, strict=True):
+        shown = np.arange(len(x)) >= first if name != "cumulative" else after
+        low, high = (table[f"{name}_{end}"].to_numpy()[shown] for end in ("low", "high"))
+        ax.fill_between(x[shown], low, high, color=FORECAST, alpha=0.25, lw=0, label=share)
+        ax.plot(x[shown], table[name].to_numpy()[shown], color=FORECAST, lw=1.4, label="prediction")
+        if name == "predicted":
+            ax.plot(x, table["observed"], color=INK, lw=1.1, label="data")
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
+        else:
+            ax.axhline(0, color=INK, lw=0.8)
+        ax.axvline(start, color=GREY, lw=1.0, ls="--")
+        ax.set_ylabel(label, fontsize=11)
+        limit_x(ax, x[0], x[-1])
+        tidy(ax, dates)
+    return figure

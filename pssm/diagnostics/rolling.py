@@ -1,6 +1,7 @@
 """One model fitted again and again to longer pasts: the future is missing, so that one compiled program serves all."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -85,17 +86,33 @@ class Roller:
         known = self.past(origin)
         fit = None
         if refit or not self._draws:
-            fit = self._fit(known, fit_key)
-            draws = fit if isinstance(fit, dict) else posterior_draws(fit, num_samples=200, key=fit_key)
-            flat = {n: np.asarray(x) for n, x in flatten_draws(draws).items()}
-            if isinstance(fit, PointFit):
-                flat = {n: np.asarray(x)[None] for n, x in fit.params.items()}
-            rows = np.linspace(0, len(next(iter(flat.values()))) - 1, min(200, len(next(iter(flat.values())))))
-            self._draws = {n: x[rows.astype(int)] for n, x in flat.items()}
-        with jax.enable_x64(self.double or bool(jax.config.read("jax_enable_x64"))):
+            fit, self._draws = self.fitted(known, fit_key)
+        with self.precision:
             mean, cov = (np.asarray(x, float) for x in self._predict(self._draws, known, origin))
         truth = self.y[origin : origin + self.horizon].reshape(self.horizon, -1)
         return mixture(mean, cov, truth, self.num_draws, key)._replace(fit=fit)
+
+    def fitted(self, known: np.ndarray, key: Key, most: int = 200, *, spread: bool = False) -> tuple[Any, Draws]:
+        """The fit of a past, and at most `most` posterior draws `(draw, ...)` of its latent sites.
+
+        A point is one draw; with `spread` it is replaced by draws of the normal approximation around it.
+        """
+        fit = self._fit(known, key)
+        if isinstance(fit, PointFit) and spread and fit.converged:
+            found = fit.approximate_draws(most, key)
+            return fit, {n: found[n] for n in fit.params}
+        if isinstance(fit, PointFit):
+            return fit, {n: np.asarray(x)[None] for n, x in fit.params.items()}
+        draws = fit if isinstance(fit, dict) else posterior_draws(fit, num_samples=most, key=key)
+        flat = {n: np.asarray(x) for n, x in flatten_draws(draws).items()}
+        count = len(next(iter(flat.values())))
+        rows = np.linspace(0, count - 1, min(most, count)).astype(int)
+        return fit, {n: x[rows] for n, x in flat.items()}
+
+    @property
+    def precision(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the fit, for what follows from it."""
+        return jax.enable_x64(self.double or bool(jax.config.read("jax_enable_x64")))
 
     def past(self, origin: int) -> np.ndarray:
         """The data with everything after the origin missing."""

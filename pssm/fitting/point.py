@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
-from pssm._types import Key
+from pssm._checks import check_count
+from pssm._keys import as_key
+from pssm._types import Key, KeyLike
 from pssm.fitting.climb import Peak
 from pssm.fitting.results import FitRecord
 from pssm.fitting.target import Values
@@ -81,6 +84,33 @@ class PointFit(FitRecord):
     def bic(self) -> float:
         """Schwarz's criterion, `k log n - 2 log L`."""
         return self.num_parameters * float(np.log(self.num_observations)) - 2 * self.log_likelihood
+
+    def approximate_draws(self, num_samples: int = 1000, key: KeyLike = 0) -> Values:
+        """Draws of all sites from the normal approximation around the maximum, `(draw, ...)`.
+
+        The normal is that of the unconstrained coordinates, with the inverse information as covariance. Coordinates at
+        the boundary, or on which the density does not depend, stay where they are.
+
+        Args:
+            num_samples: number of draws.
+            key: random key, or a whole number.
+
+        Returns:
+            Draws by site.
+
+        Raises:
+            ValueError: the fit is at no maximum, so there is no information to invert.
+        """
+        function, peak = self.engine.function, self.run.peak
+        covariance, flat, sound = _covariance(peak, self.run.rules)
+        if not sound:
+            raise ValueError("`fit` has not converged to one maximum: there is no normal approximation around it.")
+        kept = np.flatnonzero(peak.free & ~flat)
+        points = np.tile(peak.z, (check_count("num_samples", num_samples), 1))
+        noise = np.asarray(jax.random.normal(as_key(key), (num_samples, len(kept))), np.float64)
+        points[:, kept] += noise @ np.linalg.cholesky(covariance[np.ix_(kept, kept)]).T
+        found = [function.values(z) for z in points]
+        return {n: np.stack([x[n] for x in found]) for n in found[0]}
 
     def summary(self) -> "pd.DataFrame":
         """One row for each entry of latent and deterministic sites: estimate, standard error, interval, note."""
