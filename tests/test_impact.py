@@ -104,6 +104,22 @@ def test_dates_names_and_several_controls():
     assert "From 2024-05-10 on" in found.summary()
 
 
+@pytest.mark.parametrize(
+    ("index", "start", "first"),
+    [
+        (pd.period_range("2016-01", periods=100, freq="M"), "2021-11", "2021-11-01"),
+        (pd.date_range("2024-03-30", periods=100, freq="h", tz="Europe/Berlin"), "2024-04-01 21:00", "2024-04-01T21"),
+        ([d.date() for d in pd.date_range("2020-01-01", periods=100)], "2020-03-11", "2020-03-11"),
+        (np.arange(1900, 2000), 1970, 1970),
+    ],
+)
+def test_kinds_of_labels(index, start, first):
+    y, x = vignette(8)
+    found = quick(y, x, start, time=index, placebo=False, num_draws=50)
+    assert found.start == (np.datetime64(first) if isinstance(first, str) else first)
+    assert found.table.period.eq("post").sum() == 30
+
+
 def test_no_controls_and_another_model():
     rng = np.random.default_rng(5)
     season = np.tile([0.0, 2.0, 1.0, 0.0, -1.0, -4.0, 2.0], 15)[:100]
@@ -153,6 +169,7 @@ Y, X = vignette(0)
         (lambda: quick(Y, X, 70, level=1.5), "`level`"),
         (lambda: quick(Y, X, 70, time=np.arange(3)), "`time` must have 100 labels"),
         (lambda: quick(Y, X, "x"), "`start` must be comparable"),
+        (lambda: quick(Y, X, 70, time=np.arange(100)[::-1]), "`time` must increase"),
         (lambda: quick(pd.Series(Y, pd.date_range("2020", periods=100)), X, "soon"), "`start` must be a date"),
         (lambda: impact(Y, X, 70, method="guess"), "`methods` must be one of"),
     ],

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from pssm._checks import check_count, unmasked, unmasked_arguments
+from pssm._checks import check_count, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import ArrayLike, KeyLike
 from pssm.diagnostics.analysis_plots import plot_backtest
-from pssm.diagnostics.rolling import Ahead, Roller
+from pssm.diagnostics.rolling import Ahead, Roller, series_of
 from pssm.diagnostics.scores import scores
 
 if TYPE_CHECKING:
@@ -121,22 +121,15 @@ def backtest(
     """
     import pandas as pd
 
-    if time is None and isinstance(y, pd.Series | pd.DataFrame):
-        time = y.index.to_numpy()
-    args, kwargs = unmasked_arguments((y,), kwargs)
-    data = np.asarray(unmasked(args[0]), float)
-    if data.ndim not in (1, 2):
-        raise ValueError(f"`y` must have shape (time,) or (time, obs); got {data.shape}.")
+    data, labels = series_of(y, time)
     num_steps = len(data)
     horizon = check_count("horizon", horizon)
-    labels = np.arange(num_steps) if time is None else np.asarray(time)
-    if len(labels) != num_steps:
-        raise ValueError(f"`time` must have {num_steps} labels; got {len(labels)}.")
     if period is not None:
         check_count("period", period)
     known = _origins(origins, num_steps, horizon)
     every = len(known) if refit is False else 1 if refit is True else check_count("refit", refit)
-    kwargs = {n: np.asarray(x) if isinstance(x, pd.DataFrame | pd.Series) else x for n, x in kwargs.items()}
+    kwargs = {n: x.to_numpy(float) if isinstance(x, pd.DataFrame | pd.Series) else x for n, x in kwargs.items()}
+    _, kwargs = unmasked_arguments((), kwargs)
     wanted = _methods(methods, model)
     rollers: dict[str, Any] = {
         n: Roller(m, model, data, kwargs, horizon, num_draws, options or {}) for n, m in wanted.items()

@@ -15,7 +15,7 @@ from pssm._checks import check_count, check_finite, unmasked
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.diagnostics.analysis_plots import plot_impact
-from pssm.diagnostics.rolling import Roller
+from pssm.diagnostics.rolling import Roller, series_of
 from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import sample_states
 from pssm.fitting.results import trace_with
@@ -159,15 +159,10 @@ def impact(
     """
     import pandas as pd
 
-    if time is None and isinstance(y, pd.Series | pd.DataFrame):
-        time = y.index.to_numpy()
-    data = np.asarray(unmasked(y), float)
+    data, labels = series_of(y, time)
     data = data[:, 0] if data.ndim == 2 and data.shape[1] == 1 else data
     if data.ndim != 1:
         raise ValueError(f"`y` must be one series of shape (time,); got {data.shape}.")
-    labels = np.arange(len(data)) if time is None else np.asarray(time)
-    if len(labels) != len(data):
-        raise ValueError(f"`time` must have {len(data)} labels; got {len(labels)}.")
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1; got {level}.")
     check_count("num_draws", num_draws, least=2)

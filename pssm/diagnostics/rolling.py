@@ -183,6 +183,37 @@ class Roller:
         return Ahead(mean, sd, found.draws.reshape(len(found.draws), self.horizon, -1), density, fit)
 
 
+def series_of(y: Any, time: Any, name: str = "y") -> tuple[np.ndarray, np.ndarray]:
+    """Data as floats, NaN where missing, and the labels of their steps: given, or the index of a frame, or 0, 1, ...
+
+    Periods are labelled by their start, times with a zone in UTC.
+    """
+    import pandas as pd
+
+    if time is None and isinstance(y, pd.Series | pd.DataFrame):
+        time = y.index
+    data = np.asarray(y.to_numpy(float, na_value=np.nan) if isinstance(y, pd.Series | pd.DataFrame) else y)
+    data = np.asarray(
+        np.ma.filled(np.ma.asarray(y, float), np.nan) if isinstance(y, np.ma.MaskedArray) else data, float
+    )
+    if data.ndim not in (1, 2) or not len(data):
+        raise ValueError(f"`{name}` must have shape (time,) or (time, obs), at least one step; got {data.shape}.")
+    if time is None:
+        return data, np.arange(len(data))
+    index = time if isinstance(time, pd.Index) else pd.Index(np.asarray(time))
+    if isinstance(index, pd.PeriodIndex):
+        index = index.to_timestamp()
+    if index.inferred_type in ("date", "datetime"):
+        index = pd.DatetimeIndex(index)
+    if isinstance(index, pd.DatetimeIndex) and index.tz is not None:
+        index = index.tz_convert("UTC").tz_localize(None)
+    if len(index) != len(data):
+        raise ValueError(f"`time` must have {len(data)} labels; got {len(index)}.")
+    if not index.is_monotonic_increasing or not index.is_unique:
+        raise ValueError("`time` must increase from step to step. Sort the rows, and leave out doubles.")
+    return data, index.to_numpy()
+
+
 def mixture(mean: np.ndarray, cov: np.ndarray, truth: np.ndarray, num_draws: int, key: Key) -> Ahead:
     """A forecast from normal moments `(draw, steps, obs)` and `(draw, steps, obs, obs)` for each posterior draw."""
     variance = np.maximum(np.diagonal(cov, axis1=-2, axis2=-1), 0.0)
