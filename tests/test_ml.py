@@ -4,6 +4,7 @@ import pickle
 import warnings
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -343,3 +344,21 @@ def test_states_integrated_out_by_a_gaussian_filter():
     assert found.state.mean.shape == (60, 1)
     assert found.state.mean[20:40].mean() > found.state.mean[40:].mean()
     assert np.isfinite(found.signal.mean).all()
+
+
+def test_a_model_with_32_bit_numbers_of_its_own():
+    """A scan does not mix precisions: the session's own is used, and differences of its size."""
+    half = jnp.asarray([0.5], jnp.float32)
+
+    def model(y):
+        a, s = numpyro.sample("a", dist.Normal(0.0, 1.0)), numpyro.sample("s", dist.HalfNormal(1.0))
+        path = jax.lax.scan(lambda c, _: (half[0] * c + a, c), jnp.zeros((), jnp.float32), length=len(y))[1]
+        numpyro.sample("y", dist.Normal(path, s), obs=y)
+
+    y = np.random.default_rng(0).normal(size=40) + 1
+    z = 2 * (1 - 0.5 ** np.arange(40))
+    fit = fit_ml(model, y)
+    assert not fit.engine.function.double
+    assert fit.converged
+    assert fit.params["a"] == pytest.approx(y @ z / (z @ z), rel=1e-3)
+    assert fit.errors["a"] == pytest.approx(fit.params["s"] / (z @ z) ** 0.5, rel=1e-2)

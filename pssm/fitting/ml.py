@@ -57,6 +57,7 @@ class PointEngine:
 
     counts, longest, pace, save_every = ("climbs", "num_starts"), 1, 10.0, 5.0
     kind, objective = "ml", LIKELIHOOD
+    labels: Any = None
 
     def __init__(
         self,

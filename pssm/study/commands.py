@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,8 +115,6 @@ def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[
 
 
 def _fit(a: argparse.Namespace, tools: Tools) -> int:
-    from functools import partial
-
     from pssm.study.analysis import write_fit
 
     data = _read(a, tools, a.inputs, "fit")
@@ -141,8 +140,6 @@ def _fit(a: argparse.Namespace, tools: Tools) -> int:
 
 
 def _backtest(a: argparse.Namespace, tools: Tools) -> int:
-    from functools import partial
-
     from pssm.study.analysis import write_backtest
 
     data = _read(a, tools, a.inputs, "backtest")
