@@ -37,7 +37,7 @@ def plot_residuals(found: Any, *, title: str = "") -> Figure:
     for j, (over_time, quantiles, correlations) in enumerate(axes):
         values = found.values[:, j]
         over_time.axhspan(-1.96, 1.96, color=GREY, alpha=0.15, lw=0)
-        over_time.plot(x, values, ".-", color=SIGNAL, lw=0.8, ms=4)
+        over_time.plot(x, values, ".-" if len(x) <= 300 else ".", color=SIGNAL, lw=0.8, ms=4 if len(x) <= 300 else 2)
         over_time.set_ylabel(shown_text(found.names[j]), fontsize=11)
         tidy(over_time, dates)
         known = np.sort(found.tested(j)[~np.isnan(found.tested(j))])
@@ -51,6 +51,7 @@ def plot_residuals(found: Any, *, title: str = "") -> Figure:
             correlations.vlines(lags, 0, r, color=SIGNAL, lw=2)
             correlations.axhline(0, color=INK, lw=0.8)
             correlations.set_ylim(-1.05, 1.05)
+            correlations.xaxis.get_major_locator().set_params(integer=True)
         for ax in (quantiles, correlations):
             tidy(ax, False)
         if j == 0:

@@ -94,7 +94,7 @@ def write_backtest(
     inputs = {} if u is None else {"u": u}
     found = backtest(model, y, time=time, **inputs, **options)
     overall = found.overall
-    show_rows(overall.reset_index(), title)
+    show_rows(overall[[c for c in overall if not c.endswith("_se")]].round(4).reset_index(), title)
     failed = found.origins[found.origins["note"] != ""]
     notes = [f"{row['method']}, {row['known']} known: {row['note']}" for row in records(failed)]
     notes += ["It was interrupted; later origins are missing."] if found.interrupted else []
