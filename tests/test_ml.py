@@ -152,6 +152,20 @@ def test_local_level_of_the_nile(gaps):
         np.testing.assert_allclose(ours, [15099, 1469], rtol=2e-4)
 
 
+def test_a_seasonal_model_of_el_nino():
+    y = np.array(datasets.load("elnino").y)[-240:]
+    fit = fit_ml(models.seasonal, y, period=12, harmonics=2)
+    model = UnobservedComponents(y[:, 0], level="llevel", freq_seasonal=[{"period": 12, "harmonics": 2}])
+    spread = y.std()
+    model.ssm.initialize_known(np.r_[y[0], np.zeros(4)], np.diag([100.0, 1, 1, 1, 1]) * spread**2)
+    model.loglikelihood_burn = 0
+    ours = np.array([fit.params[f"sigma_{n}"] ** 2 for n in ("obs", "level", "seasonal")])
+    assert model.loglike(ours) == pytest.approx(fit.log_likelihood, abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fit.log_likelihood > model.fit(disp=False, maxiter=300).llf - 1e-3
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_autoregression_of_the_sunspots(order):
     fit = fit_ml(models.autoregression, SUNSPOTS, order=order)
