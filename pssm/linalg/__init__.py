@@ -2,9 +2,9 @@
 
 from pssm.linalg.low_rank import Diagonal
 from pssm.linalg.potential import Potential
+from pssm.linalg.psd_root import factor_from_covariance, factors_from_covariances
 from pssm.linalg.square_root import (
     complement,
-    factor_from_covariance,
     orthogonalise,
     orthogonalise_with_care,
     outer,
@@ -18,6 +18,7 @@ __all__ = [
     "Potential",
     "complement",
     "factor_from_covariance",
+    "factors_from_covariances",
     "orthogonalise",
     "orthogonalise_with_care",
     "outer",

@@ -12,9 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-import numpy as np
 
-from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
 from pssm.linalg.small import SMALL, TINY, batch_first, matmul, matvec, row_of, set_row, substitute
 
@@ -244,77 +242,6 @@ def _orthogonalise_jvp(primals, tangents):
     d_factor = dm_q - matmul(factor, upper - upper.T)
     d_q = solve_lower(factor, dm - matmul(d_factor, q))
     return (factor, q), (d_factor, d_q)
-
-
-def factor_from_covariance(
-    name: str, cov: Float[Array, "*batch size size"], *, relative_tolerance: float | None = None
-) -> Float[Array, "*batch size size"]:
-    """A square root of a symmetric positive semi-definite matrix, singular or not.
-
-    Args:
-        name: the argument's name, for the error.
-        cov: covariance `(..., size, size)`.
-        relative_tolerance: eigenvalues down to minus this times the largest one count as zero; by default
-            `100 * size * eps` of the dtype.
-
-    Returns:
-        `F` with `F F' = cov` (not triangular), shape `(..., size, size)`.
-
-    Raises:
-        ValueError: `cov` is not finite, not symmetric or has a negative eigenvalue. Under `jit` the factor is then NaN.
-    """
-    size = cov.shape[-1]
-    if relative_tolerance is None:
-        relative_tolerance = 100 * size * float(jnp.finfo(cov.dtype).eps)
-    if not is_traced(cov):
-        check_finite(name, cov)
-        values = np.asarray(cov, dtype=np.float64)
-        largest = np.abs(values).max(initial=0.0)
-        skew = np.abs(values - np.swapaxes(values, -1, -2)).max(initial=0.0)
-        if skew > relative_tolerance * largest:
-            raise ValueError(
-                f"`{name}` must be symmetric; it differs from its transpose by {skew:.3g}. "
-                f"Pass ({name} + {name}.T) / 2 if that is rounding."
-            )
-        lowest = np.linalg.eigvalsh(values).min(initial=0.0)
-        if lowest < -relative_tolerance * largest:
-            raise ValueError(
-                f"`{name}` must be a covariance (positive semi-definite); its smallest eigenvalue is {lowest:.3g}."
-            )
-        return _psd_root(cov)
-    root = _psd_root(cov)
-    product = root @ jnp.swapaxes(root, -1, -2)  # what was not symmetric or not positive is not in it
-    apart, scale = (jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in (product - cov, cov))
-    return jnp.where(apart > size * relative_tolerance * scale, jnp.nan, root)
-
-
-@jax.custom_jvp
-def _psd_root(cov: jax.Array) -> jax.Array:
-    """`V sqrt(max(lambda, 0)) V'`, the symmetric square root; diagonal matrices keep their exact diagonal root."""
-    values, vectors = jnp.linalg.eigh(cov)
-    root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-    diagonal = jnp.diagonal(cov, axis1=-2, axis2=-1)
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
-    eye = jnp.broadcast_to(eye, cov.shape)
-    is_diagonal = jnp.all(cov == diagonal[..., None] * eye, axis=(-1, -2), keepdims=True)
-    return jnp.where(is_diagonal, jnp.sqrt(jnp.maximum(diagonal, 0.0))[..., None] * eye, root)
-
-
-@_psd_root.defjvp
-def _psd_root_jvp(primals, tangents):
-    """With `F` the symmetric root, `dF F + F dF = dP`: divide by sums of the roots of the eigenvalues.
-
-    A pair of zero eigenvalues has no derivative (a square root at zero); its entry is set to zero.
-    """
-    (cov,), (d_cov,) = primals, tangents
-    root = _psd_root(cov)
-    values, vectors = jnp.linalg.eigh(root)
-    sums = values[..., :, None] + values[..., None, :]
-    regular = sums > 0
-    back = jnp.swapaxes(vectors, -1, -2)
-    inner = back @ d_cov @ vectors
-    inner = jnp.where(regular, inner / jnp.where(regular, sums, 1.0), 0.0)
-    return root, vectors @ inner @ back
 
 
 @jax.jit
