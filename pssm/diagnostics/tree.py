@@ -369,6 +369,7 @@ def _provenance(record: FitRecord, axes: Axes) -> dict[str, str | int]:
         "backend": jax.default_backend(),
         "dtype": str(jnp.result_type(float)),
         "method": record.method,
+        "objective": record.objective,
         "pssm_version": __version__,
         "data_sha256": data_digest({n: axes.trace[n]["value"] for n in axes.data}),
         **time,

@@ -18,6 +18,8 @@ from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
 from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
+from pssm.linalg import outer
+from pssm.ssm import LinearGaussianSSM
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FUTURES = 10  # paths for each draw, where a forecast's quantiles are those of paths
@@ -157,7 +159,7 @@ def forecast(
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
-    times = 1 if isinstance(source, ExactSource) else FUTURES
+    times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
     moments = _mixture(mean, variance)
     if isinstance(source, ExactSource):
@@ -183,7 +185,7 @@ def sample_states(
         task = _task(fit, None, (), {}, most, key, None)
     else:
         task = _task(model, draws, args, kwargs, most, fit, None)
-    return task.map(task.source.draw)
+    return task.map(task.source.draw, most if task.count == 1 else 1)
 
 
 def one_step_probabilities(
@@ -217,6 +219,41 @@ def one_step_probabilities(
     return task.map(one).mean(0)
 
 
+def innovations(
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 100,
+    site: str | None = None,
+    key: KeyLike = 0,
+    **kwargs: Any,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """One-step errors `(draw, ..., time, obs)`, NaN where missing, their covariances, and the number of states.
+
+    Arguments and errors as in `one_step_probabilities`.
+    """
+    task = _task(fit, draws, args, kwargs, most, key, site)
+    source = task.source
+    if not isinstance(source, ExactSource):
+        raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
+
+    def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
+        trace = source.trace(sample)
+        d, y = source.fn(trace), source.series(trace)
+        mean, cov = one_step(d.ssm, y, d.u)
+        return y - mean, cov, jnp.asarray(d.ssm.n_state)
+
+    errors, covariances, n_state = task.map(one)
+    return errors, covariances, int(n_state[0])
+
+
+def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+    """Mean `(..., time, obs)` and covariance of each observation given those before it."""
+    f = kalman_filter(ssm, y, u)
+    factor = ssm.with_time_axis("C") @ f.predicted_chol
+    return ssm.signal(f.predicted_mean, u), outer(factor) + outer(ssm.with_time_axis("chol_R"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +274,10 @@ class _Task(NamedTuple):
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
         rows = jnp.repeat(jnp.arange(self.count), times)
         keys = jax.random.split(self.key, len(rows))
+        if self.count == 1 and times > 1:  # one point: what does not depend on the key is computed once
+            point = {name: x[0] for name, x in self.draws.items()}
+            found = jax.jit(jax.vmap(one, (None, 0)))(point, keys)
+            return jax.tree.map(np.asarray, found)
 
         @jax.jit
         def run(draws: dict[str, Array]) -> Any:

@@ -162,7 +162,8 @@ class FilterSource(Source):
         trace = self.trace(sample)
         d = self.fn(trace)
         s = d.smooth(trace[self.site]["value"])
-        signal = d.signal(s.mean + jnp.einsum("...ij,...j->...i", s.chol, standard_normal(key, s.mean.shape)))
+        noise = standard_normal(key, s.mean.shape, s.mean.dtype)
+        signal = d.signal(s.mean + jnp.einsum("...ij,...j->...i", s.chol, noise))
         return s.mean, jnp.sum(s.chol**2, -1), signal, jnp.zeros_like(signal)
 
     def draw(self, sample: dict[str, Array], key: Key) -> Array:
