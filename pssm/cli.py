@@ -176,7 +176,6 @@ def _compare(a: argparse.Namespace) -> int:
     from pssm import models
     from pssm._checks import check_choice
     from pssm.study.methods import METHODS
-    from pssm.study.saved import labels_after
 
     check_choice("--model", a.model, models.NAMES)
     for method in methods:
@@ -195,7 +194,6 @@ def _compare(a: argparse.Namespace) -> int:
         horizon=horizon,
         budget=a.budget or None,
         time=series.time,
-        future_time=labels_after(series.time, horizon),
         name=series.name,
         column=series.columns,
         out=out,

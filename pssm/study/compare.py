@@ -22,10 +22,11 @@ from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.groups import sites_of
 from pssm.diagnostics.tree import data_digest
 from pssm.storage.files import write_whole
-from pssm.study.before import Dims, Task, as_model, first_argument, prepare
+from pssm.study.before import Dims, Task, as_model, first_argument, of_frame, prepare
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
+from pssm.times import label_array
 
 
 @dataclass
@@ -141,7 +142,8 @@ def compare(
     Args:
         model: a NumPyro model whose first argument is the data, or the name of one in `pssm.models`.
         y: the model's first argument: a series `(time,)` or `(time, obs)`, a panel such as `(region, time, obs)`, or a
-            dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`.
+            dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`. A frame or
+            a series of pandas brings `time` (its index) and `column` (its names) along.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
             "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
             "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate).
@@ -155,8 +157,8 @@ def compare(
         budget: seconds that each method may be expected to take; draws and steps are cut to it, and a method that
             cannot be cut enough is skipped. None for no limit.
         leave_future_out: estimate the expected log density of one-step forecasts (refits each method a few times).
-        time: labels of the time steps.
-        future_time: labels of the forecast steps.
+        time: labels of the time steps, as in `to_datatree`.
+        future_time: labels of the forecast steps; by default those of `time` go on, by the calendar.
         name: what is studied, for the report.
         column: the series' name, or those of several.
         args: the model's further positional arguments.
@@ -180,6 +182,7 @@ def compare(
         >>> list(study.results)
         ['svi:mvn']
     """
+    time, column = of_frame(y, time, column)
     (y, *args), model_options = unmasked_arguments((y, *args), model_options)
     function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))
@@ -246,7 +249,7 @@ def compare(
             result.attempt("saved results", lambda r=result: _keep(r, folder))
     done = [m for m in methods if results[m].status == "done" and results[m].tree is not None]
     reference = next((m for m in done if m.startswith("nuts")), "")
-    notes: list[str] = list(task.check.warnings)
+    notes: list[str] = [*task.check.warnings, *task.notes]
     evidence = _evidence(function, task, results, reference, seed)
     try:
         parameters = parameter_rows({m: results[m] for m in done}, reference)
@@ -258,7 +261,7 @@ def compare(
         name,
         model_name,
         task.series,
-        np.asarray(labels["time"]),
+        label_array("time", labels["time"]),
         ", ".join(task.columns),
         results,
         reference,

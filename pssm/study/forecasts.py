@@ -19,7 +19,8 @@ from pssm.inspection.axes import find_axes
 from pssm.storage.files import whole_file
 from pssm.study.before import series_of
 from pssm.study.compare import Study, compare
-from pssm.study.saved import is_study, labels_after, load_plan
+from pssm.study.saved import is_study, load_plan
+from pssm.times import future_labels, label_array
 
 NAMES = [f"q{round(100 * q):02d}" for q in QUANTILES]
 
@@ -67,7 +68,8 @@ def forecast_saved(
     time = np.arange(len(y)) if time is None else time
     horizon = horizon or max(10, len(y) // 10)
     found = forecast(model, draws, horizon, data, key=seed, **kwargs)
-    future = labels_after(time, horizon)
+    future = label_array("time", future_labels(time, horizon))
+    time = label_array("time", time)
     moments = {"mean": found.mean, "sd": found.sd, **dict(zip(NAMES, found.quantiles, strict=True))}
     rows = {n: np.moveaxis(np.asarray(x), -2, 0).reshape(horizon, -1) for n, x in moments.items()}
     group = xr.Dataset({n: (("horizon", "series"), x) for n, x in rows.items()}, {"horizon": future, "series": series})

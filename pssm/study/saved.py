@@ -12,6 +12,7 @@ from pssm.diagnostics import load_tree
 from pssm.fitting.model_record import model_for
 from pssm.models.registry import describe
 from pssm.storage.folder import FitFolder, SavedFitError
+from pssm.storage.labels import pack_labels, unpack_labels
 from pssm.storage.packing import UnpackableError, pack, provenance, unpack
 from pssm.study.methods import METHODS, MethodResult, Settings
 
@@ -42,8 +43,8 @@ class Plan(NamedTuple):
     methods: tuple[str, ...]
     settings: Settings
     leave_future_out: bool
-    time: np.ndarray
-    future_time: np.ndarray | None
+    time: Any
+    future_time: Any
     name: str
     columns: tuple[str, ...]
     finished: dict[str, MethodResult]
@@ -71,7 +72,7 @@ class StudyFolder:
             pack(options, {})
         except UnpackableError:
             name = None
-        labels = {"time": _pack_labels(plan.time, arrays), "future_time": _pack_labels(plan.future_time, arrays)}
+        labels = {"time": pack_labels(plan.time, arrays), "future_time": pack_labels(plan.future_time, arrays)}
         manifest = {
             "kind": "study",
             "model": {"name": name, "options": pack(options, arrays) if name else None, "function": function},
@@ -151,7 +152,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
     if m.get("kind") != "study" or not groups:
         raise SavedFitError(f"`path` {out / FOLDER}: no saved study.")
     try:
-        labels = [_unpack_labels(m["arguments"][n], groups[0]) for n in ("time", "future_time")]
+        labels = [unpack_labels(m["arguments"][n], groups[0]) for n in ("time", "future_time")]
         finished = {str(n): _result(out, n, entry, losses.get(n)) for n, entry in m["finished"].items()}
         return Plan(
             model_for(m, groups[0], model),
@@ -179,40 +180,6 @@ def _result(out: Path, name: str, entry: dict[str, Any], losses: np.ndarray | No
     if entry["tree"]:
         result.tree = load_tree(tree_path(out, name))
     return result
-
-
-def labels_after(time: np.ndarray, horizon: int) -> np.ndarray:
-    """Labels of the steps after the series: the typical step, repeated."""
-    if len(time) < 2:
-        return np.arange(1, horizon + 1)
-    step = np.median(np.diff(time).astype("timedelta64[s]" if time.dtype.kind == "M" else float).astype(float))
-    if time.dtype.kind == "M":
-        return time[-1].astype("datetime64[s]") + (np.arange(1, horizon + 1) * step).astype("timedelta64[s]")
-    return time[-1] + np.arange(1, horizon + 1) * (int(step) if float(step).is_integer() else step)
-
-
-def _pack_labels(labels: np.ndarray | None, arrays: dict[str, np.ndarray]) -> Any:
-    if labels is None:
-        return None
-    labels = np.asarray(labels)
-    if labels.dtype.kind == "M":
-        return {"unit": np.datetime_data(labels.dtype)[0], "of": pack(labels.astype(np.int64), arrays)}
-    if labels.dtype.kind in "biuf":
-        return {"of": pack(labels, arrays)}
-    return {"texts": [str(x) for x in labels]}
-
-
-def _unpack_labels(entry: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if entry is None:
-        return None
-    if "texts" in entry:
-        return np.array([str(x) for x in entry["texts"]])
-    values = unpack(entry["of"], arrays)
-    if "unit" not in entry:
-        return values
-    if entry["unit"] not in ("Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns"):
-        raise SavedFitError("`path`: the time labels of the study have no unit of time.")
-    return values.astype(f"datetime64[{entry['unit']}]")
 
 
 def _number(x: Any) -> float | None:
