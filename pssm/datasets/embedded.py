@@ -53,6 +53,9 @@ _EMBEDDED = {
 }  # fmt: skip
 
 
+NAMES = tuple(_EMBEDDED)
+
+
 def load(name: str, column: str | Sequence[str] | None = None) -> Series:
     """An embedded series by name; see `available` for the names and PROVENANCE.md beside the files for their origin.
 

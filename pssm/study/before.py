@@ -111,7 +111,7 @@ def time_axis(time: Any, future_time: Any, steps: int, horizon: int) -> tuple[An
         return np.arange(steps), ahead, ()
     given = as_labels("time", time)
     if len(given) != steps:
-        raise ValueError(f"`time` must have {steps} labels, one for each step; got {len(given)}.")
+        raise ValueError(f"`time` must have {steps} labels; got {len(given)}.")
     check_increasing("time", given)
     notes = [f"`time` {words}." for words in [uneven(given)] if words]
     if horizon and ahead is None:
@@ -121,6 +121,28 @@ def time_axis(time: Any, future_time: Any, steps: int, horizon: int) -> tuple[An
             notes.append(f"{error} Until then the steps of the forecast are numbered 1, 2, ...")
             warnings.warn(notes[-1], stacklevel=4)
     return given, ahead, tuple(notes)
+
+
+def inputs_ahead(u: Any, u_future: Any, horizon: int) -> tuple[int, Any, tuple[str, ...]]:
+    """Steps of the forecast and the inputs of these, and words where there is none because its inputs are absent.
+
+    Raises:
+        ValueError: there are inputs for fewer steps than asked, or for a model without.
+    """
+    if u_future is None:
+        if u is None or not horizon:
+            return horizon, None, ()
+        words = "There is no forecast: the inputs of its steps are absent. Pass them as `u_future`."
+        warnings.warn(words, stacklevel=4)
+        return 0, None, (words,)
+    if u is None:
+        raise ValueError("`u_future` is given without `u`, the inputs of the series.")
+    ahead = np.asarray(u_future, float)
+    if len(ahead) < horizon:
+        raise ValueError(
+            f"`u_future` must have a row for each of the {horizon} steps of the forecast; got {len(ahead)}."
+        )
+    return horizon, ahead[:horizon], ()
 
 
 def of_frame(y: Any, time: Any, column: str | Sequence[str]) -> tuple[Any, str | Sequence[str]]:

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
         columns: the name of the series, or the names of several.
         finished: the methods that are done, failed or could not run, with what they gave.
         dims: names of the axes of sites.
+        u_future: inputs of the forecast steps, or None.
     """
 
     model: Callable[..., Any]
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     columns: tuple[str, ...]
     finished: dict[str, MethodResult]
     dims: dict[str, tuple[str, ...]] | None = None
+    u_future: np.ndarray | None = None
 
     @property
     def column(self) -> str | tuple[str, ...]:
@@ -76,7 +78,7 @@ class StudyFolder:
         manifest = {
             "kind": "study",
             "model": {"name": name, "options": pack(options, arrays) if name else None, "function": function},
-            "arguments": {"y": pack(plan.y, arrays), **labels},
+            "arguments": {"y": pack(plan.y, arrays), **labels, "u_future": pack(plan.u_future, arrays)},
             "methods": list(plan.methods),
             "settings": dataclasses.asdict(plan.settings),
             "leave_future_out": plan.leave_future_out,
@@ -165,6 +167,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
             tuple(str(x) for x in m["columns"]),
             finished,
             {str(n): tuple(str(a) for a in axes) for n, axes in (m.get("dims") or {}).items()},
+            unpack(m["arguments"].get("u_future"), groups[0]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SavedFitError(f"`path` {out / FOLDER}: the study cannot be read: {error!r}") from None
