@@ -186,6 +186,7 @@ def _compare(a: argparse.Namespace) -> int:
         horizon=horizon,
         budget=a.budget or None,
         time=series.time,
+        future_time=None if series.future_time is None else series.future_time[:horizon],
         u_future=u_future,
         name=series.name,
         column=series.columns,

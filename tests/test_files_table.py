@@ -584,7 +584,116 @@ LAYOUT = [
     File("Excel in disguise", b"PK\x03\x04more", error=["Excel"]),
 ]
 
-EVERY = NUMBERS + DATES + COLUMNS + LAYOUT
+AIR = "Date;Time;CO;;\n" + "".join(
+    f"{10 + i // 24}/03/2004;{i % 24:02d}.00.00;{-200 if i in (5, 6) else f'{2 + i % 5},{i % 9 + 1}'};;\n"
+    for i in range(30)
+)
+WILD = [  # as well-known sources write them, with numbers of our own
+    File(
+        "an air sensor: times with dots, empty columns and rows",
+        AIR + ";;;;\n;;;;\n",
+        [-200.0 if i in (5, 6) else 2 + i % 5 + (i % 9 + 1) / 10 for i in range(30)],
+        period=24.0,
+        say={"column": "CO"},
+        warns=["-200 stands 2 times"],
+        notes=["day first"],
+    ),
+    File(
+        "a meter",
+        "Date;Time;A;B\n16/12/2006;17:24:00;4.216;0.418\n16/12/2006;17:25:00;?;?\n16/12/2006;17:26:00;5.36;0.43\n",
+        [4.216, NAN, 5.36],
+        ["2006-12-16T17:24", "2006-12-16T17:25", "2006-12-16T17:26"],
+        say={"column": "A"},
+    ),
+    File(
+        "rented bicycles",
+        "instant,dteday,yr,mnth,hr,cnt\n1,2011-01-01,0,1,0,16\n2,2011-01-01,0,1,1,40\n3,2011-01-01,0,1,2,32\n",
+        [16, 40, 32],
+        ["2011-01-01T00", "2011-01-01T01", "2011-01-01T02"],
+        period=24.0,
+        say={"column": "cnt"},
+    ),
+    File(
+        "from ... to ...",
+        "when,x\n01.01.2020 00:00 - 01.01.2020 01:00,5\n01.01.2020 01:00 - 01.01.2020 02:00,6\n",
+        [5, 6],
+        ["2020-01-01T00", "2020-01-01T01"],
+        period=24.0,
+    ),
+    File(
+        "a statistical office",
+        "LAST UPDATE,freq,geo,TIME_PERIOD,OBS_VALUE,FLAG\n12/01/24 23:00,M,DE,2020-01,1.5,\n"
+        "12/01/24 23:00,M,DE,2020-02,:,p\n12/01/24 23:00,M,DE,2020-03,1.2,\n",
+        [1.5, NAN, 1.2],
+        MONTHS,
+        ("OBS_VALUE",),
+        12.0,
+    ),
+    File(
+        "quotes, newest first",
+        '"Date","Price","Change %"\n"01/31/2020","1,225.5","0.35%"\n"01/30/2020","987.5","-0.3%"\n',
+        [987.5, 1225.5],
+        ["2020-01-30", "2020-01-31"],
+        period=7.0,
+        say={"column": "Price"},
+        warns=["turned round"],
+    ),
+    File(
+        "hours and minutes in one number",
+        "date,hhmm,x\n20200101,0,1\n20200101,30,2\n20200101,100,3\n",
+        [1, 2, 3],
+        ["2020-01-01T00:00", "2020-01-01T00:30", "2020-01-01T01:00"],
+        ("x",),
+    ),
+    File(
+        "a head of words",
+        "-BEGIN HEADER-\nsome words\n-END HEADER-\nYEAR,MO,DY,T2M\n2020,1,31,5\n2020,2,1,6\n2020,2,2,7\n",
+        [5, 6, 7],
+        DAYS,
+        ("T2M",),
+        7.0,
+    ),
+    File(
+        "a foot of words",
+        "date,x\n2020-01,1\n2020-02,2\n2020-03,4\n\nSource: bureau\n",
+        [1, 2, 4],
+        MONTHS,
+        ("x",),
+        12.0,
+        notes=["under the table"],
+    ),
+    File(
+        "an hour that spring takes",
+        rows("d,x", "|".join(f"2020-03-29 0{h}:00" for h in (0, 1, 3, 4, 5)), "1 2 3 4 5"),
+        [1, 2, 3, 4, 5],
+        period=24.0,
+        warns=["1 row is absent", "--timezone"],
+    ),
+    File(
+        "milliseconds since 1970",
+        rows("ts,x", "1577836800000|1577840400000|1577844000000"),
+        [1, 2, 3],
+        ["2020-01-01T00", "2020-01-01T01", "2020-01-01T02"],
+        period=24.0,
+    ),
+    File(
+        "months without a year",
+        "month,x\n11,5\n12,6\n1,7\n",
+        [5, 6, 7],
+        [0, 1, 2],
+        ("x",),
+        warns=["'month' does not increase"],
+    ),
+    File(
+        "-1 among counts",
+        rows("t,x", "|".join(map(str, range(8))), "100 -1 104 101 -1 103 102 105"),
+        [100, -1, 104, 101, -1, 103, 102, 105],
+        warns=["-1 stands 2 times"],
+    ),
+    File("a unit behind each number", "t,x\n1,5 kg\n2,6 kg\n", error=["'5 kg' is not a number"]),
+]
+
+EVERY = NUMBERS + DATES + COLUMNS + LAYOUT + WILD
 
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)

@@ -18,6 +18,7 @@ _CLOCK = re.compile(
     r"(?P<h>\d{1,2}):(?P<m>\d\d)(?::(?P<s>\d\d(?:[.,]\d+)?))?\s*(?P<half>[ap]\.?m\.?)?"
     r"|(?P<h2>\d{1,2})\s*(?P<half2>[ap]\.?m\.?)"
     r"|(?<=T)(?P<h3>\d\d)(?P<m3>\d\d)(?P<s3>\d\d)?"
+    r"|(?<=\d-\d\d[ T])(?P<h4>\d\d)"  # 2020-01-31 13
     r")\s*(?P<zone>Z|[A-Z]{3,4}|(?:UTC|GMT)?[+-]\d{1,2}(?::?\d\d)?)?",
     re.IGNORECASE,
 )
@@ -26,6 +27,7 @@ _ZONES = {  # hours before or after UTC; no others, because "IST" is three zones
     "EEST": 3, "EST": -5, "EDT": -4, "CST": -6, "CDT": -5, "MST": -7, "MDT": -6, "PST": -8, "PDT": -7,
 }  # fmt: skip
 _WEEKDAY = re.compile(r"(mon|tue|wed|thu|fri|sat|sun)[a-z]*[.,]?\s+", re.IGNORECASE)
+_INTERVAL = re.compile(r"\s*(\S*\d.*:\d\d.*?|\S*\d{4}\S*) (?:-|to|/) (?:.*:\d\d.*|\S*\d{4}\S*)")
 _HAS_DIGIT = re.compile(r"\d")
 
 # Formats of a day or a month, and whether the day comes first, where that may be open. Those of the second row are
@@ -46,7 +48,7 @@ _FORMATS: tuple[dict[str, bool | None], ...] = (
     },
     {"%m.%d.%Y": False},
 )  # fmt: skip
-_WIDTHS = {"%Y%m%d": 8, "%Y%m": 6, "%Y%j": 7, "%Y": 4}  # strptime is lax
+_WIDTHS = {"%Y%m%d": 8, "%Y%m": 6, "%Y%j": 7, "%Y-%j": 8, "%Y": 4}  # strptime is lax
 
 
 class AmbiguousDatesError(ValueError):
@@ -104,6 +106,8 @@ def _seconds(values: pd.DatetimeIndex) -> pd.DatetimeIndex:
 
 
 def _tidy(text: str) -> str:
+    both = _INTERVAL.fullmatch(text)  # a step from ... to ... is labelled by its start
+    text = both[1] if both else text
     text = _WEEKDAY.sub("", re.sub(r"\s+", " ", text.strip()), count=1)
     text = re.sub(r"(?<=\d)(st|nd|rd|th)\b", "", text)
     text = re.sub(r"\b([A-Za-z]{3,4})\.(?=[ -]|\d|$)", r"\1", text)  # "Jan. 2020"
@@ -119,7 +123,7 @@ def _time_of_day(text: str) -> tuple[str, float, float]:
         plain = re.fullmatch(r"(\d{4}-?\d\d-?\d\d)(Z)", text)  # a day of UTC
         return (plain[1], 0.0, 0.0) if plain else (text, 0.0, zone)
     g = match.groupdict()
-    hour = int(g["h"] or g["h2"] or g["h3"])
+    hour = int(g["h"] or g["h2"] or g["h3"] or g["h4"])
     half = (g["half"] or g["half2"] or "").replace(".", "").lower()
     if g["zone"]:
         zone = _offset(g["zone"].upper())
@@ -144,7 +148,8 @@ def _offset(zone: str) -> float:
 
 
 def time_of_day(cells: pd.Series) -> np.ndarray | None:
-    """Seconds of the day of a column of times without a date; None where it has anything else."""
+    """Seconds of the day of a column of times without a date, 18:00 or 18.00.00; None where it has anything else."""
+    cells = cells.astype(str).str.replace(r"^\s*(\d{1,2})\.(\d\d)\.(\d\d)\s*$", r"\1:\2:\3", regex=True)
     found = [_time_of_day(str(x).strip()) for x in cells]
     if any(day or not _CLOCK.fullmatch(str(x).strip()) for (day, _, _), x in zip(found, cells, strict=True)):
         return None
@@ -204,7 +209,11 @@ def _most_regular(
 
 
 def _regularity(values: pd.DatetimeIndex) -> int:
-    """2: equal steps; 1: equal steps with absent rows; -1: neither. Newest first counts as its reverse."""
+    """2: equal steps; 1: equal steps with absent rows; -1: neither. Newest first counts as its reverse.
+
+    Days that repeat, with a time of day in another column, count once.
+    """
+    values = values[np.append(True, values[1:] != values[:-1])]
     values = values[::-1] if len(values) > 1 and values[0] > values[-1] else values
     grid = grid_of(as_labels("time", values))
     return -1 if grid is None else 1 if grid.absent else 2
@@ -228,6 +237,11 @@ def iso_week(year: str, week: str, day: str = "1") -> str:
     return f"{np.datetime64(pd.Timestamp.fromisocalendar(int(year), int(week), int(day)), 'D')}"
 
 
+def _century(year: str) -> str:
+    """A year of two digits, as `strptime` has it: 69 is 1969, 68 is 2068."""
+    return str(int(year) + (1900 if int(year) > 68 else 2000))
+
+
 def _season(first: str, second: str) -> str:
     """The first year of 1999/00 or 1999-2000."""
     if (int(first) + 1) % 10 ** len(second) != int(second):
@@ -241,6 +255,8 @@ _SPECIAL: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = tuple(
         (r"(\d{4})[-: /]?Q([1-4])", lambda y, q: _month(y, 3 * int(q) - 2)),
         (r"Q([1-4])[-: /']?(\d{4})", lambda q, y: _month(y, 3 * int(q) - 2)),
         (r"([1-4])Q[-: /']?(\d{4})", lambda q, y: _month(y, 3 * int(q) - 2)),
+        (r"Q([1-4])[-: /']?(\d\d)", lambda q, y: _month(_century(y), 3 * int(q) - 2)),
+        (r"([1-4])Q[-: /']?(\d\d)", lambda q, y: _month(_century(y), 3 * int(q) - 2)),
         (r"(\d{4}):([1-4])", lambda y, q: _month(y, 3 * int(q) - 2)),
         (r"(\d{4}):(\d\d)", lambda y, m: _month(y, int(m))),
         (r"(\d{4})[-: ]?M(\d{1,2})", lambda y, m: _month(y, int(m))),

@@ -194,7 +194,9 @@ def _marked(table: Any, column: str, argument: str, marks: Marks, rows: np.ndarr
 
 def _no_number(table: Any, column: str, argument: str, row: int) -> ValueError:
     cell = str(table.cells[column].iloc[row])
-    hint = f", or pass `missing={cell!r}` (`--missing {cell}`) if it means that" if 0 < len(cell) <= 12 else ""
+    hint = (
+        f", or pass `missing={cell!r}` (`--missing {cell}`) if it means that" if re.fullmatch(r"\D{1,12}", cell) else ""
+    )
     return ValueError(
         f"`{argument}` must be numeric; {table.where(column, row)} is not a number. Write numbers as 1234.5 and leave "
         f"the cell of a missing value empty{hint}."
@@ -310,7 +312,7 @@ def sentinels(values: np.ndarray) -> list[tuple[float, int]]:
                 width = float(np.subtract(*np.quantile(others, [0.95, 0.05])))
                 away, span = max(low - value, value - high), high - low
             known = value in CLASSIC and (away > 2 * width or (count > 1 and away > 0.25 * width))
-            known |= value in CLASSIC and value < 0 <= low and away > 0.1 * width
+            known |= (value in CLASSIC or count > 1) and value < 0 <= low and away > 0.25 * width
             if known or (count > 1 and span > 0 and away > 5 * span and len(np.unique(others)) >= 5):
                 found.append((float(value), count))
                 rest, changed = others, True

@@ -39,6 +39,12 @@ def read(
         raise ValueError(f"`column` must name one or more different columns; got {column!r}.")
     if time_columns is None:
         time_columns = times.find_time(table, [*(wanted or []), *regressors])
+    named = [name for name in table.cells if times.calendar_name(name) and name not in [*(wanted or []), *regressors]]
+    if not time_columns and time is None and named and len(table.cells) > 1:
+        loud.append(
+            f"`time`: {named[0]!r} does not increase from row to row in {str(table.path)!r}, so the rows are numbered. "
+            "Name the columns that make the time together: `time=` (`--time year --time month`)."
+        )
     columns = [_only_numeric(table, [*time_columns, *regressors])] if wanted is None else wanted
     for name in regressors:
         if name in columns:
@@ -58,7 +64,7 @@ def read(
     grid = grid_of(as_labels("time", labels)) if time_columns else None
     if time_columns and (spacing := uneven(as_labels("time", labels))):
         name = time_columns[-1]
-        loud.append(f"`time`: column {name!r} of {str(table.path)!r} {spacing}.")
+        loud.append(f"`time`: column {name!r} of {str(table.path)!r} {spacing}.{times.clock_hint(labels, grid)}")
     notes = list(dict.fromkeys([*table.notes, *loud]))
     for text in loud:
         warnings.warn(text, stacklevel=3)  # at the line that called `read_table`

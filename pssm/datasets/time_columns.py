@@ -11,8 +11,8 @@ import pandas as pd
 from pssm.datasets.cells import Table
 from pssm.datasets.dates import time_of_day
 from pssm.datasets.numbers import is_plain, looks_numeric
-from pssm.datasets.time_values import PARTS, as_dates, is_dated, parts_of, read_time
-from pssm.times import grid_of, shown
+from pssm.datasets.time_values import PARTS, as_dates, is_dated, parts_of, read_time, seconds_of_day
+from pssm.times import Grid, grid_of, shown
 
 # Names that mean the time whatever the values are, and names that may: those must count the rows by equal steps.
 STRONG = ("time", "date", "datetime", "timestamp", "date_time", "decimal_date", "decimal date", "year", "yr", "period")
@@ -64,7 +64,7 @@ def _with_clock(table: Table, date: str, others: list[str]) -> list[str]:
     """A column of dates, with the time of day in columns beside it where the dates alone repeat."""
     if _ordered(table, [date]):
         return [date]
-    clocks = [n for n in others if table.cells[n].dtype == object and time_of_day(table.cells[n]) is not None]
+    clocks = [n for n in others if _is_clock(table, n)]
     parts = parts_of(table, others)
     hours = [parts[p] for p in ("hour", "minute", "second") if p in parts]
     options = [[date, clock] for clock in clocks] + [[date, *hours[:k]] for k in range(len(hours), 0, -1)]
@@ -74,6 +74,15 @@ def _with_clock(table: Table, date: str, others: list[str]) -> list[str]:
             table.notes.append(f"`time`: the time was made of the columns {named}.")
             return option
     return [date]
+
+
+def _is_clock(table: Table, name: str) -> bool:
+    """Whether a column has times of day: 13:00, or 1300 where its name says so."""
+    cells = table.cells[name]
+    if cells.dtype == object and time_of_day(cells) is not None:
+        return True
+    named = re.search(r"time|hour|hhmm|clock", name.lower()) is not None
+    return named and seconds_of_day(cells) is not None and bool((cells.astype(float) >= 100).any())
 
 
 def _ordered(table: Table, columns: list[str]) -> bool:
@@ -128,7 +137,7 @@ def _next_step(table: Table, columns: list[str], time: np.ndarray, row: int) -> 
     """What to do about times that repeat or go back: name a second column, the zone, one series, or sort."""
     others = [n for n in table.cells if n not in columns]
     parts = parts_of(table, others)
-    clocks = [n for n in others if table.cells[n].dtype == object and time_of_day(table.cells[n]) is not None]
+    clocks = [n for n in others if _is_clock(table, n)]
     finer = [parts[p] for p in ("quarter", "month", "week", "day of year", "day", "hour", "minute") if p in parts]
     both = list(dict.fromkeys([*columns, *finer, *clocks]))
     if len(both) > len(columns):
@@ -149,6 +158,18 @@ def _next_step(table: Table, columns: list[str], time: np.ndarray, row: int) -> 
                 "column of each (pandas: `frame.pivot`)."
             )
     return "Sort the rows by time and keep one row per time."
+
+
+def clock_hint(time: np.ndarray, grid: Grid | None) -> str:
+    """A word on clocks that are put forward, where an hour of the night is absent."""
+    if grid is None or not grid.absent or time.dtype.kind != "M" or np.datetime_data(time.dtype)[0] == "D":
+        return ""
+    before, after = time[grid.gap - 1], time[grid.gap]
+    night = (after - after.astype("datetime64[D]")) <= np.timedelta64(3, "h")
+    steps = np.diff(time)
+    if night and after - before - steps.min() == np.timedelta64(1, "h"):
+        return ' If the clock was put forward there, say whose clock it is: `timezone="Europe/Berlin"` (`--timezone`).'
+    return ""
 
 
 def localised(time: np.ndarray, timezone: str | None, columns: list[str], table: Table) -> np.ndarray:

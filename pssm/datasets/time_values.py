@@ -18,7 +18,7 @@ PARTS: dict[str, tuple[tuple[str, ...], float, float]] = {
     "month": (("month", "mon", "mm", "mo", "mth", "monat"), 1, 12),
     "week": (("week", "wk", "isoweek", "kw"), 1, 53),
     "day of year": (("doy", "yday", "jday", "dayofyear", "julian", "julianday"), 1, 366),
-    "day": (("day", "dd", "dom", "mday", "dayofmonth", "tag"), 1, 31),
+    "day": (("day", "dd", "dy", "dom", "mday", "dayofmonth", "tag"), 1, 31),
     "hour": (("hour", "hr", "hh", "he", "hourending", "stunde", "time", "hours"), 0, 25),
     "minute": (("minute", "min", "mi", "minutes"), 0, 59),
     "second": (("second", "sec", "ss", "seconds"), 0, 60),
@@ -33,7 +33,7 @@ def is_dated(table: Table, name: str) -> bool:
             return True
         return bool(pd.api.types.is_integer_dtype(cells.dtype) and _compact(cells.astype(str), name) is not None)
     if looks_numeric(cells):
-        return _compact(cells, name) is not None
+        return _compact(cells, name) is not None or _counts_seconds(cells, name)
     sample = cells.iloc[np.unique(np.linspace(0, len(cells) - 1, 200).astype(int))]
     try:
         return bool(2 * parse_dates(sample).values.isna().sum() <= len(sample))
@@ -87,7 +87,7 @@ def read_time(table: Table, columns: list[str], dayfirst: bool | None = None, ma
     try:
         found = parse_dates(cells, dayfirst)
     except AmbiguousDatesError as error:
-        raise ValueError(f"`time`: in {table.where(name, 0)}, {error}") from None
+        raise AmbiguousDatesError(f"`time`: in {table.where(name, 0)}, {error}") from None
     if found.values.isna().any():
         row = int(found.values.isna().argmax())
         seconds = time_of_day(cells)
@@ -219,6 +219,14 @@ def _month_starts(count: np.ndarray) -> pd.DatetimeIndex:
     return pd.DatetimeIndex(months.astype("datetime64[s]"))
 
 
+def _counts_seconds(cells: pd.Series, name: str) -> bool:
+    """Whether texts are seconds since 1970 that increase."""
+    if not all(map(is_plain, cells)):
+        return False
+    values = cells.astype(float).to_numpy()
+    return bool(_is_epoch(values, name) and ((np.diff(values) > 0).all() or (np.diff(values) < 0).all()))
+
+
 def _is_epoch(values: np.ndarray, name: str) -> bool:
     seconds = (values >= 3e8) & (values < 4e9)
     milliseconds = (values >= 3e11) & (values < 4e12)
@@ -235,6 +243,23 @@ def _epoch(values: np.ndarray, table: Table, name: str) -> np.ndarray:
 
 
 def _combined(table: Table, columns: list[str], dayfirst: bool | None) -> np.ndarray:
+    """Labels of several columns; where day and month are open, those that go by equal steps with their times of day."""
+    try:
+        return _combine(table, columns, dayfirst)
+    except AmbiguousDatesError:
+        both = {first: _combine(table, columns, first) for first in (True, False)}
+        even = [first for first, time in both.items() if (grid := grid_of(time)) is not None and not grid.absent]
+        if len(even) != 1:
+            raise
+        words = "the day first" if even[0] else "the month first"
+        table.notes.append(
+            f"`time`: in {str(table.path)!r} the dates were read with {words}, because their steps are then equal "
+            "(`dayfirst=` says otherwise)."
+        )
+        return both[even[0]]
+
+
+def _combine(table: Table, columns: list[str], dayfirst: bool | None) -> np.ndarray:
     """Labels of a date and a time of day, or of a year and parts of it, in columns of their own."""
     parts = parts_of(table, columns)
     if "year" not in parts and not any(is_dated(table, name) for name in columns):
@@ -257,9 +282,9 @@ def _combined(table: Table, columns: list[str], dayfirst: bool | None) -> np.nda
         used = [date, *parts.values()]
         for name in (n for n in columns if n not in used):
             cells = table.cells[name]
-            seconds = _clock(cells)
+            seconds = seconds_of_day(cells)
             if seconds is None:
-                row = next((k for k, x in enumerate(cells) if _clock(cells.iloc[k : k + 1]) is None), 0)
+                row = next((k for k, x in enumerate(cells) if seconds_of_day(cells.iloc[k : k + 1]) is None), 0)
                 raise ValueError(f"`time` must have a time of day in every row; {table.where(name, row)} is none.")
             base = base + pd.to_timedelta(seconds, unit="s")
     for part, unit in (("hour", 3600.0), ("minute", 60.0), ("second", 1.0)):
@@ -268,7 +293,7 @@ def _combined(table: Table, columns: list[str], dayfirst: bool | None) -> np.nda
     return as_dates(pd.DatetimeIndex(base).round("us"), table, columns[-1])
 
 
-def _clock(cells: pd.Series) -> np.ndarray | None:
+def seconds_of_day(cells: pd.Series) -> np.ndarray | None:
     """Seconds of the day of 13:00, 1 PM or 1300; None where a cell is none of these."""
     if cells.dtype == object and time_of_day(cells) is not None:
         return time_of_day(cells)
