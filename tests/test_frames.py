@@ -19,7 +19,8 @@ from pssm.ssm import LinearGaussianSSM
 from pssm.storage.labels import pack_labels, unpack_labels
 from pssm.study.forecasts import forecast_saved
 from pssm.study.saved import load_plan
-from pssm.times import as_labels, future_labels, label_array, labels_after
+from pssm.times.grid import future_labels, labels_after
+from pssm.times.labels import as_labels, label_array
 
 pytestmark = pytest.mark.filterwarnings("ignore:SVI has not converged")
 STEPS = 24

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pssm.times import as_labels, check_increasing, future_labels, grid_of, label_array, labels_after, uneven
+from pssm.times.grid import future_labels, grid_of, labels_after, uneven
+from pssm.times.labels import as_labels, check_increasing, label_array
 
 # Frequencies of pandas, and the period that follows from them.
 YEAR_OF_WEEKS = 365.25 / 7

@@ -194,10 +194,10 @@ def _split(path: Path, text: str, notes: list[str], separator: str | None, decim
         if named and len(named[0][1]) == len(first):  # "# date,flow", as NumPy writes it
             rows.insert(0, named[0])
     header = _header(path, rows.pop(0)[1])
-    ends = len(rows)
+    foot = []
     while len(rows) > 2 and len(header) > 1 and len(rows[-1][1]) < 2 and not is_plain("".join(rows[-1][1])):
-        rows.pop()
-    if any(any(row) for _, row in _cells(path, lines, separator)[len(rows) - ends :] if ends > len(rows)):
+        foot += rows.pop()[1]
+    if any(foot):
         notes.append(f"`path`: the lines under the table of {str(path)!r} were left out.")
     while rows and (not any(rows[-1][1]) if len(header) > 1 else not rows[-1][1]):
         rows.pop()

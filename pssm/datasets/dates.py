@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pssm.times import as_labels, grid_of
+from pssm.times.grid import grid_of
+from pssm.times.labels import as_labels
 
 _CLOCK = re.compile(
     r"(?P<date>.*?)(?:^|[T ,:]\s*)(?:"
@@ -27,6 +28,7 @@ _ZONES = {  # hours before or after UTC; no others, because "IST" is three zones
     "EEST": 3, "EST": -5, "EDT": -4, "CST": -6, "CDT": -5, "MST": -7, "MDT": -6, "PST": -8, "PDT": -7,
 }  # fmt: skip
 _WEEKDAY = re.compile(r"(mon|tue|wed|thu|fri|sat|sun)[a-z]*[.,]?\s+", re.IGNORECASE)
+_BARE = re.compile(r"\s*[\d/.\-]+(?:[T ]\d\d?:\d\d(?::\d\d)?)?\s*")  # nothing to tidy up
 _INTERVAL = re.compile(r"\s*(\S*\d.*:\d\d.*?|\S*\d{4}\S*) (?:-|to|/) (?:.*:\d\d.*|\S*\d{4}\S*)")
 _HAS_DIGIT = re.compile(r"\d")
 
@@ -106,6 +108,8 @@ def _seconds(values: pd.DatetimeIndex) -> pd.DatetimeIndex:
 
 
 def _tidy(text: str) -> str:
+    if _BARE.fullmatch(text):
+        return text.strip()
     both = _INTERVAL.fullmatch(text)  # a step from ... to ... is labelled by its start
     text = both[1] if both else text
     text = _WEEKDAY.sub("", re.sub(r"\s+", " ", text.strip()), count=1)

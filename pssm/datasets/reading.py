@@ -11,7 +11,8 @@ import pssm.datasets.time_columns as times
 from pssm.datasets.cells import Table, check_column, read_cells
 from pssm.datasets.numbers import Marks, looks_numeric, missing_cells, sentinels, to_numbers
 from pssm.datasets.series import Series
-from pssm.times import as_labels, grid_of, uneven
+from pssm.times.grid import grid_of, uneven
+from pssm.times.labels import as_labels
 
 Names = str | Sequence[str] | None
 

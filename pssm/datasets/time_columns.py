@@ -12,7 +12,8 @@ from pssm.datasets.cells import Table
 from pssm.datasets.dates import time_of_day
 from pssm.datasets.numbers import is_plain, looks_numeric
 from pssm.datasets.time_values import PARTS, as_dates, is_dated, parts_of, read_time, seconds_of_day
-from pssm.times import Grid, grid_of, shown
+from pssm.times.grid import Grid, grid_of
+from pssm.times.labels import shown
 
 # Names that mean the time whatever the values are, and names that may: those must count the rows by equal steps.
 STRONG = ("time", "date", "datetime", "timestamp", "date_time", "decimal_date", "decimal date", "year", "yr", "period")
@@ -37,7 +38,9 @@ def find_time(table: Table, wanted: list[str]) -> list[str]:
         return []
     dated = [name for name in free if is_dated(table, name)]
     if dated:
-        first = min(dated, key=lambda n: (_rank(n), not _ordered(table, [n]), dated.index(n)))
+        first = dated[0]
+        if len(dated) > 1:
+            first = min(dated, key=lambda n: (_rank(n), not _ordered(table, [n]), dated.index(n)))
         return _with_clock(table, first, [name for name in free if name != first])
     parts = parts_of(table, free)
     if "year" in parts:

@@ -9,7 +9,8 @@ import pandas as pd
 from pssm.datasets.cells import Table
 from pssm.datasets.dates import AmbiguousDatesError, iso_week, parse_dates, time_of_day
 from pssm.datasets.numbers import Marks, is_plain, looks_numeric, to_numbers
-from pssm.times import as_labels, grid_of
+from pssm.times.grid import grid_of
+from pssm.times.labels import as_labels
 
 # Names and values of the parts of a date.
 PARTS: dict[str, tuple[tuple[str, ...], float, float]] = {

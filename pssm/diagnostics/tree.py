@@ -27,7 +27,8 @@ from pssm.infer.predict import forecast as forecast_draws
 from pssm.inspection.axes import Axes, find_axes, is_path_noise
 from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
-from pssm.times import future_labels, label_array
+from pssm.times.grid import future_labels
+from pssm.times.labels import label_array
 
 Attempt = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset | None]
 

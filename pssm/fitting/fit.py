@@ -267,7 +267,7 @@ def _labels_of(args: tuple[Any, ...]) -> Any:
     """The labels that the first argument, the data, has as a frame of pandas; else None."""
     if not args or not is_pandas(args[0]):
         return None
-    from pssm.times import frame_labels  # pandas, which is there already
+    from pssm.times.labels import frame_labels  # pandas, which is there already
 
     return frame_labels(args[0])
 

@@ -167,7 +167,7 @@ class FitRecord(Copied):
         losses: of each optimisation step.
         seed: the random key that it was started with (the same key gives the same draws); `seconds`: time spent.
         run: where the run is, and `engine`: what can go on with it; None for a run of NumPyro's own.
-        labels: of time and series, where the data came as a frame of pandas (`pssm.times.FrameLabels`).
+        labels: of time and series, where the data came as a frame of pandas (`pssm.times.labels.FrameLabels`).
     """
 
     method: str

@@ -8,7 +8,7 @@ import pandas as pd
 
 from pssm.storage.folder import SavedFitError
 from pssm.storage.packing import pack, unpack
-from pssm.times import FrameLabels, label_array
+from pssm.times.labels import FrameLabels, label_array
 
 
 def pack_labels(labels: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -18,7 +18,8 @@ from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
 from pssm.study.methods import model_of_method
-from pssm.times import as_labels, check_increasing, frame_labels, labels_after, uneven
+from pssm.times.grid import labels_after, uneven
+from pssm.times.labels import as_labels, check_increasing, frame_labels
 
 Dims = Mapping[str, Sequence[str]]
 

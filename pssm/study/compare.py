@@ -26,7 +26,7 @@ from pssm.study.before import Dims, Task, as_model, first_argument, inputs_ahead
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
-from pssm.times import label_array
+from pssm.times.labels import label_array
 
 
 @dataclass

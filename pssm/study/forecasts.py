@@ -20,7 +20,8 @@ from pssm.storage.files import whole_file
 from pssm.study.before import series_of
 from pssm.study.compare import Study, compare
 from pssm.study.saved import is_study, load_plan
-from pssm.times import future_labels, label_array
+from pssm.times.grid import future_labels
+from pssm.times.labels import label_array
 
 NAMES = [f"q{round(100 * q):02d}" for q in QUANTILES]
 

@@ -103,7 +103,7 @@ def _months(index: pd.DatetimeIndex) -> Grid | None:
     """The same place in every month, or in every so many months."""
     wall = index.tz_localize(None)
     each = np.diff(wall.year * 12 + wall.month)
-    if (each < 1).any() or len(set(wall - wall.normalize())) > 1:
+    if (each < 1).any() or (wall - wall.normalize()).nunique() > 1:
         return None
     step = int(np.gcd.reduce(each))
     last = int(wall.day.max())  # the 30th of each month is the last day of February
@@ -123,7 +123,7 @@ def _months(index: pd.DatetimeIndex) -> Grid | None:
 def _fixed(index: pd.DatetimeIndex) -> Grid | None:
     """Whole days of the calendar, or a fixed time; days of a time zone may have 23 or 25 hours."""
     wall = index.tz_localize(None)
-    daily = len(set(wall - wall.normalize())) == 1
+    daily = (wall - wall.normalize()).nunique() == 1
     times = wall if daily or index.tz is None else index
     each = np.diff(times.as_unit("us").asi8)
     step = int(np.gcd.reduce(each))
