@@ -16,7 +16,6 @@ from pssm._version import __version__
 from pssm.diagnostics.groups import (
     LEAD,
     Namer,
-    label_array,
     observed_points,
     pointwise,
     pointwise_likelihoods,
@@ -28,6 +27,8 @@ from pssm.infer.predict import forecast as forecast_draws
 from pssm.inspection.axes import Axes, find_axes, is_path_noise
 from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
+from pssm.times.grid import future_labels
+from pssm.times.labels import label_array
 
 Attempt = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset | None]
 
@@ -61,7 +62,9 @@ def to_datatree(
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
         model: the model that scores, smooths and forecasts the draws; by default the one that was fitted. One with its
             states integrated out makes scores, states and forecast of sampled states exact given the parameters.
-        time: labels of the time steps; 0, 1, ... by default.
+        time: labels of the time steps: dates (`DatetimeIndex`, `PeriodIndex`, datetime64, `datetime.date`), numbers or
+            texts; by default the index of the frame that was fitted, or 0, 1, ... A period is labelled by its start, a
+            time with a zone in UTC.
         dims: names of the axes of sites, `{"counts": ("region", "time")}`, over those that are worked out from
             plates, paths, scans and series. The name "time" makes an axis that of time.
         coords: labels of axes, by axis name. Those of the states of a site are taken from its
@@ -69,7 +72,8 @@ def to_datatree(
         log_likelihood: add the pointwise log-likelihood.
         states: add smoothed states and signal, as `pssm.infer.smoothed_states` has them.
         forecast: number of steps of the forecast to add, as of `pssm.infer.forecast`; 0 for none.
-        future_time: labels of the forecast steps.
+        future_time: labels of the forecast steps; by default those of `time` go on, by the calendar. Where these are
+            not equally spaced, the steps are numbered 1, 2, ..., with a warning.
         u_future: inputs of the forecast steps.
         num_samples: number of draws from an SVI fit.
         key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
@@ -130,10 +134,14 @@ def build_tree(
     fitted = record.model
     if record.params:  # a model's own parameters have the values that were fitted
         fitted, scorer = (numpyro.handlers.substitute(m, data=record.params) for m in (fitted, scorer))
+    if record.labels is not None and time is None:
+        time = record.labels.time
+    if forecast and future_time is None and time is not None:
+        future_time = future_labels(time, forecast)
     with WholePlates():
         draws = posterior_draws(fit, num_samples=num_samples, key=key)
         axes = _axes_of(fitted, scorer, args, kwargs, draws, dims, series=time is not None)
-        names = Namer(axes, _labels(axes, time, coords))
+        names = Namer(axes, {**_columns(axes, record.labels), **_labels(axes, time, coords)})
         own = {n: x for n, x in draws.items() if not is_path_noise(axes.trace.get(n))}
         tree = {"posterior": names.dataset(own, LEAD)}
         if record.stats:
@@ -261,6 +269,16 @@ def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | N
         if axes.steps is not None and len(labels[axes.time]) != axes.steps:
             raise ValueError(f"`time` must have {axes.steps} labels; got {len(labels[axes.time])}.")
     return labels
+
+
+def _columns(axes: Axes, labels: Any) -> dict[str, np.ndarray]:
+    """The names of a frame's columns as labels of the axis of the series in the data."""
+    if labels is None or labels.columns is None or not axes.data:
+        return {}
+    site = axes.data[0]
+    sizes = dict(zip(axes.names[site], np.shape(axes.trace[site]["value"]), strict=True))
+    fitting = (a for a in ("series", f"{site}_series") if sizes.get(a) == len(labels.columns))
+    return {axis: np.asarray(labels.columns) for axis in list(fitting)[:1]}
 
 
 def no_time_axis(axes: Axes) -> str:

@@ -10,7 +10,7 @@ import jax
 from numpyro.infer import MCMC, NUTS, SVI, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from pssm._checks import unmasked_arguments
+from pssm._checks import is_pandas, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import KeyLike
 from pssm.fitting.loop import Engine, Saver, finish
@@ -18,7 +18,7 @@ from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.point import PointFit
-from pssm.fitting.results import FitRecord, SVIFit, record_of
+from pssm.fitting.results import FitRecord, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.fitting.training import Settings
 
@@ -49,7 +49,8 @@ def fit_nuts(
 
     Args:
         model: a NumPyro model.
-        args: the model's positional arguments, such as the data.
+        args: the model's positional arguments, such as the data. A frame or a series of pandas, as the first of them,
+            gives the results its index as time, and its columns' names.
         key: random key, or a whole number to make one from; the same key gives the same draws.
         num_warmup: adaptation steps for each chain.
         num_samples: draws kept for each chain.
@@ -82,6 +83,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
+    labels = _labels_of(args)
     args, kwargs = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
@@ -100,12 +102,12 @@ def fit_nuts(
         max_tree_depth=max_tree_depth,
     )
     if checkpoint is not None or chunk is not None:
-        return begin(engine, key, checkpoint, progress_bar)
+        return begin(engine, key, checkpoint, progress_bar, labels)
     mcmc = engine.mcmc(progress_bar=progress_bar)
     mcmc.run(as_key(key), *args, extra_fields=engine.fields, **kwargs)
     for text in record_of(mcmc).warnings:
         warnings.warn(text, stacklevel=2)
-    return mcmc
+    return with_labels(mcmc, labels)
 
 
 def fit_mclmc(
@@ -155,9 +157,10 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
+    labels = _labels_of(args)
     args, kwargs = _arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar)
+    return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
 
 
 def fit_svi(
@@ -228,6 +231,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
+    labels = _labels_of(args)
     args, kwargs = _arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
@@ -239,11 +243,11 @@ def fit_svi(
         loss=loss,
         kl_schedule=kl_schedule,
         step_args=step_args,
-        validation=validation,
+        validation=None if validation is None else unmasked_arguments(tuple(validation), {})[0],
         validate_every=validate_every,
         patience=patience,
     )
-    return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar)
+    return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar, labels)
 
 
 def fit_ml(
@@ -290,8 +294,9 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
+    labels = _labels_of(args)
     args, kwargs = _arguments("fit_ml", model, args, kwargs)
-    return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar)
+    return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
 def fit_map(
@@ -315,14 +320,15 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
+    labels = _labels_of(args)
     args, kwargs = _arguments("fit_map", model, args, kwargs)
-    return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar)
+    return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
 def _arguments(
     function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments, masked entries of arrays as NaN; an option of NumPyro's classes among them is refused."""
+    """The model's arguments, as plain arrays with NaN; an option of NumPyro's classes among them is refused."""
     own = inspect.signature(model).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
         for kind in options:
@@ -334,9 +340,21 @@ def _arguments(
     return unmasked_arguments(args, kwargs)
 
 
-def begin(engine: Engine[Any], key: KeyLike, checkpoint: str | Path | None, progress_bar: bool) -> Any:
+def _labels_of(args: tuple[Any, ...]) -> Any:
+    """The labels that the first argument, the data, has as a frame of pandas; else None."""
+    if not args or not is_pandas(args[0]):
+        return None
+    from pssm.times.labels import frame_labels  # pandas, which is there already
+
+    return frame_labels(args[0])
+
+
+def begin(
+    engine: Engine[Any], key: KeyLike, checkpoint: str | Path | None, progress_bar: bool, labels: Any = None
+) -> Any:
     """Runs an engine from its start to its end, with a new folder for what it reaches if there is to be one."""
     seed = as_key(key)
+    engine.labels = labels
     save = None
     if checkpoint is not None and jax.process_index() == 0:
         save = Saver.create(checkpoint, engine, seed)

@@ -12,8 +12,11 @@ With `states="marginal"` (the default) the states are integrated out exactly: th
 `LinearGaussianMarginal`, and only its parameters are sampled. With `states="sampled"` the path is the site `z`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
@@ -302,6 +305,11 @@ def _check_seasonal(period: float | None, harmonics: int | None, *, uneven: bool
         if harmonics is not None:
             raise ValueError("`harmonics` is given without `seasonal`, the number of time steps in a season.")
         return None
+    if isinstance(period, Sequence) or np.ndim(period):
+        raise ValueError(
+            f"`seasonal` must be one number of time steps; got {period}. This model has no several patterns at once "
+            "yet: write your own from the blocks of `pssm.models.components`, one `harmonic_seasonal_block` for each."
+        )
     if not period >= 2:
         raise ValueError(f"`seasonal` must be a period of at least 2 time steps; got {period}.")
     if harmonics is None:
