@@ -10,11 +10,10 @@ import numpy as np
 import xarray as xr
 from numpyro.infer import MCMC
 
-from pssm._checks import check_count
+from pssm._checks import check_count, is_rounded
 from pssm._keys import as_key
 from pssm._types import Key, KeyLike
 from pssm.diagnostics.groups import pointwise_dims, pointwise_likelihoods
-from pssm.distributions.in_units import is_rounded
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.results import SVIFit, model_of, posterior_draws
 from pssm.fitting.start import GUIDES, initial_state

@@ -8,7 +8,6 @@ draws and the names of sites stay in the user's units.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -193,25 +192,3 @@ def counted(fn: Any) -> Any:
         inner = counted(fn.base_dist)
         return fn if inner is fn.base_dist else dist.Independent(inner, fn.reinterpreted_batch_ndims)
     return fn.base if isinstance(fn, FromOrigin) else fn
-
-
-def is_rounded(values: ArrayLike) -> bool:
-    """Whether 64-bit data lose part of their variation in the 32 bits that JAX computes in.
-
-    The error of rounding is compared with the typical step along the first axis, column by column.
-    """
-    if is_traced(values) or isinstance(values, jax.Array) or jnp.result_type(float) == jnp.float64:
-        return False
-    y = np.asarray(values)
-    if y.dtype.kind != "f" or y.dtype.itemsize < 8 or y.size < 2:
-        return False
-    y = y.reshape(len(y), -1)
-    with np.errstate(all="ignore"):
-        rounding = np.abs(y.astype(np.float32).astype(np.float64) - y)
-        for column, error in zip(y.T, rounding.T, strict=True):
-            there = column[np.isfinite(column)]
-            steps = np.abs(np.diff(there))
-            steps = steps[steps > 0]
-            if steps.size and np.nanmax(error) > 1e-3 * np.median(steps):
-                return True
-    return False

@@ -12,10 +12,9 @@ import numpy as np
 from numpyro.infer import MCMC, NUTS, SVI, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from pssm._checks import is_traced, unmasked_arguments
+from pssm._checks import is_rounded, is_traced, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import KeyLike
-from pssm.distributions.in_units import is_rounded
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine

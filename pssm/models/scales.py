@@ -17,9 +17,9 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
-from pssm._checks import as_float, check_finite, check_series, is_traced, unmasked
+from pssm._checks import as_float, check_finite, check_series, is_rounded, is_traced, unmasked
 from pssm._types import Array, ArrayLike
-from pssm.distributions.in_units import FromOrigin, from_origin, is_rounded
+from pssm.distributions.in_units import FromOrigin, from_origin
 from pssm.observed import observe
 
 # Where the models stand that count data from an origin where 32 bits cannot hold them.

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm import models
-from pssm._checks import check_choice
+from pssm._checks import check_choice, is_rounded
 from pssm._types import ArrayLike
 from pssm.diagnostics.groups import label_array
 from pssm.diagnostics.tree import no_time_axis, rehearse
-from pssm.distributions.in_units import is_rounded
 from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
