@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import MCMC, NUTS, SVI, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from pssm._checks import is_pandas, unmasked_arguments
+from pssm._checks import is_pandas, is_rounded, is_traced, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import KeyLike
 from pssm.fitting.loop import Engine, Saver, finish
@@ -21,6 +23,7 @@ from pssm.fitting.point import PointFit
 from pssm.fitting.results import FitRecord, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.fitting.training import Settings
+from pssm.models.scales import counts_from_origin
 
 
 def fit_nuts(
@@ -337,7 +340,29 @@ def _arguments(
                     f"`{name}` is an option of `numpyro.infer.{kind.__name__}` that `{function}` does not have, and no "
                     f"argument of the model. Run NumPyro's own `{kind.__name__}`; pssm takes its results as they are."
                 )
-    return unmasked_arguments(args, kwargs)
+    args, kwargs = unmasked_arguments(args, kwargs)
+    for text in doubts(model, args, double=function in ("fit_ml", "fit_map")):
+        warnings.warn(text, stacklevel=3)
+    return args, kwargs
+
+
+def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = False) -> list[str]:
+    """What is wrong with a model's data before they are fitted, in words: nothing to learn from, or digits lost.
+
+    The linear models of pssm count such data from an origin, and lose none; nor does a fit in 64 bits (`double`).
+    """
+    found = []
+    leaves = [x for x in jax.tree.leaves(args) if isinstance(x, np.ndarray | jax.Array) and np.ndim(x)]
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and not is_traced(x)]
+    if floats and floats[0] is leaves[0] and np.isnan(np.asarray(floats[0])).all():
+        found.append("the data have no observed value: the draws are those of the prior.")
+    if not double and not counts_from_origin(model) and any(is_rounded(x) for x in floats):
+        found.append(
+            "the data are 64-bit numbers whose typical step is close to what 32-bit numbers of their size can tell "
+            "apart. Subtract a constant from them, or switch on 64-bit arithmetic with "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    return found
 
 
 def _labels_of(args: tuple[Any, ...]) -> Any:

@@ -94,7 +94,8 @@ def smoothed_states(
     """
     task = _task(fit, draws, args, kwargs, most, key, site)
     mean, variance, signal, signal_variance = task.map(task.source.moments)
-    return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
+    state_origin, origin = task.origins
+    return StateMoments(_mixture(mean, variance, state_origin), _mixture(signal, signal_variance, origin))
 
 
 def forecast(
@@ -161,9 +162,10 @@ def forecast(
         task = task.given_past(known) if known < steps else task
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
-    moments = _mixture(mean, variance)
+    origin = task.origins[1]
+    moments, paths = _mixture(mean, variance, origin), paths + origin
     if isinstance(source, ExactSource):
-        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
+        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance) + origin, paths)
     return ForecastDraws(moments.mean, moments.sd, np.quantile(paths, QUANTILES, axis=0), paths)
 
 
@@ -185,7 +187,7 @@ def sample_states(
         task = _task(fit, None, (), {}, most, key, None)
     else:
         task = _task(model, draws, args, kwargs, most, fit, None)
-    return task.map(task.source.draw, most if task.count == 1 else 1)
+    return task.map(task.source.draw, most if task.count == 1 else 1) + task.origins[0]
 
 
 def one_step_probabilities(
@@ -270,6 +272,11 @@ class _Task(NamedTuple):
         """Number of draws; one where parameters are learned and nothing is drawn."""
         return next((len(x) for x in self.draws.values()), 1)
 
+    @property
+    def origins(self) -> tuple[Any, Any]:
+        """What states and observations are counted from, mostly 0."""
+        return self.source.origins({name: x[0] for name, x in self.draws.items()})
+
     def map(self, one: Callable[..., Any], times: int = 1) -> Any:
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
         rows = jnp.repeat(jnp.arange(self.count), times)
@@ -352,10 +359,10 @@ def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
     return {name: x[rows] for name, x in flat.items()}
 
 
-def _mixture(mean: ArrayLike, variance: ArrayLike) -> MixtureMoments:
-    """Law of total variance over the leading axis."""
+def _mixture(mean: ArrayLike, variance: ArrayLike, origin: Any = 0) -> MixtureMoments:
+    """Law of total variance over the leading axis; the means are counted from `origin`."""
     mean, variance = np.asarray(mean), np.asarray(variance)
-    return MixtureMoments(mean.mean(0), np.sqrt(variance.mean(0) + mean.var(0)))
+    return MixtureMoments(mean.mean(0) + origin, np.sqrt(variance.mean(0) + mean.var(0)))
 
 
 def _mixture_quantiles(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
