@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import pssm
+from pssm import datasets
 from pssm.cli import main
-from pssm.study.analysis import ODD, _tests
 from pssm.study.commands import _moment
+from pssm.study.residual_part import ODD, residuals_of, words_on_tests
 
 
 @pytest.fixture
@@ -116,8 +118,22 @@ def test_words_on_residuals():
         table = pd.DataFrame({"ljung_box_p": [ODD / 2, 0.5], "jarque_bera_p": [0.5, 0.5], "h_p": [0.5, np.nan]},
                              index=["a", "b"])  # fmt: skip
 
-    assert _tests(Found)[0].startswith("a: residuals are correlated in time")
-    assert _tests(Found)[1:] == ["b: no test finds anything wrong with the residuals."]
+    assert words_on_tests(Found)[0].startswith("a: residuals are correlated in time")
+    assert words_on_tests(Found)[1:] == ["b: no test finds anything wrong with the residuals."]
+
+
+def test_residuals_in_the_report_of_a_study(tmp_path):
+    y = np.array(datasets.load("nile").y)
+    options = {"num_warmup": 100, "num_samples": 100, "num_chains": 2, "horizon": 2, "progress": False}
+    study = pssm.compare("local_level", y, ["nuts"], column="flow", time=np.arange(1871, 1971), **options)
+    left = residuals_of(study)
+    assert left.names == ("flow",)
+    assert left.time[0] == 1871
+    page = study.report(tmp_path).read_text(encoding="utf-8")
+    assert "flow: no test finds anything wrong with the residuals." in page
+    assert (tmp_path / "residuals.png").exists()
+    study.results["nuts"].fit = None
+    assert residuals_of(study) is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from numpyro.infer.util import compute_log_probs, constrain_fn
 
 from pssm._types import Array, Key
 from pssm.distributions import HistoryMarginal, StatePath
+from pssm.fitting.own_arrays import with_own_arrays
 from pssm.guides.plates import structure, subsampled
 from pssm.inspection.axes import NUMPYRO_PATHS, Axes, core, find_axes, innermost, is_factor, is_path_noise
 
@@ -113,9 +114,7 @@ class Target:
         """Keeps the arguments: arrays of floats that enter as such, and a function that puts them back."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         if self.double:
-            leaves = [
-                np.array(x, np.float64) if _is_floats(x) else x for x in leaves
-            ]  # copies: JAX keeps what it makes of an array by its address
+            leaves = [np.array(x, np.float64) if _is_floats(x) else x for x in leaves]  # copies: see `with_own_arrays`
         places = [i for i, x in enumerate(leaves) if self._traced and _is_floats(x)]
         self._data = [leaves[i] for i in places]
 
@@ -129,7 +128,8 @@ class Target:
 
     def _compile(self) -> None:
         rebuild, names, joint = self._rebuild, self.names, self.joint
-        model = handlers.seed(self.model, jax.random.key(0))  # for what is drawn beside the latent sites
+        own = with_own_arrays(self.model)
+        model = handlers.seed(own, jax.random.key(0))  # for what is drawn beside the latent sites
 
         def start(site: dict[str, Any]) -> Any:
             # A site without a proper prior cannot be drawn.
@@ -138,7 +138,7 @@ class Target:
 
         def drawn(key: Key, data: list[Any]) -> dict[str, Array]:
             args, kwargs = rebuild(data)
-            seeded = handlers.seed(handlers.substitute(self.model, substitute_fn=start), key)
+            seeded = handlers.seed(handlers.substitute(own, substitute_fn=start), key)
             trace = handlers.trace(seeded).get_trace(*args, **kwargs)
             return {n: biject_to(trace[n]["fn"].support).inv(trace[n]["value"]) for n in names}
 

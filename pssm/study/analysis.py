@@ -25,9 +25,9 @@ from pssm.study.page import (
     section,
     table,
 )
+from pssm.study.residual_part import CAPTION, words_on_tests
 
 Drawing = tuple[str, Callable[[], Any], str, str]  # file, figure, what it shows, caption
-ODD = 0.01  # a p-value below which a report says that a test rejects
 
 
 def write_fit(
@@ -75,8 +75,7 @@ def write_fit(
     if found is not None:
         files["residual_tests.csv"] = found.table.to_csv()
         files["residuals.csv"] = pd.DataFrame(found.values, index=pd.Index(time, name="time"), columns=names).to_csv()
-        caption = "Standardised one-step residuals, their quantiles beside a normal's, and autocorrelations."
-        drawings.append(("residuals.png", found.plot, "one-step residuals", caption))
+        drawings.append(("residuals.png", found.plot, "one-step residuals", CAPTION))
     facts = [
         *_what(y, time),
         ("Method", escaped(fit.method)),
@@ -85,7 +84,11 @@ def write_fit(
         ("AIC, AICc, BIC", ", ".join(f"{x:,.2f}" for x in (fit.aic, fit.aicc, fit.bic))),
     ]
     parts = [
-        ("verdicts", "In words", bullet_list([_sentence(fit.message), *_tests(found)])),
+        (
+            "verdicts",
+            "In words",
+            bullet_list([_sentence(fit.message), *(words_on_tests(found) if found is not None else [])]),
+        ),
         ("parameters", "The estimates", table(records(estimates))),
         ("residuals", "Tests of the residuals", table(records(found.table)) if found is not None else ""),
     ]
@@ -178,22 +181,6 @@ def _what(y: np.ndarray, time: np.ndarray) -> list[tuple[str, str]]:
         ("Missing", f"{missing:,}" if missing else "none"),
         ("Time", f"{moment(time[0])} to {moment(time[-1])}"),
     ]
-
-
-def _tests(found: Any) -> list[str]:
-    if found is None:
-        return []
-    words = []
-    meaning = {
-        "ljung_box_p": "residuals are correlated in time: something regular is missing in the model",
-        "jarque_bera_p": "residuals are not normal: look for outliers",
-        "h_p": "the size of the residuals changes along the series",
-    }
-    for name, row in found.table.iterrows():
-        wrong = [text for test, text in meaning.items() if row[test] < ODD]
-        words += [f"{name}: {text} (p {row[test]:.2g})." for test, text in meaning.items() if row[test] < ODD]
-        words += [] if wrong else [f"{name}: no test finds anything wrong with the residuals."]
-    return words
 
 
 def _sentence(text: str) -> str:
