@@ -191,23 +191,38 @@ def check_series(y: ArrayLike, n_obs: int, name: str = "y") -> jax.Array:
 
 def _warn_lost_precision(name: str, y: ArrayLike) -> None:
     """Says so when converting float64 data to float32 rounds away part of the variation in the data."""
-    if isinstance(y, jax.Array) or jnp.result_type(float) == jnp.float64:
-        return
-    values = np.asarray(y)
-    if values.dtype != np.float64 or values.size < 2:
-        return
-    with np.errstate(invalid="ignore", over="ignore"):
-        rounding = np.abs(values.astype(np.float32).astype(np.float64) - values)
-        steps = np.abs(np.diff(values, axis=-2 if values.ndim > 1 else 0))
-    steps = steps[np.isfinite(steps) & (steps > 0)]
-    rounding = rounding[np.isfinite(rounding)]
-    if steps.size and rounding.size and rounding.max() > 1e-3 * np.median(steps):
+    lost = _lost(y)
+    if lost is not None:
         warnings.warn(
-            f"`{name}` is 64-bit data whose typical step ({np.median(steps):.3g}) is close to what 32-bit numbers of "
-            f"its size can tell apart ({rounding.max():.3g}). Subtract an offset, or switch on 64-bit arithmetic with "
+            f"`{name}` is 64-bit data whose typical step ({lost[1]:.3g}) is close to what 32-bit numbers of "
+            f"its size can tell apart ({lost[0]:.3g}). Subtract an offset, or switch on 64-bit arithmetic with "
             'jax.config.update("jax_enable_x64", True).',
             stacklevel=4,
         )
+
+
+def is_rounded(values: ArrayLike) -> bool:
+    """Whether 64-bit data `(time,)` or `(..., time, obs)` lose part of their variation in the 32 bits that JAX uses."""
+    return _lost(values) is not None
+
+
+def _lost(y: ArrayLike) -> tuple[float, float] | None:
+    """Rounding and typical step of the first column whose steps the rounding to 32 bits reaches; None for no such."""
+    if isinstance(y, jax.Array) or is_traced(y) or jnp.result_type(float) == jnp.float64:
+        return None
+    values = np.asarray(unmasked(y))
+    if values.dtype != np.float64 or values.size < 2:
+        return None
+    values = values[:, None] if values.ndim == 1 else values
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounding = np.abs(values.astype(np.float32).astype(np.float64) - values)
+        steps = np.abs(np.diff(values, axis=-2))
+    for column in range(values.shape[-1]):
+        moved, error = steps[..., column], rounding[..., column]
+        moved, error = moved[np.isfinite(moved) & (moved > 0)], error[np.isfinite(error)]
+        if moved.size and error.size and error.max() > 1e-3 * np.median(moved):
+            return float(error.max()), float(np.median(moved))
+    return None
 
 
 def check_sample_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

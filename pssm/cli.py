@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pssm.study.commands import Tools, add_commands
+
 # What the options of the command line are called by the models that take them.
 TAKES = {
     "seasonal": {"period": "period", "harmonics": "harmonics"},
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     _add_texture(commands)
     _add_saved(commands)
+    add_commands(commands, Tools(_model_options, _check_out))
     commands.add_parser("datasets", help="list the embedded data sets").set_defaults(run=_datasets)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     return parser

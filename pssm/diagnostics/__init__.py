@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from pssm.diagnostics.backtest import Backtest, backtest
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
 from pssm.diagnostics.gap import BoundGap, bound_gap
+from pssm.diagnostics.impact import Impact, impact
+from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
 from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
 
@@ -12,14 +15,20 @@ if TYPE_CHECKING:
     from pssm.diagnostics.crossval import leave_future_out
 
 __all__ = [
+    "Backtest",
     "BoundGap",
     "Calibration",
     "Evidence",
+    "Impact",
+    "Residuals",
+    "backtest",
     "bound_gap",
+    "impact",
     "khat",
     "leave_future_out",
     "load_tree",
     "log_evidence",
+    "residuals",
     "save_tree",
     "scores",
     "simulation_based_calibration",

@@ -143,6 +143,7 @@ def build_tree(
         axes = _axes_of(fitted, scorer, args, kwargs, draws, dims, series=time is not None)
         names = Namer(axes, {**_columns(axes, record.labels), **_labels(axes, time, coords)})
         own = {n: x for n, x in draws.items() if not is_path_noise(axes.trace.get(n))}
+        own |= _in_64_bits(draws, axes)
         tree = {"posterior": names.dataset(own, LEAD)}
         if record.stats:
             tree["sample_stats"] = names.dataset(stats := _stats(record.stats), LEAD, dims=dict.fromkeys(stats, ()))
@@ -295,6 +296,19 @@ def no_time_axis(axes: Axes) -> str:
     )
 
 
+def _in_64_bits(draws: dict[str, np.ndarray], axes: Axes) -> dict[str, np.ndarray]:
+    """Draws that are counted from an origin, with the origin: 32 bits do not hold the sum."""
+    found = {}
+    for name, site in axes.trace.items():
+        infer = site.get("infer") or {}
+        if "above" in infer and name in draws:
+            public, origin = infer["above"]
+            found[public] = np.asarray(draws[name], np.float64) + origin.reshape(np.shape(draws[name])[2:])
+        if "origin" in infer and (z := name.removesuffix("_base")) in draws:
+            found[z] = np.asarray(draws[z], np.float64) + infer["origin"]
+    return found
+
+
 def _stats(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     rename = {"potential_energy": "lp", "num_steps": "n_steps", "accept_prob": "acceptance_rate"}
     stats = {rename.get(n, n): np.asarray(x) for n, x in found.items()}
@@ -387,6 +401,7 @@ def _provenance(record: FitRecord, axes: Axes) -> dict[str, str | int]:
         "backend": jax.default_backend(),
         "dtype": str(jnp.result_type(float)),
         "method": record.method,
+        "objective": record.objective,
         "pssm_version": __version__,
         "data_sha256": data_digest({n: axes.trace[n]["value"] for n in axes.data}),
         **time,

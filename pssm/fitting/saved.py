@@ -12,13 +12,16 @@ from pssm.devices import local_copy
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
+from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.model_record import model_for
 from pssm.fitting.results import Fit, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.storage.folder import MAX_BYTES, FitFolder, SavedFitError
 from pssm.storage.packing import call_digest, unpack
 
-ENGINES: dict[str, Any] = {engine.kind: engine for engine in (NutsEngine, SVIEngine, MCLMCEngine)}
+ENGINES: dict[str, Any] = {
+    engine.kind: engine for engine in (NutsEngine, SVIEngine, MCLMCEngine, PointEngine, ModeEngine)
+}
 
 
 def save(fit: Fit, path: str | Path, *, force: bool = False) -> Path:

@@ -1,7 +1,8 @@
 """Fits and what follows from them: NumPyro's own samplers and optimisers, states and forecasts from their draws."""
 
 from pssm.devices import shard
-from pssm.fitting.fit import fit_mclmc, fit_nuts, fit_svi
+from pssm.fitting.fit import fit_map, fit_mclmc, fit_ml, fit_nuts, fit_svi
+from pssm.fitting.point import PointFit
 from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo, posterior_draws, record_of
 from pssm.fitting.saved import load, resume, save
 from pssm.guides.transport import transport_reparam
@@ -20,6 +21,7 @@ __all__ = [
     "FitRecord",
     "MCMCFit",
     "ModelCheck",
+    "PointFit",
     "PseudoMarginal",
     "SVIFit",
     "SavedFitError",
@@ -30,7 +32,9 @@ __all__ = [
     "check_model",
     "constrain",
     "elbo",
+    "fit_map",
     "fit_mclmc",
+    "fit_ml",
     "fit_nuts",
     "fit_svi",
     "forecast",

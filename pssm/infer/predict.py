@@ -18,6 +18,8 @@ from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
 from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
+from pssm.linalg import outer
+from pssm.ssm import LinearGaussianSSM
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FUTURES = 10  # paths for each draw, where a forecast's quantiles are those of paths
@@ -92,7 +94,8 @@ def smoothed_states(
     """
     task = _task(fit, draws, args, kwargs, most, key, site)
     mean, variance, signal, signal_variance = task.map(task.source.moments)
-    return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
+    state_origin, origin = task.origins
+    return StateMoments(_mixture(mean, variance, state_origin), _mixture(signal, signal_variance, origin))
 
 
 def forecast(
@@ -157,11 +160,12 @@ def forecast(
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
-    times = 1 if isinstance(source, ExactSource) else FUTURES
+    times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
-    moments = _mixture(mean, variance)
+    origin = task.origins[1]
+    moments, paths = _mixture(mean, variance, origin), paths + origin
     if isinstance(source, ExactSource):
-        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
+        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance) + origin, paths)
     return ForecastDraws(moments.mean, moments.sd, np.quantile(paths, QUANTILES, axis=0), paths)
 
 
@@ -183,7 +187,7 @@ def sample_states(
         task = _task(fit, None, (), {}, most, key, None)
     else:
         task = _task(model, draws, args, kwargs, most, fit, None)
-    return task.map(task.source.draw)
+    return task.map(task.source.draw, most if task.count == 1 else 1) + task.origins[0]
 
 
 def one_step_probabilities(
@@ -217,6 +221,41 @@ def one_step_probabilities(
     return task.map(one).mean(0)
 
 
+def innovations(
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 100,
+    site: str | None = None,
+    key: KeyLike = 0,
+    **kwargs: Any,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """One-step errors `(draw, ..., time, obs)`, NaN where missing, their covariances, and the number of states.
+
+    Arguments and errors as in `one_step_probabilities`.
+    """
+    task = _task(fit, draws, args, kwargs, most, key, site)
+    source = task.source
+    if not isinstance(source, ExactSource):
+        raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
+
+    def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
+        trace = source.trace(sample)
+        d, y = source.fn(trace), source.series(trace)
+        mean, cov = one_step(d.ssm, y, d.u)
+        return y - mean, cov, jnp.asarray(d.ssm.n_state)
+
+    errors, covariances, n_state = task.map(one)
+    return errors, covariances, int(n_state[0])
+
+
+def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+    """Mean `(..., time, obs)` and covariance of each observation given those before it."""
+    f = kalman_filter(ssm, y, u)
+    factor = ssm.with_time_axis("C") @ f.predicted_chol
+    return ssm.signal(f.predicted_mean, u), outer(factor) + outer(ssm.with_time_axis("chol_R"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -233,10 +272,19 @@ class _Task(NamedTuple):
         """Number of draws; one where parameters are learned and nothing is drawn."""
         return next((len(x) for x in self.draws.values()), 1)
 
+    @property
+    def origins(self) -> tuple[Any, Any]:
+        """What states and observations are counted from, mostly 0."""
+        return self.source.origins({name: x[0] for name, x in self.draws.items()})
+
     def map(self, one: Callable[..., Any], times: int = 1) -> Any:
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
         rows = jnp.repeat(jnp.arange(self.count), times)
         keys = jax.random.split(self.key, len(rows))
+        if self.count == 1 and times > 1:  # one point: what does not depend on the key is computed once
+            point = {name: x[0] for name, x in self.draws.items()}
+            found = jax.jit(jax.vmap(one, (None, 0)))(point, keys)
+            return jax.tree.map(np.asarray, found)
 
         @jax.jit
         def run(draws: dict[str, Array]) -> Any:
@@ -311,10 +359,10 @@ def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
     return {name: x[rows] for name, x in flat.items()}
 
 
-def _mixture(mean: ArrayLike, variance: ArrayLike) -> MixtureMoments:
-    """Law of total variance over the leading axis."""
+def _mixture(mean: ArrayLike, variance: ArrayLike, origin: Any = 0) -> MixtureMoments:
+    """Law of total variance over the leading axis; the means are counted from `origin`."""
     mean, variance = np.asarray(mean), np.asarray(variance)
-    return MixtureMoments(mean.mean(0), np.sqrt(variance.mean(0) + mean.var(0)))
+    return MixtureMoments(mean.mean(0) + origin, np.sqrt(variance.mean(0) + mean.var(0)))
 
 
 def _mixture_quantiles(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

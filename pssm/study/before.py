@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from pssm import models
-from pssm._checks import check_choice
+from pssm._checks import check_choice, is_rounded
 from pssm._types import ArrayLike
 from pssm.diagnostics.tree import no_time_axis, rehearse
 from pssm.inspection.axes import Axes
@@ -67,7 +67,7 @@ def prepare(
             axis is not known, or labels do not fit.
     """
     values = jax.tree.map(_as_array, y)
-    leaves = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
+    leaves = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array | np.ndarray)]
     if not any(x.size and not bool(jnp.isnan(x).all()) for x in leaves):
         raise ValueError(f"`y` has no observed value (shape {', '.join(str(x.shape) for x in leaves)}).")
     asked = {name: tuple(axes) if not isinstance(axes, str) else axes for name, axes in (dims or {}).items()}
@@ -248,6 +248,8 @@ def series_of(axes: Axes, column: str | Sequence[str]) -> tuple[np.ndarray, tupl
 
 
 def _as_array(x: Any) -> Any:
-    """Numbers as a JAX array; what is no number (a text, None) as it is."""
+    """Numbers as a JAX array, or in 64 bits where 32 cannot hold them; what is no number (a text, None) as it is."""
     found = np.asarray(x)
+    if is_rounded(found):
+        return found
     return jnp.asarray(found) if found.dtype.kind in "fiub" else x

@@ -1,14 +1,16 @@
 """Pieces of the report's HTML: sections, tables, numbers and labels, everything escaped."""
 
 import base64
+import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from pssm.study.report_text import GLOSSARY
+from pssm.study.report_text import CSS, GLOSSARY, POLICY
 
 _NO_VALUE = '<span class="none">–</span>'
 # How a column is called, what it means, and how its numbers are written.
@@ -35,6 +37,33 @@ _COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "error_in_sds": ("error in sds", "difference of the mean to the reference, in its sds", lambda v: f"{v:+.2f}"),
     "sd_ratio": ("sd ratio", "sd over the sd of the reference", lambda v: f"{v:.2f}"),
 }
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page that stands alone: styles inside, nothing fetched. `title` and parts are HTML."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style></head>\n<body>\n<main>"
+        + "\n".join(parts)
+        + "</main>\n</body></html>\n"
+    )
+
+
+def facts_list(facts: Iterable[tuple[str, str]]) -> str:
+    """Names and values (HTML) side by side, for the head of a page."""
+    return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+
+
+def png_of(figure: Any) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # an emoji in a label
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def section(anchor: str, heading: str, content: str) -> str:

@@ -4,10 +4,8 @@ The file stands alone (styles and figures inside, no script, nothing fetched, wh
 too), and every label in it is escaped: names of methods, columns and files may come from anywhere.
 """
 
-import io
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +17,21 @@ from pssm.storage.files import write_whole
 from pssm.study.page import (
     bullet_list,
     cell_text,
+    document,
     escaped,
+    facts_list,
     figure_html,
     glossary,
     is_number,
     moment,
+    png_of,
     records,
     seconds,
     section,
     settings_list,
     table,
 )
-from pssm.study.report_text import CSS, POLICY, SIGNS, VERDICTS, WORDS
+from pssm.study.report_text import SIGNS, VERDICTS, WORDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def write_report(study: Any, folder: str | os.PathLike[str]) -> Path:
     figures = []
     for name, draw, alt, caption in _figures(study):
         try:
-            png = _png(draw())
+            png = png_of(draw())
         except Exception as error:  # a long run must not lose its report to one figure
             problems.append(f"The figure {name} could not be drawn: {type(error).__name__}: {error}")
             continue
@@ -97,15 +98,7 @@ def _page(study: Any, figures: list[tuple[bytes, str, str]], problems: list[str]
         section("reading", "How to read this", glossary()),
         section("settings", "To run it again", settings_list(getattr(study, "settings", None) or {})),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style></head>\n<body>\n<main>"
-        + "\n".join(parts)
-        + "</main>\n</body></html>\n"
-    )
+    return document(title, parts)
 
 
 def _what(study: Any) -> str:
@@ -123,7 +116,7 @@ def _what(study: Any) -> str:
         facts.append(("Time", f"{moment(time[0])} to {moment(time[-1])}"))
     if study.reference:
         facts.append(("Reference", escaped(study.reference)))
-    return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+    return facts_list(facts)
 
 
 def _verdicts(study: Any) -> str:
@@ -309,11 +302,3 @@ def _file_name(method: str, used: set[str]) -> str:
         name = f"{stem}-{k}"
     used.add(name.lower())
     return name
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # an emoji in a label
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()

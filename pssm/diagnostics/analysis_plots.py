@@ -1,0 +1,125 @@
+"""Figures of residuals, backtests and impacts, in the look of `pssm.plots`."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pssm.plot_helpers import (
+    FORECAST,
+    GREY,
+    INK,
+    LEGEND,
+    SIGNAL,
+    limit_x,
+    method_style,
+    new_figure,
+    positions,
+    shown_text,
+    tidy,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # matplotlib is imported when a figure is drawn
+    Figure = Any
+
+MOST_SERIES = 6
+
+
+def plot_residuals(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Residuals`."""
+    from scipy import stats
+
+    shown = min(len(found.names), MOST_SERIES)
+    figure = new_figure([2.4] * shown, title)
+    axes = figure.subplots(shown, 3, squeeze=False, width_ratios=[2.2, 1, 1.2])
+    x, _, dates = positions(found.time, len(found.time), None, 0)
+    for j, (over_time, quantiles, correlations) in enumerate(axes):
+        values = found.values[:, j]
+        over_time.axhspan(-1.96, 1.96, color=GREY, alpha=0.15, lw=0)
+        over_time.plot(x, values, ".-" if len(x) <= 300 else ".", color=SIGNAL, lw=0.8, ms=4 if len(x) <= 300 else 2)
+        over_time.set_ylabel(shown_text(found.names[j]), fontsize=11)
+        tidy(over_time, dates)
+        known = np.sort(found.tested(j)[~np.isnan(found.tested(j))])
+        if len(known) > 2:
+            normal = stats.norm.ppf((np.arange(len(known)) + 0.5) / len(known))
+            quantiles.plot(normal[[0, -1]], normal[[0, -1]], color=GREY, lw=1)
+            quantiles.plot(normal, known, ".", color=SIGNAL, ms=4)
+            r = found.autocorrelation(j)
+            lags = np.arange(1, len(r) + 1)
+            correlations.axhspan(-1.96 / len(known) ** 0.5, 1.96 / len(known) ** 0.5, color=GREY, alpha=0.15, lw=0)
+            correlations.vlines(lags, 0, r, color=SIGNAL, lw=2)
+            correlations.axhline(0, color=INK, lw=0.8)
+            correlations.set_ylim(-1.05, 1.05)
+            correlations.xaxis.get_major_locator().set_params(integer=True)
+        for ax in (quantiles, correlations):
+            tidy(ax, False)
+        if j == 0:
+            for ax, text in zip(
+                axes[0], ("standardised residuals", "normal quantiles", "autocorrelation by lag"), strict=True
+            ):
+                ax.set_title(text, loc="left", fontsize=10.5, color=GREY)
+    return figure
+
+
+def plot_backtest(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Backtest`."""
+    table, first = found.table, found.table["method"].iloc[0]
+    shown = min(found.y.shape[1], MOST_SERIES)
+    figure = new_figure([2.8] * shown + [2.4], title)
+    axes = figure.subplots(shown + 1, 1, squeeze=False)[:, 0]
+    x, _, dates = positions(found.time, len(found.time), None, 0)
+    for j, ax in enumerate(axes[:-1]):
+        ax.plot(x, found.y[:, j], color=INK, lw=1.0, label="data")
+        own = table[(table["method"] == first) & (table["series"] == j)]
+        for k, (known, part) in enumerate(own.groupby("known")):
+            places = x[known + part["ahead"].to_numpy() - 1]
+            band = {"label": "90 % interval"} if k == 0 else {}
+            ax.fill_between(places, part["low"], part["high"], color=FORECAST, alpha=0.25, lw=0, **band)
+            ax.plot(places, part["mean"], ".-", color=FORECAST, lw=1.4, ms=4, label=f"{first}" if k == 0 else None)
+            ax.axvline(x[known - 1], color=GREY, lw=0.5, ls=":")
+        start = max(int(table["known"].min()) - 2 * int(table["ahead"].max()) - 20, 0)
+        limit_x(ax, x[start], x[-1])
+        tidy(ax, dates)
+        if j == 0:
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
+    last = axes[-1]
+    for k, (method, part) in enumerate(found.scores.reset_index().groupby("method", sort=False)):
+        color, line = method_style(k)
+        last.errorbar(part["ahead"], part["crps"], part["crps_se"], color=color, ls=line, marker="o", ms=4, capsize=2,
+                      label=shown_text(method))  # fmt: skip
+    last.xaxis.get_major_locator().set_params(integer=True)
+    last.set_xlabel("steps ahead", fontsize=11)
+    last.set_ylabel("CRPS", fontsize=11)
+    last.set_ylim(bottom=0)
+    tidy(last, False)
+    last.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, **LEGEND)
+    return figure
+
+
+def plot_impact(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Impact`."""
+    table = found.table
+    figure = new_figure([2.6, 2.0, 2.0], title)
+    axes = figure.subplots(3, 1, sharex=True)
+    x, _, dates = positions(table["time"].to_numpy(), len(table), None, 0)
+    after = (table["period"] == "post").to_numpy()
+    start = x[np.flatnonzero(after)[0]]
+    share = f"{100 * found.level:g} % interval"
+    first = min(len(table) // 20 + 1, 5)  # where predictions rest on the first state alone
+    parts = (("predicted", "series"), ("effect", "effect of each step"), ("cumulative", "cumulative effect"))
+    for ax, (name, label) in zip(axes, parts, strict=True):
+        shown = np.arange(len(x)) >= first if name != "cumulative" else after
+        low, high = (table[f"{name}_{end}"].to_numpy()[shown] for end in ("low", "high"))
+        ax.fill_between(x[shown], low, high, color=FORECAST, alpha=0.25, lw=0, label=share)
+        ax.plot(x[shown], table[name].to_numpy()[shown], color=FORECAST, lw=1.4, label="prediction")
+        if name == "predicted":
+            ax.plot(x, table["observed"], color=INK, lw=1.1, label="data")
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
+        else:
+            ax.axhline(0, color=INK, lw=0.8)
+        ax.axvline(start, color=GREY, lw=1.0, ls="--")
+        ax.set_ylabel(label, fontsize=11)
+        limit_x(ax, x[0], x[-1])
+        tidy(ax, dates)
+    return figure

@@ -1,0 +1,199 @@
+"""The commands `pssm fit`, `pssm backtest` and `pssm impact`: their options, and what they write.
+
+Nothing heavy is imported before a command runs.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Tools(NamedTuple):
+    """The command line's own ways, which these commands share: options of a model, and the check of `--out`."""
+
+    model_options: Callable[[argparse.Namespace, Any], dict[str, Any]]
+    check_out: Callable[[Path, bool], None]
+
+
+def add_commands(commands: Any, tools: Tools) -> None:
+    """Adds the commands to the parser's."""
+    fit = _command(
+        commands, "fit", "maximum likelihood of one model, with residuals, forecast and a report", _fit, tools
+    )
+    _model_flags(fit)
+    fit.add_argument("--method", choices=("ml", "map"), default="ml", help="likelihood, or posterior mode; default ml")
+    fit.add_argument("--starts", type=int, default=8, help="climbs from different starts; default 8")
+    fit.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
+
+    back = _command(commands, "backtest", "score forecasts from many origins in the past", _backtest, tools)
+    _model_flags(back)
+    back.add_argument("--methods", default="ml", help="comma-separated: ml, map, nuts, svi:mvn, svi:normal; default ml")
+    back.add_argument("--horizon", type=int, help="forecast steps; default a season, or a tenth of the series")
+    back.add_argument("--origins", type=int, default=20, help="how many; default 20")
+    back.add_argument("--refit", default="all", help="all, first, or a number: at every so many origins; default all")
+
+    effect = _command(commands, "impact", "the effect of an intervention, against what would have been", _impact, tools)
+    effect.add_argument("--controls", help="comma-separated columns of series that the intervention does not touch")
+    effect.add_argument("--from", dest="start", required=True, help="first step with the intervention: a label of time")
+    effect.add_argument("--method", default="nuts", help="nuts, ml, map, svi:mvn or svi:normal; default nuts")
+    effect.add_argument("--level", type=float, default=0.95, help="of the intervals; default 0.95")
+    effect.add_argument("--no-placebo", action="store_true", help="leave out the start that never was")
+
+
+def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools: Tools) -> Any:
+    parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.add_argument("data", help="an embedded data set (see `pssm datasets`) or the path of a file")
+    parser.add_argument("--column", action="append", help="column of the series; may be repeated")
+    parser.add_argument("--time", dest="time_column", help="column of the time labels")
+    parser.add_argument("--out", help=f"folder for the results; default results/<data>-{name}")
+    parser.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
+    parser.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=lambda arguments: run(arguments, tools))
+    return parser
+
+
+def _model_flags(parser: Any) -> None:
+    parser.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
+    parser.add_argument("--inputs", help="comma-separated columns of regressors, known in the future too")
+    parser.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
+    parser.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
+    parser.add_argument("--order", type=int, help="order of the autoregression")
+    parser.add_argument("--states", type=int, help="size of the state; default the model's")
+
+
+def _counts(a: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(a, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1; got {value}.")
+
+
+class _Data(NamedTuple):
+    """The series, and the columns that go with it."""
+
+    series: Any
+    y: Any
+    others: Any
+    names: tuple[str, ...]
+    out: Path
+
+
+def _read(a: argparse.Namespace, tools: Tools, others: str | None, command: str) -> _Data:
+    """The series and the columns `others`, from one reading of the file."""
+    from pssm import datasets
+
+    names = [name.strip() for name in (others or "").split(",") if name.strip()]
+    wanted = list(a.column or [])
+    known = {row[0] for row in datasets.available()}
+    if names and not wanted:
+        raise ValueError("`--column` is needed beside other columns: the series that is meant.")
+    if set(names) & set(wanted):
+        raise ValueError(f"`--column` and the other columns both name {sorted(set(names) & set(wanted))}.")
+    columns: Any = [*wanted, *names] or None
+    if a.data in known:
+        series = datasets.load(a.data, columns)
+    elif Path(a.data).suffix or Path(a.data).exists():
+        series = datasets.read_csv(a.data, columns, a.time_column)
+    else:
+        raise ValueError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(known))}) nor a file.")
+    out = Path(a.out) if a.out else Path("results") / f"{series.name}-{command}"
+    tools.check_out(out, a.force)
+    count = len(series.columns) - len(names)
+    return _Data(series, series.y[:, :count], series.y[:, count:] if names else None, series.columns[:count], out)
+
+
+def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[str, Any]]:
+    from pssm import models
+    from pssm._checks import check_choice
+
+    _counts(a, "period", "harmonics", "order", "states", "horizon", "starts", "origins")
+    check_choice("--model", a.model, models.NAMES)
+    return getattr(models, a.model), tools.model_options(a, series)
+
+
+def _fit(a: argparse.Namespace, tools: Tools) -> int:
+    from pssm.study.analysis import write_fit
+
+    data = _read(a, tools, a.inputs, "fit")
+    model, options = _model(a, tools, data.series)
+    length = len(data.y)
+    horizon = a.horizon or (round(2 * data.series.period) if data.series.period else max(10, length // 10))
+    page = write_fit(
+        partial(model, **options),
+        data.y,
+        data.out,
+        u=data.others,
+        method=a.method,
+        num_starts=a.starts,
+        horizon=horizon,
+        time=data.series.time,
+        names=data.names,
+        title=f"{data.series.name}: {a.model}",
+        key=a.seed,
+        progress_bar=not a.quiet,
+    )
+    print(f"\nReport: {page}")
+    return 0
+
+
+def _backtest(a: argparse.Namespace, tools: Tools) -> int:
+    from pssm.study.analysis import write_backtest
+
+    data = _read(a, tools, a.inputs, "backtest")
+    model, options = _model(a, tools, data.series)
+    season = a.period or data.series.period
+    refit: Any = {"all": True, "first": False}.get(a.refit, a.refit)
+    if isinstance(refit, str):
+        if not refit.isdigit():
+            raise ValueError(f"`--refit` must be all, first, or a number of origins; got {a.refit!r}.")
+        refit = int(refit)
+    page = write_backtest(
+        partial(model, **options),
+        data.y,
+        data.out,
+        u=data.others,
+        horizon=a.horizon or (round(season) if season else max(1, len(data.y) // 10)),
+        origins=a.origins,
+        refit=refit,
+        methods=[m.strip() for m in a.methods.split(",") if m.strip()],
+        period=round(season) if season and season >= 1.5 else None,
+        time=data.series.time,
+        title=f"{data.series.name}: {a.model}",
+        key=a.seed,
+        progress_bar=not a.quiet,
+    )
+    print(f"\nReport: {page}")
+    return 0
+
+
+def _impact(a: argparse.Namespace, tools: Tools) -> int:
+    from pssm.study.analysis import write_impact
+
+    data = _read(a, tools, a.controls, "impact")
+    if data.y.shape[1] > 1:
+        raise ValueError(f"`--column` must name one series; got {list(data.names)}. Controls go to `--controls`.")
+    labels = data.series.time
+    start: Any = a.start
+    if labels.dtype.kind in "iuf":
+        try:
+            start = float(a.start)
+        except ValueError:
+            raise ValueError(f"`--from` must be a number, as the times are; got {a.start!r}.") from None
+    page = write_impact(
+        data.y[:, 0],
+        data.others,
+        start,
+        data.out,
+        names=data.series.columns[1:],
+        method=a.method,
+        level=a.level,
+        placebo=not a.no_placebo,
+        time=labels,
+        title=f"{data.series.name}: {data.names[0]}",
+        key=a.seed,
+    )
+    print(f"\nReport: {page}")
+    return 0
