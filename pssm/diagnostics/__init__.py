@@ -9,7 +9,8 @@ from pssm.diagnostics.gap import BoundGap, bound_gap
 from pssm.diagnostics.impact import Impact, impact
 from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
-from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
+from pssm.diagnostics.tree import to_datatree
+from pssm.diagnostics.tree_files import load_tree, save_tree
 
 if TYPE_CHECKING:
     from pssm.diagnostics.crossval import leave_future_out

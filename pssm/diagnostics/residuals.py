@@ -84,7 +84,7 @@ def residuals(
         time: labels of the steps.
         site: the observed site, where there are several.
         most: number of draws to use.
-        key: random key, or a whole number, for the draws of a guide.
+        key: random key, or a whole number, for the draws of a guide; the same key gives the same draws.
 
     Returns:
         A `Residuals`: `.values`, `.table` with `observations`, `mean`, `sd`, `ljung_box`, `ljung_box_p`, `jarque_bera`,

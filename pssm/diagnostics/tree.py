@@ -20,12 +20,12 @@ from pssm.diagnostics.groups import (
     pointwise,
     pointwise_likelihoods,
 )
+from pssm.diagnostics.tree_files import load_tree, save_tree
 from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
 from pssm.guides.plates import WholePlates
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states, states_of
 from pssm.infer.predict import forecast as forecast_draws
 from pssm.inspection.axes import Axes, find_axes, is_path_noise
-from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
 from pssm.times.grid import future_labels
 from pssm.times.labels import label_array
@@ -208,28 +208,6 @@ def check_coords(tree: xr.DataTree, coords: dict[str, ArrayLike] | None) -> None
     for name in coords or {}:
         if name not in axes:
             raise ValueError(f"`coords` has labels for {name!r}, which is no axis of this fit. Its axes: {axes}.")
-
-
-def save_tree(tree: xr.DataTree, path: str | Path) -> Path:
-    """Writes a tree to netCDF (h5netcdf), whole or not at all: a temporary file is moved into place.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    path = Path(path)
-    with whole_file(path) as partial:
-        tree.to_netcdf(partial, engine="h5netcdf")
-    return path
-
-
-def load_tree(path: str | Path) -> xr.DataTree:
-    """Reads a tree written by `save_tree` into memory; equal to what was saved.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    with xr.open_datatree(path, engine="h5netcdf") as tree:
-        return tree.load()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

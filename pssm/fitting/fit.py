@@ -315,7 +315,7 @@ def fit_map(
 
     The density is that of the sites as the model writes them, without a Jacobian, so the mode depends on how a model is
     written: that of a standard deviation is not the root of that of its variance. Arguments, result and errors as in
-    `fit_ml`; standard errors are those of Laplace's approximation.
+    `fit_ml` (the same key gives the same fit); standard errors are those of Laplace's approximation.
 
     Example:
         >>> from pssm import datasets, models
