@@ -297,7 +297,7 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_ml", model, args, kwargs)
     return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
@@ -323,7 +323,7 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_map", model, args, kwargs)
     return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
