@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pssm.datasets import read_table
@@ -726,3 +727,70 @@ def test_the_right_reading(case, tmp_path):
 def test_the_table_is_large():
     assert len(EVERY) >= 100
     assert len({case.name for case in EVERY}) == len(EVERY)
+
+
+# ---- tables at random: the right reading, or a question
+
+DAY_FORMS = (
+    "%Y-%m-%d",
+    "%Y/%m/%d",
+    "%Y.%m.%d",
+    "%d.%m.%Y",
+    "%d/%m/%Y",
+    "%m/%d/%Y",
+    "%d-%m-%Y",
+    "%m-%d-%Y",
+    "%d %b %Y",
+    "%d-%b-%Y",
+    "%d%b%Y",
+    "%B %d, %Y",
+    "%b %d %Y",
+    "%a, %d %b %Y",
+    "%Y%m%d",
+    "%Y-%j",
+    "%d/%m/%y",
+    "%d-%b-%y",
+)
+MONTH_FORMS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%b %Y", "%b-%Y", "%B %Y", "%b-%y", "%Y%m", "%YM%m", "%Y:%m")
+CLOCKS = (" %H:%M", " %H:%M:%S", "T%H:%M", " %I:%M %p", "T%H:%M:%SZ", " %H:%M+00:00")
+MARKS = ((".", ""), (",", ""), (",", "."), (".", ","), (",", " "), (".", "'"))
+ASKED = ("`decimal=", "dayfirst=")
+
+
+def written(value: float, places: int, decimal: str, thousands: str) -> str:
+    return f"{value:,.{places}f}".translate({ord(","): thousands, ord("."): decimal})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_table_at_random_is_read_right_or_asked_about(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    path, asked = tmp_path / "my.csv", 0
+    for _ in range(12):
+        steps, frequency = (
+            int(rng.integers(6, 50)),
+            str(rng.choice(["D", "MS", "ME", "h", "30min", "B", "W-TUE", "QS"])),
+        )
+        start = f"{rng.integers(1970, 2025)}-{rng.integers(1, 13):02d}-{rng.integers(1, 28):02d}"
+        time = pd.date_range(start, periods=steps, freq=frequency)
+        form = str(rng.choice(DAY_FORMS + MONTH_FORMS if frequency == "MS" else DAY_FORMS))
+        form += str(rng.choice(CLOCKS)) if frequency in ("h", "30min") else ""
+        (decimal, thousands), places = MARKS[rng.integers(len(MARKS))], int(rng.choice([0, 1, 2, 4]))
+        y = np.round(rng.normal(size=steps) * 10 ** rng.integers(0, 6), places)
+        texts = [written(value, places, decimal, thousands) for value in y]
+        gone = int(rng.integers(steps))
+        texts[gone], y[gone] = str(rng.choice(["", "NA", "--", "?"])), NAN
+        table = pd.DataFrame({"when": time.strftime(form), "y": texts})[:: int(rng.choice([1, 1, 1, -1]))]
+        table.to_csv(path, index=False, sep=str(rng.choice([",", ";", "\t", "|"])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                series = read_table(path)
+            except ValueError as error:
+                if not any(word in str(error) for word in ASKED):
+                    raise
+                asked += 1
+                continue
+        if "every cell has three digits" not in " ".join(series.notes):
+            np.testing.assert_array_equal(series.y[:, 0], y, err_msg=path.read_text())
+        np.testing.assert_array_equal(series.time, time.to_numpy(), err_msg=path.read_text())
+    assert asked <= 4

@@ -4,6 +4,7 @@ import warnings
 from decimal import Decimal
 
 import numpy as np
+import numpyro
 import pandas as pd
 import pytest
 import xarray as xr
@@ -180,6 +181,8 @@ def test_missing_entries_stay_missing_everywhere(name):
     np.testing.assert_array_equal(np.ravel(unmasked(y)), MISSING)
     np.testing.assert_array_equal(np.ravel(as_float("y", y)), MISSING.astype(np.float32))
     assert check_model(models.local_level, unmasked(y)).missing == {"y": 1}
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(models.local_level, 0)).get_trace(y)
+    np.testing.assert_array_equal(np.isnan(trace["y"]["value"][:, 0]), np.isnan(MISSING))
     ssm = LinearGaussianSSM(np.full(1, 1000.0), np.eye(1), np.eye(1), np.eye(1), np.eye(1), np.eye(1))
     assert float(kalman_filter(ssm, y).log_likelihood) == float(kalman_filter(ssm, MISSING).log_likelihood)
 
@@ -199,6 +202,22 @@ def test_frames_into_em_and_models():
     options = {"fixed": ("m0", "P0", "A", "C"), "num_iters": 3}
     found, expected = fit_em(frame, start, **options), fit_em(MISSING[:, None], start, **options)
     np.testing.assert_array_equal(found.log_likelihoods, expected.log_likelihoods)
+
+
+def test_frames_of_other_rows_are_refused(monkeypatch):
+    """Regressors stand beside the data row by row; what goes on behind them is the future."""
+    y = pd.Series(Y, index=INDICES["months"], name="flow")
+    u = pd.DataFrame({"rain": np.arange(30.0)}, index=pd.period_range("2019-01", periods=30, freq="M"))
+    for run in (
+        lambda: compare("local_level", y, ["svi:normal"], u=u.iloc[1:25], **QUICK),
+        lambda: fit_svi(models.local_level, y, u=u, progress_bar=False),
+    ):
+        with pytest.raises(ValueError, match=r"`u` and the data have different indices.*reindex\(y\.index\)"):
+            run()
+    seen = []
+    monkeypatch.setattr("pssm.study.compare.run_method", lambda *a, **k: seen.append(a[4]) or _stop())
+    compare("local_level", y, ["svi:normal"], u=u, **QUICK)
+    assert seen[0]["u_future"].tolist() == [[24.0], [25.0], [26.0]]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pssm.datasets.numbers import ERROR_MARK, is_missing, is_plain
+from pssm.datasets.numbers import ERROR_MARK, is_missing, is_plain, is_written_number
 
 EXCEL = (".xlsx", ".xlsm", ".xls", ".xlsb", ".ods")
 PARQUET = (".parquet", ".pq", ".feather")
@@ -36,6 +36,7 @@ class Table:
         separator: between cells; "" where there is none.
         units: by column, from a row of units.
         notes: how the file was read.
+        loud: notes that are warned of.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Table:
     separator: str = ""
     units: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    loud: list[str] = field(default_factory=list)
 
     def where(self, column: str, row: int) -> str:
         """Words for one cell: file, column, row (first row of data = 1), line of the file, and the text itself."""
@@ -54,7 +56,7 @@ class Table:
     def rows(self, kept: np.ndarray) -> "Table":
         """The table with these rows."""
         cells = {name: x.iloc[kept].reset_index(drop=True) for name, x in self.cells.items()}
-        return Table(self.path, cells, self.lines[kept], self.separator, self.units, self.notes)
+        return Table(self.path, cells, self.lines[kept], self.separator, self.units, self.notes, self.loud)
 
 
 def suggestion(value: str, choices: list[str]) -> str:
@@ -282,8 +284,11 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 def _units(header: list[str], rows: list[list[str]]) -> dict[str, str]:
     """The first row as units, by column: where it has no number, but words in columns that have numbers below."""
-    if len(rows) < 3 or any(_VALUE.match(cell) or is_plain(cell) for cell in rows[0]):
+    if len(rows) < 3 or any(_VALUE.fullmatch(cell) or is_written_number(cell) for cell in rows[0]):
         return {}
+    shapes = [[re.sub(r"[^\W\d]+", "a", re.sub(r"\d+", "0", cell)) for cell in row] for row in rows[:2]]
+    if any("0" in first and first == second for first, second in zip(*shapes, strict=True)):
+        return {}  # a row of data: a date, as in the next row
     below = rows[1:60]
     found = {}
     for j, name in enumerate(header):

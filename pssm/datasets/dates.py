@@ -18,7 +18,7 @@ _CLOCK = re.compile(
     r"(?P<date>.*?)(?:^|[T ,:]\s*)(?:"
     r"(?P<h>\d{1,2}):(?P<m>\d\d)(?::(?P<s>\d\d(?:[.,]\d+)?))?\s*(?P<half>[ap]\.?m\.?)?"
     r"|(?P<h2>\d{1,2})\s*(?P<half2>[ap]\.?m\.?)"
-    r"|(?<=T)(?P<h3>\d\d)(?P<m3>\d\d)(?P<s3>\d\d)?"
+    r"|(?<=\dT)(?P<h3>\d\d)(?P<m3>\d\d)(?P<s3>\d\d)?"
     r"|(?<=\d-\d\d[ T])(?P<h4>\d\d)"  # 2020-01-31 13
     r")\s*(?P<zone>Z|[A-Z]{3,4}|(?:UTC|GMT)?[+-]\d{1,2}(?::?\d\d)?)?",
     re.IGNORECASE,

@@ -65,6 +65,11 @@ def is_plain(cell: str) -> bool:
     return _PLAIN.fullmatch(cell) is not None
 
 
+def is_written_number(cell: str) -> bool:
+    """Whether a cell is a number in any way of writing one: with thousands marks, a decimal comma, a currency."""
+    return _body(cell) is not None
+
+
 def missing_cells(cells: pd.Series, declared: tuple[str, ...] = ()) -> np.ndarray:
     """Where cells are missing."""
     if cells.dtype != object:
@@ -278,13 +283,15 @@ def _open(table: Any, argument: str, place: str, mark: str, found: dict[str, str
                 elsewhere |= {k for k in _evidence([b.digits for b in bodies if b]) if "open" not in k}
     as_decimal = {f"{mark} decimal", f"{other} thousands"} & elsewhere
     as_thousands = {f"{mark} thousands", f"{other} decimal"} & elsewhere
-    decided, why = "", ""
+    decided, why, loud = "", "", table.notes
     if bool(as_decimal) != bool(as_thousands):
         decided, why = ("decimal" if as_decimal else "thousands"), "other columns of the file use it so"
     elif "long" in found:
         decided, why = "decimal", f"{found['long']!r} in the same column has no thousands mark"
     elif mark == "." and "short" not in found and table.separator != ";":
         decided, why = "decimal", "every cell has three digits behind it"
+        if table.separator != ",":  # where commas separate cells, they are no decimal marks
+            loud = table.loud
     if not decided:
         beside = f" beside {found['short']!r}" if "short" in found else ""
         row = next(k for k, x in enumerate(table.cells[column]) if example in x)
@@ -294,7 +301,7 @@ def _open(table: Any, argument: str, place: str, mark: str, found: dict[str, str
             f"(`--thousands {mark}`)."
         )
     value = example.replace(mark, "." if decided == "decimal" else "")
-    table.notes.append(
+    loud.append(
         f"`{argument}`: {mark!r} in {place} was read as the {decided} mark ({example!r} is {value}), because {why}; "
         f"`decimal=` and `thousands=` (`--decimal`, `--thousands`) say otherwise."
     )

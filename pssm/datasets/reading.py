@@ -62,10 +62,13 @@ def read(
     u = u_future = future_time = None
     if regressors:
         u, y, labels, u_future, future_time = _with_inputs(table, regressors, marks, y, labels)
+        for name, values in zip(regressors, u.T, strict=True):
+            loud += _odd(table, name, values, "inputs")
     grid = grid_of(as_labels("time", labels)) if time_columns else None
     if time_columns and (spacing := uneven(as_labels("time", labels))):
         name = time_columns[-1]
         loud.append(f"`time`: column {name!r} of {str(table.path)!r} {spacing}.{times.clock_hint(labels, grid)}")
+    loud = list(dict.fromkeys([*table.loud, *loud]))
     notes = list(dict.fromkeys([*table.notes, *loud]))
     for text in loud:
         warnings.warn(text, stacklevel=3)  # at the line that called `read_table`
@@ -107,7 +110,7 @@ def _only_numeric(table: Table, taken: list[str]) -> str:
     raise ValueError(f"`column` is needed: {str(table.path)!r} has {found} besides the time. Choose from {shown}.")
 
 
-def _odd(table: Table, name: str, values: np.ndarray) -> list[str]:
+def _odd(table: Table, name: str, values: np.ndarray, argument: str = "column") -> list[str]:
     """Words on values that may mean that there is none."""
     found = []
     for value, count in sentinels(values):
@@ -115,7 +118,7 @@ def _odd(table: Table, name: str, values: np.ndarray) -> list[str]:
         rest = values[np.isfinite(values) & (values != value)]
         often = "once" if count == 1 else f"{count} times"
         found.append(
-            f"`column`: {value:g} stands {often} in column {name!r} of {str(table.path)!r}, first in row {row + 1} "
+            f"`{argument}`: {value:g} stands {often} in column {name!r} of {str(table.path)!r}, first in row {row + 1} "
             f"(line {table.lines[row]}), far outside of the rest ({rest.min():g} to {rest.max():g}). If it means a "
             f"missing value, pass `missing={value:g}` (`--missing {value:g}`)."
         )

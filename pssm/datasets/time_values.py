@@ -34,7 +34,7 @@ def is_dated(table: Table, name: str) -> bool:
             return True
         return bool(pd.api.types.is_integer_dtype(cells.dtype) and _compact(cells.astype(str), name) is not None)
     if looks_numeric(cells):
-        return _compact(cells, name) is not None or _counts_seconds(cells, name)
+        return _compact(cells, name) is not None or _counts_seconds(cells, name) or _counts_years(cells)
     sample = cells.iloc[np.unique(np.linspace(0, len(cells) - 1, 200).astype(int))]
     try:
         return bool(2 * parse_dates(sample).values.isna().sum() <= len(sample))
@@ -165,6 +165,10 @@ def _numbers(table: Table, name: str, marks: Marks) -> np.ndarray:
 
 def _compact(texts: pd.Series, name: str) -> pd.DatetimeIndex | None:
     """Days 20200131, months 202001 and hours 2020013123; months alone must go by equal steps, or be named so."""
+    if texts.str.fullmatch(r"\d{1,2}\.(1[5-9]|2[0-2])\d\d").all():  # 01.2020
+        values = pd.DatetimeIndex(pd.to_datetime(texts, format="%m.%Y", errors="coerce"))
+        even = values[::-1] if len(values) > 1 and values[0] > values[-1] else values
+        return None if values.hasnans or grid_of(as_labels("time", even)) is None else values
     lengths = set(texts.str.len())
     if len(lengths) != 1 or not texts.str.fullmatch(r"\d+").all():
         return None
@@ -218,6 +222,19 @@ def _month_starts(count: np.ndarray) -> pd.DatetimeIndex:
     """First days of months, counted from the year 0 with January as 1."""
     months = (np.asarray(count) - 1 - 1970 * 12).astype("datetime64[M]")
     return pd.DatetimeIndex(months.astype("datetime64[s]"))
+
+
+def _counts_years(cells: pd.Series) -> bool:
+    """Whether texts are years one by one, or decimal years by equal steps of the calendar: no series is like that."""
+    if len(cells) < 4 or not all(map(is_plain, cells)):
+        return False
+    values, texts = cells.astype(float).to_numpy(), cells.astype(str)
+    if (values < 1500).any() or (values > 2200).any():
+        return False
+    step = np.diff(values)
+    if (values % 1 == 0).all():
+        return bool((step == 1).all() or (step == -1).all())
+    return _year_and_month(values, texts) is not None or _decimal_years(values, texts) is not None
 
 
 def _counts_seconds(cells: pd.Series, name: str) -> bool:

@@ -86,7 +86,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
@@ -160,7 +160,7 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
@@ -234,7 +234,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
@@ -297,7 +297,7 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_ml", model, args, kwargs)
     return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
@@ -323,7 +323,7 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
-    labels = _labels_of(args)
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_map", model, args, kwargs)
     return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
@@ -365,12 +365,18 @@ def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = F
     return found
 
 
-def _labels_of(args: tuple[Any, ...]) -> Any:
-    """The labels that the first argument, the data, has as a frame of pandas; else None."""
+def _labels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The labels that the first argument, the data, has as a frame of pandas; else None. Other frames must have them.
+
+    Raises:
+        ValueError: the index does not increase, or another frame has other rows.
+    """
     if not args or not is_pandas(args[0]):
         return None
-    from pssm.times.labels import frame_labels  # pandas, which is there already
+    from pssm.times.labels import check_same_index, frame_labels  # pandas, which is there already
 
+    for name, x in kwargs.items():
+        check_same_index(args[0], name, x)
     return frame_labels(args[0])
 
 

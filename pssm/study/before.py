@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from pssm import models
 from pssm._checks import check_choice, is_rounded
@@ -19,7 +20,7 @@ from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
 from pssm.study.methods import model_of_method
 from pssm.times.grid import labels_after, uneven
-from pssm.times.labels import as_labels, check_increasing, frame_labels
+from pssm.times.labels import as_labels, check_increasing, check_same_index, frame_labels
 
 Dims = Mapping[str, Sequence[str]]
 
@@ -144,6 +145,22 @@ def inputs_ahead(u: Any, u_future: Any, horizon: int) -> tuple[int, Any, tuple[s
             f"`u_future` must have a row for each of the {horizon} steps of the forecast; got {len(ahead)}."
         )
     return horizon, ahead[:horizon], ()
+
+
+def split_inputs(y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[str, Any], Any]:
+    """Inputs in a frame that goes on behind the data: the rows of the data, and those of the forecast.
+
+    Raises:
+        ValueError: a frame among the options has other rows than the data.
+    """
+    u = options.get("u")
+    frames = pd.DataFrame | pd.Series
+    if u_future is None and isinstance(y, frames) and isinstance(u, frames) and len(u) > len(y):
+        if u.index[: len(y)].equals(y.index):
+            options, u_future = {**options, "u": u.iloc[: len(y)]}, u.iloc[len(y) :]
+    for name, x in options.items():
+        check_same_index(y, name, x)
+    return options, u_future
 
 
 def of_frame(y: Any, time: Any, column: str | Sequence[str]) -> tuple[Any, str | Sequence[str]]:

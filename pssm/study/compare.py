@@ -22,7 +22,7 @@ from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.groups import sites_of
 from pssm.diagnostics.tree import data_digest
 from pssm.storage.files import write_whole
-from pssm.study.before import Dims, Task, as_model, first_argument, inputs_ahead, of_frame, prepare
+from pssm.study.before import Dims, Task, as_model, first_argument, inputs_ahead, of_frame, prepare, split_inputs
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
@@ -160,8 +160,8 @@ def compare(
         leave_future_out: estimate the expected log density of one-step forecasts (refits each method a few times).
         time: labels of the time steps, as in `to_datatree`.
         future_time: labels of the forecast steps; by default those of `time` go on, by the calendar.
-        u_future: inputs of the forecast steps `(horizon, input)`, for a model with inputs `u`; without them there is no
-            forecast.
+        u_future: inputs of the forecast steps `(horizon, input)`, for a model with inputs `u`; by default the rows of a
+            frame `u` behind those of a frame `y`. Without them there is no forecast.
         name: what is studied, for the report.
         column: the series' name, or those of several.
         args: the model's further positional arguments.
@@ -186,6 +186,7 @@ def compare(
         ['svi:mvn']
     """
     time, column = of_frame(y, time, column)
+    model_options, u_future = split_inputs(y, model_options, u_future)
     (y, *args, u_future), model_options = unmasked_arguments((y, *args, u_future), model_options)
     function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))

@@ -95,6 +95,24 @@ def label_array(name: str, labels: ArrayLike | Iterable[Any]) -> np.ndarray:
     return np.asarray(found)
 
 
+def check_same_index(y: Any, name: str, x: Any) -> None:
+    """Refuses a frame beside the data whose rows are other steps; what is no frame, or only counts its rows, passes.
+
+    Raises:
+        ValueError: the indices differ.
+    """
+    frames = pd.DataFrame | pd.Series
+    if not (isinstance(y, frames) and isinstance(x, frames)) or y.index.equals(x.index):
+        return
+    if any(isinstance(z.index, pd.RangeIndex) and z.index.start == 0 for z in (y, x)):
+        return
+    rows = [f"{shown(z.index[0])} to {shown(z.index[-1])}, {len(z)} rows" if len(z) else "no row" for z in (x, y)]
+    raise ValueError(
+        f"`{name}` and the data have different indices: {rows[0]}, and {rows[1]}. Give `{name}` the rows of the data: "
+        f"`{name}.reindex(y.index)`."
+    )
+
+
 def quoted(name: str) -> str:
     """The name of an argument in backticks, or words that have some."""
     return name if "`" in name else f"`{name}`"
