@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn
@@ -52,7 +53,7 @@ class Target:
         traced: bool = False,
     ):
         self.model, self.joint = model, joint
-        for plate in subsampled(structure(model, args, kwargs)):
+        for plate in subsampled(structure(handlers.substitute(model, substitute_fn=_proper), args, kwargs)):
             raise ValueError(f"`model`: its plate `{plate}` takes a part of the data; a maximum needs all of them.")
         axes = find_axes(model, args, kwargs)
         self.names = _latent(axes, joint)
@@ -131,14 +132,9 @@ class Target:
         own = with_own_arrays(self.model)
         model = handlers.seed(own, jax.random.key(0))  # for what is drawn beside the latent sites
 
-        def start(site: dict[str, Any]) -> Any:
-            # A site without a proper prior cannot be drawn.
-            improper = site["type"] == "sample" and type(core(site["fn"])).__name__ == "ImproperUniform"
-            return core(site["fn"]).support.feasible_like(jnp.zeros(site["fn"].shape())) if improper else None
-
         def drawn(key: Key, data: list[Any]) -> dict[str, Array]:
             args, kwargs = rebuild(data)
-            seeded = handlers.seed(handlers.substitute(own, substitute_fn=start), key)
+            seeded = handlers.seed(handlers.substitute(own, substitute_fn=_proper), key)
             trace = handlers.trace(seeded).get_trace(*args, **kwargs)
             return {n: biject_to(trace[n]["fn"].support).inv(trace[n]["value"]) for n in names}
 
@@ -174,6 +170,13 @@ class Target:
         )
         with self._precision():  # what cannot be traced says so here
             jax.eval_shape(self._value_and_grad, jnp.zeros(self.size), self._data)
+
+
+def _proper(site: dict[str, Any]) -> Any:
+    """A value of the support for a site that cannot be drawn, since it has no proper prior."""
+    if site["type"] != "sample" or not isinstance(core(site["fn"]), dist.ImproperUniform):
+        return None
+    return core(site["fn"]).support.feasible_like(jnp.zeros(site["fn"].shape()))
 
 
 def _is_floats(x: Any) -> bool:
