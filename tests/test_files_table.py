@@ -691,6 +691,11 @@ WILD = [  # as well-known sources write them, with numbers of our own
         [100, -1, 104, 101, -1, 103, 102, 105],
         warns=["-1 stands 2 times"],
     ),
+    File(
+        "zeros and a few events, one of 99",
+        rows("t,x", "|".join(map(str, range(40))), " ".join(["0"] * 35 + ["15", "99", "45", "60", "30"])),
+        [0.0] * 35 + [15, 99, 45, 60, 30],
+    ),
     File("a unit behind each number", "t,x\n1,5 kg\n2,6 kg\n", error=["'5 kg' is not a number"]),
 ]
 

@@ -325,6 +325,7 @@ def sentinels(values: np.ndarray) -> list[tuple[float, int]]:
             with np.errstate(over="ignore"):
                 width = float(np.subtract(*np.quantile(others, [0.95, 0.05])))
                 away, span = max(low - value, value - high), high - low
+            width = width if width > 0 else span  # zeros with a few events among them
             known = value in CLASSIC and (away > 2 * width or (count > 1 and away > 0.25 * width))
             known |= (value in CLASSIC or count > 1) and value < 0 <= low and away > 0.25 * width
             if known or (count > 1 and span > 0 and away > 5 * span and len(np.unique(others)) >= 5):
