@@ -6,8 +6,10 @@ there (outside of `jit`, `vmap` and `grad`): a traced array passes.
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,28 +26,72 @@ def is_traced(x: object) -> bool:
     return isinstance(x, Tracer)
 
 
-def unmasked(x: Any) -> Any:
-    """A masked array of NumPy as floats, NaN where it is masked; anything else as it is."""
-    if not isinstance(x, np.ma.MaskedArray):
-        return x
-    return np.ma.filled(x.astype(np.result_type(x.dtype, np.float32)), np.nan)
+def unmasked(x: Any, name: str = "y") -> Any:
+    """A masked array of NumPy, or a frame, a series or an array of pandas, as a plain array; anything else as it is.
+
+    Entries that are masked or missing (None, `pd.NA`) are NaN, which makes whole numbers floats.
+
+    Raises:
+        TypeError: a frame or a series holds something else than numbers.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        return np.ma.filled(x.astype(np.result_type(x.dtype, np.float32)), np.nan)
+    return _of_pandas(x, name) if is_pandas(x) else x
+
+
+def is_pandas(x: Any) -> bool:
+    """Whether `x` is a frame, a series or an array of pandas, which takes a second to import: only if it is there."""
+    pd: Any = sys.modules.get("pandas")
+    if pd is None or not hasattr(pd, "api"):
+        return False
+    return isinstance(x, pd.DataFrame | pd.Series | pd.Index | pd.api.extensions.ExtensionArray)
+
+
+def _of_pandas(x: Any, name: str) -> np.ndarray:
+    pd: Any = sys.modules["pandas"]
+    if isinstance(x, pd.DataFrame):
+        if not x.shape[1]:
+            raise TypeError(f"`{name}` is a frame without a column; give it one of numbers.")
+        return np.stack([_of_pandas(x.iloc[:, j].rename(x.columns[j]), name) for j in range(x.shape[1])], axis=1)
+    x = pd.Series(x)
+    if x.dtype == object:  # numbers beside None, or beside `pd.NA`
+        known = x.dropna()
+        if all(isinstance(v, int | float | np.number | Decimal) and not isinstance(v, bool) for v in known):
+            values = np.full(len(x), np.nan)
+            values[x.notna().to_numpy()] = [float(v) for v in known]
+            return values
+    elif pd.api.types.is_numeric_dtype(x.dtype) and not pd.api.types.is_complex_dtype(x.dtype):
+        if not x.isna().any():
+            plain = x.to_numpy()
+            return plain if plain.dtype != object else x.to_numpy(dtype=float)
+        kind = np.float32 if str(x.dtype).lower() == "float32" else np.float64
+        return x.to_numpy(dtype=kind, na_value=np.nan)
+    where = f"its column {x.name!r}" if x.name is not None else "it"
+    example = x.dropna().iloc[0] if x.notna().any() else None
+    raise TypeError(
+        f"`{name}` must be numbers; {where} has dtype {x.dtype}, such as {str(example)[:40]!r}. Leave the column out, "
+        "make it numbers (`pd.to_numeric`), or make dates the index of the frame."
+    )
 
 
 def unmasked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A model's arguments without masked arrays, which JAX does not take."""
-    if any(isinstance(x, np.ma.MaskedArray) for x in jax.tree.leaves((args, kwargs))):
-        return jax.tree.map(unmasked, (args, kwargs))
+    """A model's arguments without masked arrays and frames of pandas, which JAX does not take."""
+    if any(isinstance(x, np.ma.MaskedArray) or is_pandas(x) for x in jax.tree.leaves((args, kwargs))):
+        args = jax.tree.map(unmasked, args)
+        kwargs = {name: jax.tree.map(lambda x, name=name: unmasked(x, name), value) for name, value in kwargs.items()}
     return args, kwargs
 
 
 def as_float(name: str, x: ArrayLike) -> jax.Array:
     """`x` as a floating-point JAX array, or a `TypeError` that names the argument.
 
-    Integers and lists are welcome, and masked arrays, whose masked entries become NaN.
+    Integers and lists are welcome, and masked arrays and frames of pandas, whose missing entries become NaN.
     """
     try:
-        array = jnp.asarray(unmasked(x))
+        array = jnp.asarray(unmasked(x, name))
     except (TypeError, ValueError) as error:
+        if is_pandas(x):  # whose message names the column
+            raise
         raise TypeError(f"`{name}` must be an array of numbers; got {type(x).__name__}: {error}") from None
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"`{name}` must be real; got dtype {array.dtype}. Pass its real part.")
@@ -145,23 +191,38 @@ def check_series(y: ArrayLike, n_obs: int, name: str = "y") -> jax.Array:
 
 def _warn_lost_precision(name: str, y: ArrayLike) -> None:
     """Says so when converting float64 data to float32 rounds away part of the variation in the data."""
-    if isinstance(y, jax.Array) or jnp.result_type(float) == jnp.float64:
-        return
-    values = np.asarray(y)
-    if values.dtype != np.float64 or values.size < 2:
-        return
-    with np.errstate(invalid="ignore", over="ignore"):
-        rounding = np.abs(values.astype(np.float32).astype(np.float64) - values)
-        steps = np.abs(np.diff(values, axis=-2 if values.ndim > 1 else 0))
-    steps = steps[np.isfinite(steps) & (steps > 0)]
-    rounding = rounding[np.isfinite(rounding)]
-    if steps.size and rounding.size and rounding.max() > 1e-3 * np.median(steps):
+    lost = _lost(y)
+    if lost is not None:
         warnings.warn(
-            f"`{name}` is 64-bit data whose typical step ({np.median(steps):.3g}) is close to what 32-bit numbers of "
-            f"its size can tell apart ({rounding.max():.3g}). Subtract an offset, or switch on 64-bit arithmetic with "
+            f"`{name}` is 64-bit data whose typical step ({lost[1]:.3g}) is close to what 32-bit numbers of "
+            f"its size can tell apart ({lost[0]:.3g}). Subtract an offset, or switch on 64-bit arithmetic with "
             'jax.config.update("jax_enable_x64", True).',
             stacklevel=4,
         )
+
+
+def is_rounded(values: ArrayLike) -> bool:
+    """Whether 64-bit data `(time,)` or `(..., time, obs)` lose part of their variation in the 32 bits that JAX uses."""
+    return _lost(values) is not None
+
+
+def _lost(y: ArrayLike) -> tuple[float, float] | None:
+    """Rounding and typical step of the first column whose steps the rounding to 32 bits reaches; None for no such."""
+    if isinstance(y, jax.Array) or is_traced(y) or jnp.result_type(float) == jnp.float64:
+        return None
+    values = np.asarray(unmasked(y))
+    if values.dtype != np.float64 or values.size < 2:
+        return None
+    values = values[:, None] if values.ndim == 1 else values
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounding = np.abs(values.astype(np.float32).astype(np.float64) - values)
+        steps = np.abs(np.diff(values, axis=-2))
+    for column in range(values.shape[-1]):
+        moved, error = steps[..., column], rounding[..., column]
+        moved, error = moved[np.isfinite(moved) & (moved > 0)], error[np.isfinite(error)]
+        if moved.size and error.size and error.max() > 1e-3 * np.median(moved):
+            return float(error.max()), float(np.median(moved))
+    return None
 
 
 def check_sample_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (UsageError, OSError, ValueError, TypeError) as error:
+    except (UsageError, OSError, ValueError, TypeError, ImportError) as error:
         print(f"pssm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,19 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="pssm",
         description="State-space models in NumPyro: compare inference methods on a time series, or learn a video.",
     )
+    from pssm.study.series_arguments import add_series
+
     commands = parser.add_subparsers(required=True, metavar="command")
     compare = commands.add_parser(
         "compare",
         help="run several inference methods on one series and write a report",
         description="Runs NUTS and SVI on one model of one series, and writes a table, ArviZ files and an HTML report.",
     )
-    compare.add_argument("data", help="an embedded data set (see `pssm datasets`) or the path of a CSV file")
-    compare.add_argument(
-        "--column",
-        action="append",
-        help="column of the series; needed where a file has several; may be repeated, for models of several series",
-    )
-    compare.add_argument("--time", dest="time_column", help="column of the time labels")
+    add_series(compare)
     compare.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
     compare.add_argument(
         "--methods",
@@ -155,18 +151,12 @@ def _add_texture(commands: Any) -> None:
 def _compare(a: argparse.Namespace) -> int:
     import numpy as np
 
-    from pssm import datasets
+    from pssm.study.series_arguments import input_options, read_series
 
     _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics", "states")
     if not 0 <= a.budget < float("inf"):
         raise UsageError(f"`--budget` must be a number of seconds, 0 or more; got {a.budget}.")
-    known = {row[0] for row in datasets.available()}
-    if a.data in known:
-        series = datasets.load(a.data, a.column)
-    elif Path(a.data).suffix or Path(a.data).exists():
-        series = datasets.read_csv(a.data, a.column, a.time_column)
-    else:
-        raise UsageError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(known))}) nor a file.")
+    series = read_series(a)
     out = Path(a.out) if a.out else Path("results") / f"{series.name}-{a.model}"
     _check_out(out, a.force)
     methods = [m.strip() for m in a.methods.split(",") if m.strip()]
@@ -179,13 +169,14 @@ def _compare(a: argparse.Namespace) -> int:
     from pssm import models
     from pssm._checks import check_choice
     from pssm.study.methods import METHODS
-    from pssm.study.saved import labels_after
 
     check_choice("--model", a.model, models.NAMES)
     for method in methods:
         check_choice("--methods", method, METHODS)
-    options = _model_options(a, series)
-    horizon = a.horizon or (round(2 * series.period) if series.period else max(10, len(series.y) // 10))
+    inputs, u_future, horizon = input_options(series, a.model, a.horizon)
+    options = {**_model_options(a, series), **inputs}
+    if horizon is None:
+        horizon = round(2 * series.period) if series.period else max(10, len(series.y) // 10)
     study = pssm.compare(
         a.model,
         np.asarray(series.y),
@@ -198,13 +189,15 @@ def _compare(a: argparse.Namespace) -> int:
         horizon=horizon,
         budget=a.budget or None,
         time=series.time,
-        future_time=labels_after(series.time, horizon),
+        future_time=None if series.future_time is None else series.future_time[:horizon],
+        u_future=u_future,
         name=series.name,
         column=series.columns,
         out=out,
         progress=not a.quiet,
         **options,
     )
+    study.warnings[:0] = series.notes
     return _report(study, out)
 
 

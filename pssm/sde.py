@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
@@ -81,7 +82,11 @@ def gaps_between(t: ArrayLike) -> Float[Array, " time"]:
     if times.ndim != 1 or not len(times):
         raise ValueError(f"`t` must have shape (time,) with at least one time; got {times.shape}.")
     check_finite("t", times)
-    steps = jnp.diff(times, prepend=times[:1])
+    if is_traced(t) or isinstance(t, jax.Array):
+        steps = jnp.diff(times, prepend=times[:1])
+    else:  # of 64-bit numbers: 32 bits do not tell seconds since 1970 apart
+        exact = np.asarray(t, np.float64)
+        steps = jnp.asarray(np.diff(exact, prepend=exact[:1]), times.dtype)
     if not is_traced(steps) and bool((steps < 0).any()):
         raise ValueError(f"`t` must not go back; it does at index {int(jnp.argmax(steps < 0))}.")
     return jnp.where(steps < 0, jnp.nan, steps)

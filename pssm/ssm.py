@@ -17,7 +17,7 @@ import numpy as np
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
-from pssm.linalg import factor_from_covariance, outer
+from pssm.linalg import factors_from_covariances, outer
 from pssm.linalg.small import along_time
 
 # Each field with its axes when it is constant in time; `noise` is the free width of chol_Q.
@@ -141,7 +141,7 @@ class LinearGaussianSSM:
         D: ArrayLike | None = None,
         time_varying: tuple[str, ...] = (),
     ) -> "LinearGaussianSSM":
-        """The same model from covariances `P0`, `Q`, `R` (positive semi-definite, singular welcome).
+        """The same model from covariances `P0`, `Q`, `R` (singular welcome; at a zero, derivatives are one-sided).
 
         In `time_varying` say `"Q"` and `"R"`, or `"chol_Q"` and `"chol_R"`.
 
@@ -152,7 +152,7 @@ class LinearGaussianSSM:
             >>> LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
             LinearGaussianSSM(n_state=1, n_obs=1, n_input=0)
         """
-        factors = {}
+        found = {}
         n_obs = np.shape(C)[-2] if np.ndim(C) >= 2 else None
         n_state = np.shape(A)[-1] if np.ndim(A) >= 2 else None
         for name, cov, size in (("P0", P0, n_state), ("Q", Q, n_state), ("R", R, n_obs)):
@@ -161,7 +161,8 @@ class LinearGaussianSSM:
                 raise ValueError(
                     f"`{name}` must be a covariance matrix of shape ({size}, {size}); got shape {array.shape}."
                 )
-            factors[name] = factor_from_covariance(name, array)
+            found[name] = array
+        factors = factors_from_covariances(found, as_float("C", C))
         renamed = tuple({"Q": "chol_Q", "R": "chol_R"}.get(name, name) for name in time_varying)
         return cls(m0, factors["P0"], A, factors["Q"], C, factors["R"], b=b, d=d, B=B, D=D, time_varying=renamed)
 

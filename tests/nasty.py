@@ -65,7 +65,7 @@ def _live_cholesky(num, S):
         L[i:, i] = S[i:, i] / num.sqrt(S[i, i])
         S[i:, i:] = S[i:, i:] - np.outer(L[i:, i], L[i:, i])
         live.append(i)
-    return L[np.ix_(live, live)], live
+    return L[np.ix_(live, live)], live, L[:, live]
 
 
 def _solve(L, x):
@@ -96,7 +96,7 @@ def _filter(num, q, timed, y, u, keep=False):
         C, R = at("C", t), at("chol_R", t)[o]
         v = num.array(row[o]) - add(C @ m, "d", "D", t)[o]
         C = C[o]
-        L, live = _live_cholesky(num, C @ P @ C.T + R @ R.T) if len(o) else (None, [])
+        L, live, columns = _live_cholesky(num, C @ P @ C.T + R @ R.T) if len(o) else (None, [], None)
         dead += len(o) - len(live)
         predicted, term = (m, P), num.array(0.0)[()]
         weighted, gain, information = m * 0, P * 0, P * 0
@@ -107,7 +107,10 @@ def _filter(num, q, timed, y, u, keep=False):
             gain = P @ information
             m, P = m + P @ weighted, P - gain @ P
             P = (P + P.T) / 2
-            term = -(v @ Sv + sum(2 * num.log(x) + num.log(num.two_pi) for x in L.diagonal())) / 2
+            volume = L  # of the step's innovations, in the subspace that they can move in
+            if len(live) < len(o):
+                volume = _live_cholesky(num, columns.T @ columns)[0]
+            term = -(v @ Sv + sum(2 * num.log(x) + num.log(num.two_pi) for x in volume.diagonal())) / 2
         terms.append(term)
         if keep:
             steps.append((predicted, (m, P), weighted, information, np.eye(len(m), dtype=int) - gain))
@@ -352,7 +355,7 @@ def exact_observation(rng):
 
 @case
 def known_entries(rng):
-    """A known start and a sensor seen twice, both without noise: `y_1` and the copies have no density."""
+    """A known start and a sensor seen twice, both without noise: `y_1` is sure, and the copies are on a line."""
     params, y = _plain(rng, n=3, chol_P0=np.zeros((3, 3)), chol_R=np.zeros((1, 1)), **_companion([0.5, -0.3, 0.2]))
     m0 = np.array([0.25, -0.5, 1.0])
     y[0] = m0[0]

@@ -460,3 +460,22 @@ def path_posterior(ssm, y, part):
     j = joint(ssm, len(y))
     index = np.concatenate([j.z(t)[part] for t in range(len(y))])
     return multivariate_normal(*condition(j, index, *seen(j, y, len(y))))
+
+
+def log_likelihood_on_subspaces(ssm, y):
+    """`log p(y)` with exact sensors: the density of each step in the subspace of its readings, by `eigh`."""
+    q, _ = parameters(ssm)
+    m, P, total = np.asarray(q["m0"]), q["chol_P0"] @ q["chol_P0"].T, 0.0
+    for t, row in enumerate(np.asarray(y, float)):
+        if t:
+            m, P = q["A"] @ m, q["A"] @ P @ q["A"].T + q["chol_Q"] @ q["chol_Q"].T
+        seen = ~np.isnan(row)
+        C, R = q["C"][seen], (q["chol_R"] @ q["chol_R"].T)[np.ix_(seen, seen)]
+        values, basis = np.linalg.eigh(C @ P @ C.T + R)
+        live = values > 1e-12 * max(values.max(initial=0.0), 1e-300)
+        values, basis = values[live], basis[:, live]
+        innovation = basis.T @ (row[seen] - C @ m)
+        total -= 0.5 * np.sum(np.log(2 * np.pi * values) + innovation**2 / values)
+        gain = P @ C.T @ basis / values
+        m, P = m + gain @ innovation, P - gain @ basis.T @ C @ P
+    return total

@@ -13,7 +13,8 @@ from pssm import datasets, models
 from pssm.cli import main
 from pssm.diagnostics import load_tree
 from pssm.infer import fit_svi, save
-from pssm.study.saved import labels_after, load_plan
+from pssm.study.saved import load_plan
+from pssm.times.grid import labels_after
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:SVI has not converged", "ignore:.*transitions diverged", "ignore:NUTS was interrupted"

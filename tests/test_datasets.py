@@ -92,10 +92,9 @@ def test_unknown_names_are_met_with_the_known_ones():
         load("macrodata", "INFL")
 
 
-def test_a_load_needs_neither_pandas_nor_statsmodels():
-    # Only what loading adds counts for pandas: importing the package may have brought it along already.
+def test_an_import_brings_no_pandas_and_a_load_no_statsmodels():
     code = "import sys, pssm.datasets as d; had = 'pandas' in sys.modules; d.load('co2'); d.load('macrodata'); "
-    code += "sys.exit('statsmodels' in sys.modules or ('pandas' in sys.modules and not had))"
+    code += "sys.exit('statsmodels' in sys.modules or had)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -228,8 +227,8 @@ GOOD = "time,flow,level\n0,1,5\n1,2,6\n"
         ("", {}, ["`path`", "my.csv", "empty"]),
         ("\n \n", {}, ["`path`", "my.csv", "empty"]),
         (",,\n,,\n", {}, ["`path`", "my.csv", "empty"]),
-        (b"PK\x03\x04\x00\x00", {}, ["`path`", "my.csv", "not UTF-8 text"]),
-        (b"t,fl\xfcss\n0,1\n", {}, ["`path`", "my.csv", "not UTF-8 text"]),
+        (b"PK\x03\x04\x00\x00", {}, ["`path`", "my.csv", "not text", "Excel"]),
+        (b"\x01\x02\xff\x00\x00\x07", {}, ["`path`", "my.csv", "not text in UTF-8"]),
         ('t,y\n0,"1\n1,2\n', {}, ["`path`", "my.csv", "cannot be split"]),
         ("time,flow\n", {}, ["`path`", "my.csv", "only its header", "flow"]),
         ("1871,1120\n1872,1160\n", {}, ["`path`", "my.csv", "must name the columns", "1871, 1120"]),
@@ -251,7 +250,11 @@ GOOD = "time,flow,level\n0,1,5\n1,2,6\n"
         ("time,flow\n0,1\n1,1e999\n", {}, ["`column`", "'flow'", "row 2 (line 3)", "'1e999'"]),
         ("time,flow\n0,1\n2,1\n1,1\n", {}, ["`time`", "'time'", "my.csv", "row 3 (line 4)", "'1'", "after 2"]),
         ("time,flow\n0,1\n1,1\n1,1\n", {}, ["`time`", "'time'", "my.csv", "row 3 (line 4)", "'1'", "repeats"]),
-        ("d,y\n2001-01-02,1\n2001-01-01,2\n", {}, ["`time`", "'d'", "row 2 (line 3)", "'2001-01-01'", "2001-01-02"]),
+        (
+            "d,y\n2001-01-02,1\n2001-01-01,2\n2001-01-03,2\n",
+            {},
+            ["`time`", "'d'", "row 2 (line 3)", "'2001-01-01'", "2001-01-02"],
+        ),
         ("d,y\n2001-01-02,1\n2001-01-02,2\n", {}, ["`time`", "'d'", "row 2 (line 3)", "'2001-01-02'", "repeats"]),
         ("d,y\n2001-01-01,1\n\n2001-02-30,2\n", {}, ["`time`", "'d'", "row 2 (line 4)", "'2001-02-30'", "YYYY-MM-DD"]),
         ("time,y\n2001-01-01,1\nnow,2\n", {}, ["`time`", "'time'", "row 2 (line 3)", "'now'"]),
@@ -288,7 +291,9 @@ numbers = st.one_of(st.just(float("nan")), st.floats(allow_nan=False, allow_infi
 )
 def test_any_values_come_back_bit_for_bit(tmp_path_factory, values, start):
     rows = "".join(f"{start + i},{'' if np.isnan(v) else repr(v)}\n" for i, v in enumerate(values))
-    series = read_csv(write(tmp_path_factory.mktemp("csv"), "t,y\n" + rows))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`column`.*far outside")  # which some draws are
+        series = read_csv(write(tmp_path_factory.mktemp("csv"), "t,y\n" + rows))
     np.testing.assert_array_equal(series.y[:, 0], values)
     np.testing.assert_array_equal(series.time, np.arange(start, start + len(values)))
 

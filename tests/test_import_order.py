@@ -19,6 +19,7 @@ ORDER = [
     "_types",
     "_keys",
     "_checks",
+    "times",
     "storage",
     "linalg",
     "results",

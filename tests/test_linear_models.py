@@ -82,6 +82,7 @@ def test_values_are_the_same_system_in_the_models_basis(x64):
     q["chol_P0"] = 3.0 * q["chol_Q"]
     ssm = LinearGaussianSSM(**q)
     y, u = rng.normal(size=(7, 4)), rng.normal(size=(7, 1))
+    u[0] = 0.0  # the model counts its inputs from there
     values = models.lds_values(ssm)
     model = handlers.substitute(partial(models.lds, y, num_states=3, u=u), data=values)
     fn = handlers.trace(model).get_trace()["y"]["fn"]
@@ -247,16 +248,25 @@ def test_sequences_are_scored_one_by_one(states, x64):
     np.testing.assert_allclose(trace["y"]["fn"].log_prob(y), alone, atol=1e-8)
 
 
+TWO = np.arange(10.0).reshape(5, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: models.lds(num_steps=5), "`num_steps` and `num_obs` are required"),
         (lambda: models.lds(np.ones((5, 2)), num_obs=3), "`num_obs` is 3, but `y` has 2"),
-        (lambda: models.lds(np.ones((5, 2)), u=np.ones((4, 1))), r"`u` must have shape \(5, input\)"),
+        (lambda: models.lds(TWO, u=np.ones((4, 1))), r"`u` must have shape \(5, input\)"),
         (lambda: models.lds(np.ones((5, 2)), num_states=0), "`num_states` must be at least 1"),
-        (lambda: models.dynamic_factor(np.ones((5, 2)), num_factors=3), "`num_factors` must be at most 2"),
+        (
+            lambda: models.dynamic_factor(TWO, num_factors=3),
+            "`num_factors` must be at most 2",
+        ),
         (lambda: models.dynamic_factor(np.ones((5, 2)), states="both"), "`states` must be one of"),
-        (lambda: models.dynamic_factor(np.ones((5, 2)), error_order=-1), "`error_order` must be at least 0"),
+        (
+            lambda: models.dynamic_factor(TWO, error_order=-1),
+            "`error_order` must be at least 0",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, words):

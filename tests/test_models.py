@@ -38,6 +38,10 @@ def _double_precision():
         yield
 
 
+# The series are shorter than some of the models' states: quick, and exact all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:`y` has . observed values")
+
+
 def series():
     y = 100 + np.cumsum(np.random.default_rng(2).normal(size=STEPS))
     y[[0, 3, 4]] = np.nan
@@ -59,7 +63,7 @@ def prior_log_density(trace, names):
 def test_marginal_density_is_the_dense_one(name):
     sites, trace = parameters_of(MODELS[name], series())
     marginal = trace["y"]["fn"]
-    expected = oracles.log_likelihood(marginal.ssm, series()[:, None], U if marginal.u is not None else None)
+    expected = oracles.log_likelihood(marginal.ssm, series()[:, None], marginal.u)
     np.testing.assert_allclose(marginal.log_prob(trace["y"]["value"]), expected, rtol=1e-9)
     joint = log_density(MODELS[name], (series(),), {}, sites)[0]
     np.testing.assert_allclose(joint, expected + prior_log_density(trace, sites), rtol=1e-9)
@@ -71,7 +75,7 @@ def test_sampled_states_are_the_marginal_times_their_posterior(name):
     model = partial(MODELS[name], states="sampled")
     sites, trace = parameters_of(MODELS[name], series())
     marginal = trace["y"]["fn"]
-    j = oracles.joint(marginal.ssm, STEPS, U if marginal.u is not None else None)
+    j = oracles.joint(marginal.ssm, STEPS, marginal.u)
     n = marginal.ssm.n_state
     mean, cov = oracles.condition(j, np.arange(STEPS * n), *oracles.seen(j, series()[:, None], STEPS))
     root = np.linalg.cholesky((cov + cov.T) / 2)
@@ -170,6 +174,7 @@ def test_without_data_it_predicts(name, states):
         assert draws["z"].shape[:2] == (3, STEPS)
 
 
+@pytest.mark.filterwarnings("ignore:`y` with one observed value")
 @pytest.mark.parametrize("states", ["marginal", "sampled"])
 @pytest.mark.parametrize(
     "model", [models.local_level, partial(models.seasonal, period=3), partial(models.autoregression, order=2)]
@@ -181,6 +186,7 @@ def test_one_time_step(model, states):
     assert handlers.seed(model, 0)(num_steps=1, states=states) is None
 
 
+@pytest.mark.filterwarnings("ignore:`y` with one constant value")
 @pytest.mark.parametrize("states", ["marginal", "sampled"])
 def test_constant_and_all_missing_series(states):
     for y in (np.full(STEPS, 3.0), np.full(STEPS, np.nan)):

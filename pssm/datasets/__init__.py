@@ -1,8 +1,10 @@
-"""Small real data shipped as files, series and sets of sequences; a reader for a user's CSV file; simulated clips."""
+"""Small real data shipped as files, series and sets of sequences; a reader for a user's file; simulated clips."""
 
 from pssm.datasets.clips import Clips, bouncing_ball, pendulum_clips
-from pssm.datasets.load import Series, available, load, read_csv
+from pssm.datasets.embedded import available, load
+from pssm.datasets.read import read_csv, read_table
 from pssm.datasets.sequences import Sequences, available_sequences, load_sequences
+from pssm.datasets.series import Series
 
 __all__ = [
     "Clips",
@@ -15,4 +17,5 @@ __all__ = [
     "load_sequences",
     "pendulum_clips",
     "read_csv",
+    "read_table",
 ]

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from pssm.diagnostics.backtest import Backtest, backtest
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
+from pssm.diagnostics.disturbances import Disturbances, disturbances
 from pssm.diagnostics.gap import BoundGap, bound_gap
 from pssm.diagnostics.impact import Impact, impact
 from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
-from pssm.diagnostics.tree import load_tree, save_tree, to_datatree
+from pssm.diagnostics.tree import to_datatree
+from pssm.diagnostics.tree_files import load_tree, save_tree
 
 if TYPE_CHECKING:
     from pssm.diagnostics.crossval import leave_future_out
@@ -18,11 +20,13 @@ __all__ = [
     "Backtest",
     "BoundGap",
     "Calibration",
+    "Disturbances",
     "Evidence",
     "Impact",
     "Residuals",
     "backtest",
     "bound_gap",
+    "disturbances",
     "impact",
     "khat",
     "leave_future_out",

@@ -97,7 +97,7 @@ def backtest(
         time: labels of the steps.
         num_draws: draws of each forecast.
         options: of the fits: `num_starts`, `num_samples`, ...
-        key: random key, or a whole number.
+        key: random key, or a whole number; the same key gives the same draws.
         progress_bar: show a progress bar.
         kwargs: further arguments of the model; `u` and other arrays along time cover all steps.
 

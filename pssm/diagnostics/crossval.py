@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpyro.infer import MCMC
 
-from pssm._checks import check_count
+from pssm._checks import check_count, is_rounded
 from pssm._keys import as_key
 from pssm._types import Key, KeyLike
 from pssm.diagnostics.groups import pointwise_dims, pointwise_likelihoods
@@ -18,8 +18,12 @@ from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.results import SVIFit, model_of, posterior_draws
 from pssm.fitting.start import GUIDES, initial_state
 from pssm.inspection.axes import Axes, find_axes, holds, takes_missing
+from pssm.models.scales import counts_from_origin, series
 
 NUM_DRAWS = 4000  # of a guide
+LOST = (
+    'Subtract a constant from the data, or switch on 64-bit arithmetic with jax.config.update("jax_enable_x64", True).'
+)
 
 
 class _Refit(az.SamplingWrapper):
@@ -27,6 +31,7 @@ class _Refit(az.SamplingWrapper):
 
     def __init__(self, fit: MCMC | SVIFit, key: KeyLike, dims: dict[str, tuple[str, ...]] | None = None):
         model, args, self.kwargs = model_of(fit)
+        args, renamed = _near_zero(model, args, self.kwargs)
         axes = find_axes(model, args, self.kwargs, dims=dims, series=True)
         self.site, self.axis = _cut_along(axes, args)
         self.data, self.rest = np.array(args[0], dtype=float), args[1:]
@@ -37,7 +42,12 @@ class _Refit(az.SamplingWrapper):
         # Scores are those of the whole series, the future too, under the parameters fitted to the past.
         self.score = pointwise_likelihoods(model, (self.site,), args, self.kwargs, axes)
         self.refit = _same_svi(fit) if isinstance(fit, SVIFit) else _same_nuts(fit, self.rest, self.kwargs)
-        super().__init__(model=model, idata_orig=self.get_inference_data(posterior_draws(fit, num_samples=NUM_DRAWS)))
+        draws = posterior_draws(fit, num_samples=NUM_DRAWS)
+        above = [n for n in draws if renamed and n.endswith("_above")]
+        if above and isinstance(fit, SVIFit):
+            raise ValueError(f"`fit`: its guide has {above[0]!r}, which no refit has. {LOST}")
+        draws |= {n.removesuffix("_above"): draws.pop(n) for n in above}
+        super().__init__(model=model, idata_orig=self.get_inference_data(draws))
 
     def sel_observations(self, idx: np.ndarray) -> tuple[Any, Any]:
         kept = self.data.copy()
@@ -60,6 +70,22 @@ class _Refit(az.SamplingWrapper):
 
     def log_likelihood__i(self, excluded_obs: Any, idata__i: xr.DataTree) -> xr.DataArray:
         return idata__i["log_likelihood"]["y"].isel(time=np.asarray(excluded_obs))
+
+
+def _near_zero(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], bool]:
+    """The arguments with data that 32 bits hold: refits get them as 32-bit numbers. Whether something was subtracted.
+
+    Models of pssm do not depend on where the zero of their data lies, unless they are given a `location`.
+    """
+    if not args or not is_rounded(args[0]):
+        return args, False
+    if not counts_from_origin(model, kwargs):
+        raise ValueError(f"`fit`: refits have their data in 32 bits, which cannot hold this series. {LOST}")
+    y = np.asarray(args[0], np.float64)
+    origin = series(y, 1 if y.ndim == 1 else y.shape[-1]).origin
+    return (y - (0.0 if origin is None else origin), *args[1:]), True
 
 
 def _cut_along(axes: Axes, args: tuple[Any, ...]) -> tuple[str, int]:

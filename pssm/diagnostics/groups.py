@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import pandas as pd
 import xarray as xr
 
-from pssm._types import ArrayLike
 from pssm.distributions import GaussianFilterMarginal, LinearGaussianMarginal, WithMissing
 from pssm.fitting.results import flatten_draws, trace_with
 from pssm.inspection.axes import Axes, innermost
@@ -18,22 +16,6 @@ from pssm.partly_observed import log_prob_observed
 
 LEAD = ("chain", "draw")
 BY_STEPS = (LinearGaussianMarginal, GaussianFilterMarginal)  # what has `log_prob_steps`
-
-
-def label_array(name: str, labels: ArrayLike | Iterable[Any]) -> np.ndarray:
-    """Labels of an axis as an array that a netCDF file can hold: numbers, texts or dates without a time zone."""
-    if isinstance(labels, pd.PeriodIndex):
-        labels = labels.to_timestamp()
-    if isinstance(labels, pd.DatetimeIndex) and labels.tz is not None:
-        labels = labels.tz_convert("UTC").tz_localize(None)
-    found = np.asarray(labels if np.ndim(labels) else [labels])
-    if found.ndim != 1:
-        raise ValueError(f"`{name}` must be a list of labels, one for each step or entry; got shape {found.shape}.")
-    if found.dtype.kind != "O":
-        return found
-    if all(hasattr(x, "isoformat") for x in found):  # dates of Python or pandas
-        return np.asarray(pd.to_datetime(list(found), utc=True).tz_localize(None))
-    return np.array([str(x) for x in found])
 
 
 class Namer:

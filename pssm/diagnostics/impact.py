@@ -138,7 +138,7 @@ def impact(
         time: labels of the steps.
         num_draws: paths of the series as it would have been.
         options: of the fit: `num_samples`, `num_warmup`, `num_starts`, ...
-        key: random key, or a whole number.
+        key: random key, or a whole number; the same key gives the same draws.
 
     Returns:
         An `Impact`: `.effects`, `.table`, `.placebo`, `.summary()` in words, `.plot()`.

@@ -5,6 +5,7 @@ import xarray as xr
 
 from pssm._checks import unmasked
 from pssm._types import ArrayLike
+from pssm.times.labels import label_array
 
 
 def scores(
@@ -60,7 +61,7 @@ def scores(
         raise ValueError("`draws` must be finite; there are NaN or infinite values among them.")
     if not all(0 < level < 1 for level in levels):
         raise ValueError(f"`levels` must lie between 0 and 1; got {levels}.")
-    labels = np.arange(1, len(truth) + 1) if time is None else np.asarray(time)
+    labels = np.arange(1, len(truth) + 1) if time is None else label_array("time", time)
     if labels.shape != truth.shape[:1]:
         raise ValueError(f"`time` must have {len(truth)} labels; got shape {labels.shape}.")
 

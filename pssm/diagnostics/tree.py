@@ -16,18 +16,19 @@ from pssm._version import __version__
 from pssm.diagnostics.groups import (
     LEAD,
     Namer,
-    label_array,
     observed_points,
     pointwise,
     pointwise_likelihoods,
 )
+from pssm.diagnostics.tree_files import load_tree, save_tree
 from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
 from pssm.guides.plates import WholePlates
 from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states, states_of
 from pssm.infer.predict import forecast as forecast_draws
 from pssm.inspection.axes import Axes, find_axes, is_path_noise
-from pssm.storage.files import whole_file
 from pssm.storage.folder import data_digest
+from pssm.times.grid import future_labels
+from pssm.times.labels import label_array
 
 Attempt = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset | None]
 
@@ -61,7 +62,9 @@ def to_datatree(
         fit: from `fit_nuts`, `fit_svi`, or NumPyro's `MCMC` after `run`.
         model: the model that scores, smooths and forecasts the draws; by default the one that was fitted. One with its
             states integrated out makes scores, states and forecast of sampled states exact given the parameters.
-        time: labels of the time steps; 0, 1, ... by default.
+        time: labels of the time steps: dates (`DatetimeIndex`, `PeriodIndex`, datetime64, `datetime.date`), numbers or
+            texts; by default the index of the frame that was fitted, or 0, 1, ... A period is labelled by its start, a
+            time with a zone in UTC.
         dims: names of the axes of sites, `{"counts": ("region", "time")}`, over those that are worked out from
             plates, paths, scans and series. The name "time" makes an axis that of time.
         coords: labels of axes, by axis name. Those of the states of a site are taken from its
@@ -69,7 +72,8 @@ def to_datatree(
         log_likelihood: add the pointwise log-likelihood.
         states: add smoothed states and signal, as `pssm.infer.smoothed_states` has them.
         forecast: number of steps of the forecast to add, as of `pssm.infer.forecast`; 0 for none.
-        future_time: labels of the forecast steps.
+        future_time: labels of the forecast steps; by default those of `time` go on, by the calendar. Where these are
+            not equally spaced, the steps are numbered 1, 2, ..., with a warning.
         u_future: inputs of the forecast steps.
         num_samples: number of draws from an SVI fit.
         key: random key, or a whole number; the default too is the same in each call, and gives the same draws.
@@ -130,11 +134,16 @@ def build_tree(
     fitted = record.model
     if record.params:  # a model's own parameters have the values that were fitted
         fitted, scorer = (numpyro.handlers.substitute(m, data=record.params) for m in (fitted, scorer))
+    if record.labels is not None and time is None:
+        time = record.labels.time
+    if forecast and future_time is None and time is not None:
+        future_time = future_labels(time, forecast)
     with WholePlates():
         draws = posterior_draws(fit, num_samples=num_samples, key=key)
         axes = _axes_of(fitted, scorer, args, kwargs, draws, dims, series=time is not None)
-        names = Namer(axes, _labels(axes, time, coords))
+        names = Namer(axes, {**_columns(axes, record.labels), **_labels(axes, time, coords)})
         own = {n: x for n, x in draws.items() if not is_path_noise(axes.trace.get(n))}
+        own |= _in_64_bits(draws, axes)
         tree = {"posterior": names.dataset(own, LEAD)}
         if record.stats:
             tree["sample_stats"] = names.dataset(stats := _stats(record.stats), LEAD, dims=dict.fromkeys(stats, ()))
@@ -201,28 +210,6 @@ def check_coords(tree: xr.DataTree, coords: dict[str, ArrayLike] | None) -> None
             raise ValueError(f"`coords` has labels for {name!r}, which is no axis of this fit. Its axes: {axes}.")
 
 
-def save_tree(tree: xr.DataTree, path: str | Path) -> Path:
-    """Writes a tree to netCDF (h5netcdf), whole or not at all: a temporary file is moved into place.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    path = Path(path)
-    with whole_file(path) as partial:
-        tree.to_netcdf(partial, engine="h5netcdf")
-    return path
-
-
-def load_tree(path: str | Path) -> xr.DataTree:
-    """Reads a tree written by `save_tree` into memory; equal to what was saved.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    with xr.open_datatree(path, engine="h5netcdf") as tree:
-        return tree.load()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +250,16 @@ def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | N
     return labels
 
 
+def _columns(axes: Axes, labels: Any) -> dict[str, np.ndarray]:
+    """The names of a frame's columns as labels of the axis of the series in the data."""
+    if labels is None or labels.columns is None or not axes.data:
+        return {}
+    site = axes.data[0]
+    sizes = dict(zip(axes.names[site], np.shape(axes.trace[site]["value"]), strict=True))
+    fitting = (a for a in ("series", f"{site}_series") if sizes.get(a) == len(labels.columns))
+    return {axis: np.asarray(labels.columns) for axis in list(fitting)[:1]}
+
+
 def no_time_axis(axes: Axes) -> str:
     """Says that the time axis of the data is not known, and what to do."""
     if not axes.data:
@@ -275,6 +272,19 @@ def no_time_axis(axes: Axes) -> str:
         f"which axis of the observed site {name!r} is time cannot be known from the model: its shape is {shape}, its "
         f'axes are ({shown}). Name them, as in `dims={{{name!r}: {example}}}`, or call the plate over time "time".'
     )
+
+
+def _in_64_bits(draws: dict[str, np.ndarray], axes: Axes) -> dict[str, np.ndarray]:
+    """Draws that are counted from an origin, with the origin: 32 bits do not hold the sum."""
+    found = {}
+    for name, site in axes.trace.items():
+        infer = site.get("infer") or {}
+        if "above" in infer and name in draws:
+            public, origin = infer["above"]
+            found[public] = np.asarray(draws[name], np.float64) + origin.reshape(np.shape(draws[name])[2:])
+        if "origin" in infer and (z := name.removesuffix("_base")) in draws:
+            found[z] = np.asarray(draws[z], np.float64) + infer["origin"]
+    return found
 
 
 def _stats(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

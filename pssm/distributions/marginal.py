@@ -8,6 +8,7 @@ from numpyro.distributions import constraints
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
+from pssm.distributions.in_units import from_origin
 from pssm.distributions.state_path import StatePath
 from pssm.events import of_events
 from pssm.filters import (
@@ -49,6 +50,10 @@ class LinearGaussianMarginal(dist.Distribution):
         ssm: the model. Time-varying arrays cover `num_steps` steps, or more: those that follow are for `forecast`.
         num_steps: number of time steps, at least 1.
         u: inputs `(..., time, input)`, where the model has `B` or `D`.
+        origin: numbers `(obs,)` from which the series is counted: `ssm` is the model of `y - origin`. Of a NumPy array
+            of 64 bits it is subtracted in 64 bits, so that 32 bits hold what is left of heights near 1e7.
+        u_origin: numbers `(input,)` from which inputs are counted, those of the future too.
+        state_origin: what `origin` is of the states, `(state,)`: added to smoothed and sampled states.
 
     Raises:
         ValueError: `num_steps`, `u` or the length of time-varying arrays do not fit.
@@ -66,7 +71,7 @@ class LinearGaussianMarginal(dist.Distribution):
         (5, 1)
     """
 
-    pytree_data_fields = ("whole_ssm", "u")
+    pytree_data_fields = ("whole_ssm", "u", "origin", "u_origin", "state_origin")
     pytree_aux_fields = ("num_steps",)
     support = real_or_missing_matrix  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
@@ -78,6 +83,9 @@ class LinearGaussianMarginal(dist.Distribution):
         num_steps: int,
         u: ArrayLike | None = None,
         *,
+        origin: ArrayLike | None = None,
+        u_origin: ArrayLike | None = None,
+        state_origin: ArrayLike | None = None,
         validate_args: bool | None = None,
     ):
         if not isinstance(ssm, LinearGaussianSSM):
@@ -85,7 +93,8 @@ class LinearGaussianMarginal(dist.Distribution):
         self.num_steps = check_count("num_steps", num_steps)
         check_num_steps(ssm, num_steps, "`num_steps`", or_more=True)
         self.whole_ssm = ssm
-        self.u = check_inputs(ssm, u, num_steps)
+        self.origin, self.u_origin, self.state_origin = origin, u_origin, state_origin
+        self.u = check_inputs(ssm, None if u is None else from_origin(u, u_origin), num_steps)
         batch = jnp.broadcast_shapes(ssm.batch_shape, () if self.u is None else self.u.shape[:-2])
         super().__init__(batch, (num_steps, ssm.n_obs), validate_args=validate_args)
 
@@ -102,29 +111,39 @@ class LinearGaussianMarginal(dist.Distribution):
             count *= size
         keys = jax.random.split(key, count)
         y = jax.vmap(lambda k: simulate(k, self.ssm, self.num_steps, self.u)[1])(keys)
-        return y.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+        return _above(y.reshape(*sample_shape, *self.batch_shape, *self.event_shape), self.origin)
 
     @of_events
     def log_prob(self, value: Array) -> Array:
         """`log p(y_{1:T})` over the observed entries, exact, `sample_shape + batch_shape`."""
-        return log_likelihood(self.ssm, self._with_batch(value), self.u)
+        return log_likelihood(self.ssm, self.differences(value), self.u)
 
     def log_prob_steps(self, value: Array) -> Array:
         """`log p(y_t | y_{1:t-1})` for each step, `(..., time)`; 0 where nothing is observed."""
-        return log_likelihoods(self.ssm, self._with_batch(value), self.u)
+        return log_likelihoods(self.ssm, self.differences(value), self.u)
 
     def smooth(self, value: Array) -> SmootherResult:
         """The posterior of the states given a series."""
-        return kalman_smoother(self.ssm, self._with_batch(value), self.u)
+        found = kalman_smoother(self.ssm, self.differences(value), self.u)
+        return found if self.state_origin is None else found._replace(mean=_above(found.mean, self.state_origin))
 
     def sample_states(self, key: KeyLike, value: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Paths from the posterior of the states given a series, `sample_shape + (..., time, state)`."""
         key = as_key(key)
-        return sample_states(key, self.ssm, self._with_batch(value), self.u, sample_shape=sample_shape)
+        path = sample_states(key, self.ssm, self.differences(value), self.u, sample_shape=sample_shape)
+        return _above(path, self.state_origin)
 
     def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:
         """Moments of the `num_steps` steps after a series."""
-        return forecast(self.whole_ssm, self._with_batch(value), num_steps, self.u, u_future)
+        ahead = None if u_future is None else from_origin(u_future, self.u_origin)
+        found = forecast(self.whole_ssm, self.differences(value), num_steps, self.u, ahead)
+        mean, state_mean = _above(found.mean, self.origin), _above(found.state_mean, self.state_origin)
+        return found._replace(mean=mean, state_mean=state_mean)
+
+    def differences(self, value: ArrayLike) -> Array:
+        """A series counted from `origin`, with all batch axes."""
+        found = from_origin(value, self.origin)
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(jnp.shape(found), self.batch_shape + self.event_shape))
 
     @property
     def mean(self) -> Array:
@@ -141,10 +160,12 @@ class LinearGaussianMarginal(dist.Distribution):
         nothing = jnp.full((*self.batch_shape, *self.event_shape), jnp.nan, self.ssm.dtype)
         prior = kalman_smoother(self.ssm, nothing, self.u)
         C, R = self.ssm.with_time_axis("C"), outer(self.ssm.with_time_axis("chol_R"))
-        return self.ssm.signal(prior.mean, self.u), outer(C @ prior.chol) + R
+        return _above(self.ssm.signal(prior.mean, self.u), self.origin), outer(C @ prior.chol) + R
 
-    def _with_batch(self, value: Array) -> Array:
-        return jnp.broadcast_to(value, jnp.broadcast_shapes(jnp.shape(value), self.batch_shape + self.event_shape))
+
+def _above(x: Array, origin: ArrayLike | None) -> Array:
+    """`origin + x`, rounded to the precision of JAX."""
+    return x if origin is None else x + jnp.asarray(origin, x.dtype)
 
 
 @log_prob_observed.register

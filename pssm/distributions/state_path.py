@@ -1,5 +1,6 @@
 """The prior over a whole state path as one sample site, and its non-centred form."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
+from pssm.distributions.in_units import real_in_units
 from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
@@ -65,9 +67,8 @@ class StatePath(dist.Distribution):
         ()
     """
 
-    pytree_data_fields = ("m0", "chol_P0", "chol_Q", "u", "b", "B", "_dynamic")
+    pytree_data_fields = ("m0", "chol_P0", "chol_Q", "u", "b", "B", "_dynamic", "centre", "unit")
     pytree_aux_fields = ("num_steps", "time_varying", "_static", "is_linear")
-    support = constraints.independent(constraints.real, 2)  # pyright: ignore[reportAssignmentType]
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
 
     m0: Array
@@ -124,6 +125,7 @@ class StatePath(dist.Distribution):
             setattr(self, name, arrays.get(name))
         # Two paths with the same transition share compiled programs: what is static of it is compared by its structure.
         self._dynamic, self._static = (arrays["transition"], None) if self.is_linear else split_callable(transition)
+        self.centre = self.unit = None
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
     def _check(self, arrays: dict[str, Any]) -> tuple[int, ...]:
@@ -164,6 +166,18 @@ class StatePath(dist.Distribution):
         timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
         inputs = u if ssm.B is not None else None
         return cls(ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed)
+
+    def in_units(self, centre: ArrayLike, unit: ArrayLike) -> "StatePath":
+        """The same distribution for a sampler that moves in `(z - centre) / unit`; both broadcast against a path."""
+        other = copy.copy(self)
+        other.centre, other.unit = centre, unit
+        return other
+
+    @property
+    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All paths."""
+        real = constraints.real if self.unit is None else real_in_units(self.centre, self.unit)
+        return constraints.independent(real, 2)
 
     @property
     def n_state(self) -> int:

@@ -31,8 +31,9 @@ class Gains(NamedTuple):
     """What one step does, whatever the data: the factors of `step.py` and of this module's head.
 
     `chol` and `new_chol` are `L` and `L+`, `gain` is `Kbar`, `root` is `S^-1/2`, zero where nothing is observed;
-    `log_norm` is the part of the log-likelihood without data. `turn` and `turn_next` are the orthogonal factors of
-    the update and of the transition to the next step.
+    `log_norm` is the part of the log-likelihood without data; `tied` is whether an observed entry is fixed by others
+    (`ties.py`), None where none is. `turn` and `turn_next` are the orthogonal factors of the update and of the
+    transition to the next step.
     """
 
     chol: Array
@@ -40,8 +41,13 @@ class Gains(NamedTuple):
     gain: Array
     root: Array
     log_norm: Array
+    tied: Array | None
     turn: Array
     turn_next: Array
+
+    def without_ties(self) -> "Gains":
+        """The same where it is known that no entry is tied: what treats ties is then not compiled."""
+        return self._replace(tied=None)
 
 
 def may_reach_steady_state(ssm: LinearGaussianSSM, length: int) -> bool:
@@ -88,7 +94,7 @@ def one_step(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> tuple[Arra
     """The next predicted factor, and the row of this step."""
     new = update_factor(ssm, chol, observed)
     next_chol, turn_next = orthogonalise(transition_rows(ssm, new.new_chol))
-    return next_chol, Gains(chol, new.new_chol, new.gain, new.root, new.log_norm, new.turn, turn_next)
+    return next_chol, Gains(chol, new.new_chol, new.gain, new.root, new.log_norm, new.tied, new.turn, turn_next)
 
 
 def every_step(ssm: LinearGaussianSSM, observed: Array) -> Gains:

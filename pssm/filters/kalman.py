@@ -18,6 +18,7 @@ from pssm.filters.means import scan_means, shift
 from pssm.filters.parallel import parallel_filter
 from pssm.filters.passes import run
 from pssm.filters.plan import Plan, plan_for, prepare
+from pssm.filters.refused import possible
 from pssm.filters.step import common_dtype, emission_mean, predict_one, transition_mean
 from pssm.linalg import outer
 from pssm.linalg.random import standard_normal
@@ -41,11 +42,13 @@ def kalman_filter(
             time, for GPUs.
 
     Returns:
-        A `FilterResult`. An entry of `y` whose variance given everything before it is exactly zero (exact
-        observation of a known state) has no density and contributes nothing to the log-likelihood.
+        A `FilterResult`. An entry of `y` that others of its step, or the data before it, fix exactly (exact sensors)
+        adds no dimension: the density is with respect to the subspace that the step's entries can move in, whatever
+        their order. Where it is not as they fix it, the log-likelihood is minus infinity.
 
     Raises:
-        ValueError: a shape does not fit the model, `y` has an infinite value or no time step, or `method` is unknown.
+        ValueError: a shape does not fit the model, `y` has an infinite value or no time step, or `method` is unknown;
+            or, outside of `jit`, the data contradict the model.
 
     Example:
         >>> model = LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
@@ -57,7 +60,8 @@ def kalman_filter(
         Kalman 1960; square-root form: Kailath, Sayed & Hassibi 2000, chapter 12.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return _filter(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
+    result = _filter(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
+    return possible(result, result.log_likelihood, ssm, series, inputs)
 
 
 def log_likelihoods(
@@ -66,7 +70,8 @@ def log_likelihoods(
     """`log p(y_t | y_{1:t-1})` for every step. Arguments and errors as in `kalman_filter`."""
     ssm, series, inputs = prepare(ssm, y, u, method)
     plan = plan_for(ssm, series, inputs, method=method, ends_matter=False)
-    return _log_likelihoods(plan, ssm, series, inputs)
+    each = _log_likelihoods(plan, ssm, series, inputs)
+    return possible(each, each, ssm, series, inputs)
 
 
 def simulate(

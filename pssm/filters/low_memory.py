@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.filters.covariance import one_step, timed_fields
 from pssm.filters.means import shift
-from pssm.filters.step import transition_mean, update_mean
+from pssm.filters.step import by_ties, transition_mean, update_mean
 from pssm.linalg import triangularise
 from pssm.missing import split_missing
 from pssm.ssm import LinearGaussianSSM
@@ -36,7 +36,8 @@ def low_memory_log_likelihood(ssm: LinearGaussianSSM, y: Array, u: Array | None)
         now, seen = ssm.at(timed), observed_t & (t < length)
         next_chol, row = one_step(now, chol, seen)
         new_mean, whitened = update_mean(now, row.gain, row.root, mean, y_t, seen, u_t)
-        return (next_chol, transition_mean(now, new_mean, u_next)), row.log_norm - 0.5 * jnp.sum(whitened**2)
+        log_lik = row.log_norm - 0.5 * jnp.sum(whitened**2) + by_ties(now, chol, row, mean, y_t, seen, u_t)
+        return (next_chol, transition_mean(now, new_mean, u_next)), log_lik
 
     @jax.checkpoint
     def run(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pssm._types import Array
 from pssm.filters.covariance import Gains, one_step, timed_fields
-from pssm.filters.means import Means, shift
+from pssm.filters.means import Means, by_ties_of_all, shift
 from pssm.filters.step import emission_mean, predict_factor, transition_mean, update_factor, update_mean
 from pssm.linalg import complement, solve_lower, triangularise
 from pssm.linalg.small import matmul, matvec
@@ -108,7 +108,9 @@ def _filter(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Gains, M
         new_mean, whitened = update_mean(ssm.at(values), row.gain, row.root, mean, y_t, seen, u_t)
         return Means(mean, new_mean, whitened), row.log_norm - 0.5 * jnp.sum(whitened**2)
 
-    return rows, *jax.vmap(finish)(rows, mean, filled, observed, u, timed)
+    means, log_liks = jax.vmap(finish)(rows, mean, filled, observed, u, timed)
+    tied = ~jnp.all(jnp.diagonal(rows.root, axis1=1, axis2=2) != 0, where=observed)
+    return rows, means, log_liks + by_ties_of_all(tied, ssm, filled, observed, u)
 
 
 def _step(ssm: LinearGaussianSSM, seen: Array) -> _Step:

@@ -103,8 +103,9 @@ def _of_gains_until_steady(what: What, observed: Array, *args: Any) -> Any:
         return batch_first(what(rows, last, *args))
 
     def by_steady_state() -> Any:
-        return what(rows, last, *args)
+        return what(rows.without_ties(), last, *args)
 
+    steady = steady & ~jnp.any(rows.tied)
     return batch_first(jax.lax.cond(steady, by_steady_state, lambda: _of_every_gain(what, observed, *args)))
 
 

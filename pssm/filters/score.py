@@ -19,6 +19,7 @@ from pssm.filters.means import scan_means
 from pssm.filters.parallel import parallel_filter
 from pssm.filters.passes import of_one_series, run, spread, where_gaps_agree
 from pssm.filters.plan import METHODS, Plan, plan_for, prepare
+from pssm.filters.refused import possible
 from pssm.filters.score_back import score
 from pssm.filters.score_shared import shared_gains
 from pssm.filters.score_steady import steady_score
@@ -42,7 +43,8 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
     """
     ssm, series, inputs = prepare(ssm, y, u, method, (*METHODS, "low_memory"))
     plan = plan_for(ssm, series, inputs, method=method, ends_matter=False)
-    return _log_likelihoods(plan, ssm, series, inputs)
+    total = _log_likelihoods(plan, ssm, series, inputs)
+    return possible(total, total, ssm, series, inputs)
 
 
 @partial(jax.jit, static_argnames="plan")

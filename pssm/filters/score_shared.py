@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pssm._types import Array
 from pssm.filters.covariance import OF_COVARIANCES, Gains, spread_rows, timed_fields
@@ -19,19 +20,26 @@ from pssm.ssm import LinearGaussianSSM
 
 def shared_gains(plan: Plan, observed: Array, ssm: LinearGaussianSSM) -> Gains:
     """The part of the gains that means and log-likelihoods need, of every step; nothing else is there."""
-    gain, root, log_norm = _what_means_need(plan, ssm, observed)
-    return Gains(*(None for _ in Gains._fields))._replace(gain=gain, root=root, log_norm=log_norm)
+    gain, root, log_norm, tied = _what_means_need(plan, ssm, observed)
+    return Gains(*(None for _ in Gains._fields))._replace(gain=gain, root=root, log_norm=log_norm, tied=tied)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _what_means_need(plan: Plan, ssm: LinearGaussianSSM, observed: Array) -> tuple[Array, Array, Array]:
-    """`Kbar`, `S^-1/2` and `log_norm` of all steps."""
-    rows = _rows(plan, ssm, observed)
-    return batch_first((rows.gain, rows.root, rows.log_norm))
+def _what_means_need(plan: Plan, ssm: LinearGaussianSSM, observed: Array) -> tuple[Array, ...]:
+    """`Kbar`, `S^-1/2`, `log_norm` and `tied` of all steps."""
+    return batch_first(_needed(_rows(plan, ssm, observed)))
+
+
+def _needed(rows: Gains) -> tuple[Array, ...]:
+    return rows.gain, rows.root, rows.log_norm, rows.tied
 
 
 def _rows(plan: Plan, ssm: LinearGaussianSSM, observed: Array) -> Gains:
-    return of_gains(lambda rows, last, _: spread_rows(rows, last, len(observed)), plan, observed, ssm)
+    def spread(rows: Gains, last: Array | int, _: LinearGaussianSSM) -> Gains:
+        tied = jnp.zeros(rows.log_norm.shape, bool) if rows.tied is None else rows.tied
+        return spread_rows(rows._replace(tied=tied), last, len(observed))
+
+    return of_gains(spread, plan, observed, ssm)
 
 
 @_what_means_need.defjvp
@@ -67,4 +75,4 @@ def _what_means_need_jvp(plan: Plan, primals: tuple, tangents: tuple) -> tuple:
     timed, d_timed = (timed_fields(x, ahead=True, names=OF_COVARIANCES) for x in (ssm, tangents[0]))
     xs = rows, observed, timed, d_timed
     changes = jax.lax.scan(step, matmul(tangents[0].chol_P0, turn.T), xs)[1]
-    return batch_first(((rows.gain, rows.root, rows.log_norm), changes))
+    return batch_first((_needed(rows), (*changes, np.zeros(rows.tied.shape, jax.dtypes.float0))))

@@ -25,8 +25,9 @@ def steady_score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Arr
         return batch_first(_score_by_steady_state(ssm, y, u, rows, last))
 
     def by_steady_state() -> tuple[Array, tuple]:
-        return _score_by_steady_state(ssm, y, u, rows, last)
+        return _score_by_steady_state(ssm, y, u, rows.without_ties(), last)
 
+    steady = steady & ~jnp.any(rows.tied)
     return batch_first(jax.lax.cond(steady, by_steady_state, lambda: score(ssm, y, u)))
 
 

@@ -24,6 +24,7 @@ from pssm.filters.means import Means, scan_means
 from pssm.filters.parallel import parallel_smoother
 from pssm.filters.passes import of_gains, run
 from pssm.filters.plan import Plan, plan_for, prepare
+from pssm.filters.refused import possible
 from pssm.linalg import complement, triangularise, unless
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
@@ -57,7 +58,8 @@ def kalman_smoother(
         Rauch, Tung & Striebel 1965; Park & Kailath 1995.
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
-    return _smooth(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
+    result = _smooth(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
+    return possible(result, result.log_likelihood, ssm, series, inputs)
 
 
 def sample_states(
@@ -188,11 +190,11 @@ def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, 
     forth = row.turn_next[:, :n]
     seen = matmul(forth.T, left)
     cross = matmul(matmul(next_chol, left), matmul(seen.T, row.new_chol.T))
-    kept = _what_is_left(row.turn_next, seen)
+    kept = what_is_left(row.turn_next, seen)
     return matmul(_through_update(row), kept), kept, matmul(row.new_chol, kept), cross
 
 
-def _what_is_left(turn: Array, seen: Array) -> Array:
+def what_is_left(turn: Array, seen: Array) -> Array:
     """`W`, lower triangular. It may be found by subtraction as long as little is subtracted, and that is fast."""
     n = turn.shape[0]
 

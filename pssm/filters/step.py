@@ -7,13 +7,14 @@ triangularises:
     [   L     0    ]  =  [ Kbar    L+ ] [ Q21  Q22 ]     L+ a factor of the filtered covariance
 
 Missing entries are rows of zeros in the first line: their pivot in `S^1/2` is zero and is skipped, and so is an entry
-that was known exactly before it was seen. Nothing is subtracted from a covariance, so none can turn negative, and
-float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12). The other half
-is a few products of a matrix and a vector.
+that was known exactly before it was seen (see `ties.py`). Nothing is subtracted from a covariance, so none can turn
+negative, and float32 is enough where a covariance recursion needs float64 (Kailath, Sayed & Hassibi 2000, chapter 12).
+The other half is a few products of a matrix and a vector.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,15 @@ import jax.numpy as jnp
 from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float
 from pssm.batch import over_batches
-from pssm.linalg import orthogonalise, solve_lower, triangularise
+from pssm.filters.ties import OfStep, what_ties_add
+from pssm.linalg import orthogonalise, solve_lower, triangularise, unless
 from pssm.linalg.small import affine, matmul, times
 from pssm.missing import split_missing
 from pssm.results import PredictResult, UpdateResult
 from pssm.ssm import LinearGaussianSSM, check_model
 
 LOG_2PI = math.log(2 * math.pi)
+Factorise = Callable[[Array], tuple[Array, Array]]
 
 
 def predict(ssm: LinearGaussianSSM, mean: ArrayLike, chol: ArrayLike, u: ArrayLike | None = None) -> PredictResult:
@@ -76,8 +79,8 @@ def update(
         u: input of the step, `(..., input)`, where the model has `D`.
 
     Returns:
-        An `UpdateResult` with `mean`, `chol` (lower triangular), `cov` and `log_likelihood`. An entry of `y` whose
-        variance given everything before it is exactly zero has no density and contributes nothing.
+        An `UpdateResult` with `mean`, `chol` (lower triangular), `cov` and `log_likelihood`. Entries of `y` that are
+        tied exactly are treated as in `kalman_filter`; the log-likelihood of a contradiction is minus infinity.
 
     Raises:
         ValueError: a shape does not fit, the model varies in time, or `u` is absent where it is needed.
@@ -120,37 +123,42 @@ def update_one(ssm: LinearGaussianSSM, mean: Array, chol: Array, y: Array, u: Ar
     """`update`, unbatched and unchecked."""
     filled, observed = split_missing(y)
     new = update_factor(ssm, chol, observed)
-    mean, whitened = update_mean(ssm, new.gain, new.root, mean, filled, observed, u)
-    log_likelihood = jnp.where(jnp.any(observed), new.log_norm - 0.5 * jnp.sum(whitened**2), 0.0)
-    return UpdateResult(mean, new.new_chol, log_likelihood)
+    new_mean, whitened = update_mean(ssm, new.gain, new.root, mean, filled, observed, u)
+    lacking = by_ties(ssm, chol, new, mean, filled, observed, u)
+    log_likelihood = jnp.where(jnp.any(observed), new.log_norm - 0.5 * jnp.sum(whitened**2) + lacking, 0.0)
+    return UpdateResult(new_mean, new.new_chol, log_likelihood)
 
 
 # -------------------------------------------------------------------------------------------------------------- halves
 
 
 class FactorUpdate(NamedTuple):
-    """`Kbar`, `L+`, `S^-1/2`, the part of the log-likelihood without data, and the orthogonal factor."""
+    """`Kbar`, `L+`, `S^-1/2`, the log-likelihood without data, whether an entry is tied, and the orthogonal factor."""
 
     gain: Array
     new_chol: Array
     root: Array
     log_norm: Array
+    tied: Array
     turn: Array
 
 
-def update_factor(ssm: LinearGaussianSSM, chol: Array, observed: Array) -> FactorUpdate:
+def update_factor(
+    ssm: LinearGaussianSSM, chol: Array, observed: Array, factorise: Factorise = orthogonalise
+) -> FactorUpdate:
     """The update of this module's head, from any factor of the predicted covariance, `(state, columns)`."""
     n_obs = ssm.C.shape[0]
     seen = observed[:, None]
     top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
     bottom = jnp.concatenate([chol, jnp.zeros((chol.shape[0], n_obs), chol.dtype)], axis=1)
-    joint, turn = orthogonalise(jnp.concatenate([top, bottom]))
+    joint, turn = factorise(jnp.concatenate([top, bottom]))
     chol_s = joint[:n_obs, :n_obs]
     pivots = jnp.diagonal(chol_s)
     live = pivots > 0
     log_norm = -jnp.sum(jnp.where(live, 0.5 * LOG_2PI + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
     root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
-    return FactorUpdate(joint[n_obs:, :n_obs], joint[n_obs:, n_obs:], root, log_norm, turn)
+    tied = jnp.any(observed & ~live)
+    return FactorUpdate(joint[n_obs:, :n_obs], joint[n_obs:, n_obs:], root, log_norm, tied, turn)
 
 
 def transition_rows(ssm: LinearGaussianSSM, chol: Array) -> Array:
@@ -183,6 +191,14 @@ def update_mean(
     residual = jnp.where(observed, y - emission_mean(ssm, mean, u), 0.0)
     whitened = times(root, residual)
     return mean + times(gain, whitened), whitened
+
+
+def by_ties(
+    ssm: LinearGaussianSSM, chol: Array, new: Any, mean: Array, y: Array, observed: Array, u: Array | None
+) -> Array:
+    """`what_ties_add` of a step with the factors `new`, without derivatives."""
+    args = jax.lax.stop_gradient((ssm, OfStep(chol, new.root, new.turn), mean, y, observed, u))
+    return unless(~new.tied, jnp.zeros((), y.dtype), lambda: what_ties_add(*args))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

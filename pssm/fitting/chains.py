@@ -62,6 +62,7 @@ class ChainEngine(ABC):
 
     kind, counts, pace, save_every = "", ("iterations", "num_samples"), 10.0, 0.0
     thinned = 1  # steps of a run for each draw
+    labels: Any = None
 
     def __init__(
         self,

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import MCMC, NUTS, SVI, init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from pssm._checks import unmasked_arguments
+from pssm._checks import is_pandas, is_rounded, is_traced, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import KeyLike
 from pssm.fitting.loop import Engine, Saver, finish
@@ -18,9 +20,10 @@ from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.point import PointFit
-from pssm.fitting.results import FitRecord, SVIFit, record_of
+from pssm.fitting.results import FitRecord, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.fitting.training import Settings
+from pssm.models.scales import counts_from_origin
 
 
 def fit_nuts(
@@ -49,7 +52,8 @@ def fit_nuts(
 
     Args:
         model: a NumPyro model.
-        args: the model's positional arguments, such as the data.
+        args: the model's positional arguments, such as the data. A frame or a series of pandas, as the first of them,
+            gives the results its index as time, and its columns' names.
         key: random key, or a whole number to make one from; the same key gives the same draws.
         num_warmup: adaptation steps for each chain.
         num_samples: draws kept for each chain.
@@ -82,6 +86,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
@@ -100,12 +105,12 @@ def fit_nuts(
         max_tree_depth=max_tree_depth,
     )
     if checkpoint is not None or chunk is not None:
-        return begin(engine, key, checkpoint, progress_bar)
+        return begin(engine, key, checkpoint, progress_bar, labels)
     mcmc = engine.mcmc(progress_bar=progress_bar)
     mcmc.run(as_key(key), *args, extra_fields=engine.fields, **kwargs)
     for text in record_of(mcmc).warnings:
         warnings.warn(text, stacklevel=2)
-    return mcmc
+    return with_labels(mcmc, labels)
 
 
 def fit_mclmc(
@@ -155,9 +160,10 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar)
+    return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
 
 
 def fit_svi(
@@ -228,6 +234,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
@@ -239,11 +246,11 @@ def fit_svi(
         loss=loss,
         kl_schedule=kl_schedule,
         step_args=step_args,
-        validation=validation,
+        validation=None if validation is None else unmasked_arguments(tuple(validation), {})[0],
         validate_every=validate_every,
         patience=patience,
     )
-    return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar)
+    return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar, labels)
 
 
 def fit_ml(
@@ -290,8 +297,9 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_ml", model, args, kwargs)
-    return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar)
+    return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
 def fit_map(
@@ -307,7 +315,7 @@ def fit_map(
 
     The density is that of the sites as the model writes them, without a Jacobian, so the mode depends on how a model is
     written: that of a standard deviation is not the root of that of its variance. Arguments, result and errors as in
-    `fit_ml`; standard errors are those of Laplace's approximation.
+    `fit_ml` (the same key gives the same fit); standard errors are those of Laplace's approximation.
 
     Example:
         >>> from pssm import datasets, models
@@ -315,14 +323,15 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
+    labels = _labels_of(args, kwargs)
     args, kwargs = _arguments("fit_map", model, args, kwargs)
-    return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar)
+    return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
 def _arguments(
     function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments, masked entries of arrays as NaN; an option of NumPyro's classes among them is refused."""
+    """The model's arguments, as plain arrays with NaN; an option of NumPyro's classes among them is refused."""
     own = inspect.signature(model).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
         for kind in options:
@@ -331,12 +340,52 @@ def _arguments(
                     f"`{name}` is an option of `numpyro.infer.{kind.__name__}` that `{function}` does not have, and no "
                     f"argument of the model. Run NumPyro's own `{kind.__name__}`; pssm takes its results as they are."
                 )
-    return unmasked_arguments(args, kwargs)
+    args, kwargs = unmasked_arguments(args, kwargs)
+    for text in doubts(model, args, double=function in ("fit_ml", "fit_map")):
+        warnings.warn(text, stacklevel=3)
+    return args, kwargs
 
 
-def begin(engine: Engine[Any], key: KeyLike, checkpoint: str | Path | None, progress_bar: bool) -> Any:
+def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = False) -> list[str]:
+    """What is wrong with a model's data before they are fitted, in words: nothing to learn from, or digits lost.
+
+    The linear models of pssm count such data from an origin, and lose none; nor does a fit in 64 bits (`double`).
+    """
+    found = []
+    leaves = [x for x in jax.tree.leaves(args) if isinstance(x, np.ndarray | jax.Array) and np.ndim(x)]
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and not is_traced(x)]
+    if floats and floats[0] is leaves[0] and np.isnan(np.asarray(floats[0])).all():
+        found.append("the data have no observed value: the draws are those of the prior.")
+    if not double and not counts_from_origin(model) and any(is_rounded(x) for x in floats):
+        found.append(
+            "the data are 64-bit numbers whose typical step is close to what 32-bit numbers of their size can tell "
+            "apart. Subtract a constant from them, or switch on 64-bit arithmetic with "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    return found
+
+
+def _labels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The labels that the first argument, the data, has as a frame of pandas; else None. Other frames must have them.
+
+    Raises:
+        ValueError: the index does not increase, or another frame has other rows.
+    """
+    if not args or not is_pandas(args[0]):
+        return None
+    from pssm.times.labels import check_same_index, frame_labels  # pandas, which is there already
+
+    for name, x in kwargs.items():
+        check_same_index(args[0], name, x)
+    return frame_labels(args[0])
+
+
+def begin(
+    engine: Engine[Any], key: KeyLike, checkpoint: str | Path | None, progress_bar: bool, labels: Any = None
+) -> Any:
     """Runs an engine from its start to its end, with a new folder for what it reaches if there is to be one."""
     seed = as_key(key)
+    engine.labels = labels
     save = None
     if checkpoint is not None and jax.process_index() == 0:
         save = Saver.create(checkpoint, engine, seed)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pssm._types import Key
 from pssm.fitting.model_record import pack_call
-from pssm.fitting.results import TrainingError, record_of
+from pssm.fitting.results import TrainingError, record_of, with_labels
 from pssm.storage.folder import FitFolder
 from pssm.storage.packing import provenance
 
@@ -58,6 +58,7 @@ class Engine[R](Protocol):
     longest: int
     pace: float
     save_every: float
+    labels: Any  # of the data, where they came as a frame of pandas
 
     def start(self, key: Key) -> R: ...  # noqa: D102
 
@@ -110,6 +111,10 @@ class Saver:
         """
         settings, arrays = engine.settings()
         call, arguments = pack_call(engine.model, engine.args, engine.kwargs)
+        if engine.labels is not None:
+            from pssm.storage.labels import pack_frame  # pandas, which takes a second to import
+
+            call = {**call, "labels": pack_frame(engine.labels, arguments)}
         folder = FitFolder.create(path, {"kind": engine.kind, **call, **settings}, force=force)
         if arguments or arrays:
             folder.put("arguments", {**arguments, **arrays})
@@ -169,7 +174,7 @@ def finish[R](engine: Engine[R], run: R, seed: Any, *, save: Saver | None = None
         TrainingError: a number was not finite; it has the fit before that step.
     """
     run, ended = run_to_end(engine, run, save=save, progress_bar=progress_bar)
-    fit = engine.result(run, ended, seed)
+    fit = with_labels(engine.result(run, ended, seed), engine.labels)
     record = record_of(fit)
     if ended in FAILED:
         raise TrainingError(record.warnings[0], fit)

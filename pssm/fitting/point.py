@@ -28,6 +28,8 @@ MANY = 60  # entries of a site: beyond that it is no row of a summary
 class PointFit(FitRecord):
     """A maximum, with the numbers that are read off it; a fit like any other, whose posterior is one draw.
 
+    The same key gives the same fit.
+
     Attributes:
         params: the estimates by latent site, in the user's units.
         derived: the deterministic sites there.
@@ -94,7 +96,7 @@ class PointFit(FitRecord):
 
         Args:
             num_samples: number of draws.
-            key: random key, or a whole number.
+            key: random key, or a whole number; the same key gives the same draws.
 
         Returns:
             Draws by site.

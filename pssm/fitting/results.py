@@ -4,7 +4,7 @@ import math
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -167,6 +167,7 @@ class FitRecord(Copied):
         losses: of each optimisation step.
         seed: the random key that it was started with (the same key gives the same draws); `seconds`: time spent.
         run: where the run is, and `engine`: what can go on with it; None for a run of NumPyro's own.
+        labels: of time and series, where the data came as a frame of pandas (`pssm.times.labels.FrameLabels`).
     """
 
     method: str
@@ -186,6 +187,7 @@ class FitRecord(Copied):
     seconds: float = float("nan")
     run: Any = field(default=None, repr=False)
     engine: Any = field(default=None, repr=False)
+    labels: Any = field(default=None, repr=False)
 
     def __reduce__(self) -> Any:
         state = dict(vars(self))
@@ -208,6 +210,16 @@ def _record(kind: type, data: bytes) -> FitRecord:
 
 
 Fit = MCMC | SVIFit | FitRecord
+
+
+def with_labels(fit: Any, labels: Any) -> Any:
+    """The fit with the labels of its data, which `record_of` finds again."""
+    if labels is None:
+        return fit
+    if isinstance(fit, FitRecord):
+        return replace(fit, labels=labels)
+    fit.labels = labels  # NumPyro's own results have room for an attribute
+    return fit
 
 
 def record_of(fit: Any) -> FitRecord:
@@ -266,6 +278,7 @@ def _of_mcmc(fit: MCMC) -> FitRecord:
         EXACT,
         warnings=tuple(warnings),
         stats=stats,
+        labels=getattr(fit, "labels", None),
         **known,
     )
 
@@ -287,6 +300,7 @@ def _of_svi(fit: SVIFit) -> FitRecord:
         seed=fit.seed,
         seconds=float("nan") if fit.run is None else fit.run.seconds,
         run=fit.run,
+        labels=getattr(fit, "labels", None),
     )
 
 

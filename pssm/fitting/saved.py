@@ -14,7 +14,7 @@ from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.model_record import model_for
-from pssm.fitting.results import Fit, SVIFit, record_of
+from pssm.fitting.results import Fit, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.storage.folder import MAX_BYTES, FitFolder, SavedFitError
 from pssm.storage.packing import call_digest, unpack
@@ -93,7 +93,8 @@ def load(
     """
     saved = _Saved(path, model, args, kwargs, max_bytes, given)
     engine, run, seed = saved.run()
-    return engine.result(run, str(saved.manifest.get("ended") or engine.done(run) or "interrupted"), seed)
+    fit = engine.result(run, str(saved.manifest.get("ended") or engine.done(run) or "interrupted"), seed)
+    return with_labels(fit, engine.labels)
 
 
 def resume(
@@ -144,21 +145,31 @@ def resume(
     if isinstance(fit, str | Path):
         saved = _Saved(fit, model, args, kwargs, max_bytes, given)
         engine, run, seed = saved.run()
-        engine = engine.extended(run, saved.number(engine.counts[1]) if target is None else target)
+        engine = _extended(engine, run, saved.number(engine.counts[1]) if target is None else target)
         writer = Saver(saved.folder, engine, seed) if jax.process_index() == 0 else None
         return finish(engine, run, seed, save=writer, progress_bar=progress_bar)
     engine, run = _engine_of(fit)
-    return finish(engine.extended(run, target), run, record_of(fit).seed, progress_bar=progress_bar)
+    return finish(_extended(engine, run, target), run, record_of(fit).seed, progress_bar=progress_bar)
 
 
 def _engine_of(fit: Any) -> tuple[Engine[Any], Any]:
     """What can go on with a fit, and where it is."""
-    if isinstance(fit, MCMC):
-        return NutsEngine.of(fit)
-    if isinstance(fit, SVIFit):
-        return SVIEngine.of(fit)
     record = record_of(fit)
-    return record.engine, record.run
+    if isinstance(fit, MCMC):
+        engine, run = NutsEngine.of(fit)
+    elif isinstance(fit, SVIFit):
+        engine, run = SVIEngine.of(fit)
+    else:
+        engine, run = record.engine, record.run
+    engine.labels = record.labels
+    return engine, run
+
+
+def _extended(engine: Engine[Any], run: Any, target: int | None) -> Engine[Any]:
+    """The engine with another target, and the labels of its data."""
+    longer = engine.extended(run, target)
+    longer.labels = engine.labels
+    return longer
 
 
 class _Saved:
@@ -188,6 +199,10 @@ class _Saved:
             if "`given`" in str(error):
                 raise
             raise SavedFitError(f"`path` {self.folder.path}: its settings cannot be read: {error}") from None
+        if self.manifest.get("labels") is not None:
+            from pssm.storage.labels import unpack_frame  # pandas, which takes a second to import
+
+            engine.labels = unpack_frame(self.manifest["labels"], self.arrays)
         parts = {part: self.folder.read(part) for part in self.manifest["files"]}
         if not parts.get("state"):
             raise SavedFitError(f"`path` {self.folder.path}: it has no state.")

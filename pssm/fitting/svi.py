@@ -37,6 +37,7 @@ class SVIEngine:
     """
 
     kind, counts, pace, save_every = "svi", ("steps", "num_steps"), 1.0, 5.0
+    labels: Any = None
 
     def __init__(
         self,

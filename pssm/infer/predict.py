@@ -94,7 +94,8 @@ def smoothed_states(
     """
     task = _task(fit, draws, args, kwargs, most, key, site)
     mean, variance, signal, signal_variance = task.map(task.source.moments)
-    return StateMoments(_mixture(mean, variance), _mixture(signal, signal_variance))
+    state_origin, origin = task.origins
+    return StateMoments(_mixture(mean, variance, state_origin), _mixture(signal, signal_variance, origin))
 
 
 def forecast(
@@ -161,9 +162,10 @@ def forecast(
         task = task.given_past(known) if known < steps else task
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
-    moments = _mixture(mean, variance)
+    origin = task.origins[1]
+    moments, paths = _mixture(mean, variance, origin), paths + origin
     if isinstance(source, ExactSource):
-        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance), paths)
+        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance) + origin, paths)
     return ForecastDraws(moments.mean, moments.sd, np.quantile(paths, QUANTILES, axis=0), paths)
 
 
@@ -185,7 +187,7 @@ def sample_states(
         task = _task(fit, None, (), {}, most, key, None)
     else:
         task = _task(model, draws, args, kwargs, most, fit, None)
-    return task.map(task.source.draw, most if task.count == 1 else 1)
+    return task.map(task.source.draw, most if task.count == 1 else 1) + task.origins[0]
 
 
 def one_step_probabilities(
@@ -232,19 +234,43 @@ def innovations(
 
     Arguments and errors as in `one_step_probabilities`.
     """
+
+    def one(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+        mean, cov = one_step(ssm, y, u)
+        return y - mean, cov
+
+    found, names = of_exact_series(one, fit, draws, *args, most=most, site=site, key=key, **kwargs)
+    return *found, len(names)
+
+
+def of_exact_series(
+    what: Callable[[LinearGaussianSSM, Array, Array | None], Any],
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 100,
+    site: str | None = None,
+    key: KeyLike = 0,
+    **kwargs: Any,
+) -> tuple[Any, tuple[str, ...]]:
+    """`what(ssm, y, u)` of each draw, where the states are integrated out exactly; and the names of the states.
+
+    Further arguments and errors as in `one_step_probabilities`.
+    """
     task = _task(fit, draws, args, kwargs, most, key, site)
     source = task.source
     if not isinstance(source, ExactSource):
         raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
 
-    def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
+    def one(sample: dict[str, Array], key: Array) -> Any:
         trace = source.trace(sample)
-        d, y = source.fn(trace), source.series(trace)
-        mean, cov = one_step(d.ssm, y, d.u)
-        return y - mean, cov, jnp.asarray(d.ssm.n_state)
+        d = source.fn(trace)
+        return what(d.ssm, source.series(trace), d.u)
 
-    errors, covariances, n_state = task.map(one)
-    return errors, covariances, int(n_state[0])
+    trace = source.trace({name: x[0] for name, x in task.draws.items()})
+    names = trace[source.site].get("infer", {}).get("state_names")
+    n_state = source.fn(trace).ssm.n_state
+    return task.map(one), tuple(names) if names else tuple(f"state {i}" for i in range(n_state))
 
 
 def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
@@ -269,6 +295,11 @@ class _Task(NamedTuple):
     def count(self) -> int:
         """Number of draws; one where parameters are learned and nothing is drawn."""
         return next((len(x) for x in self.draws.values()), 1)
+
+    @property
+    def origins(self) -> tuple[Any, Any]:
+        """What states and observations are counted from, mostly 0."""
+        return self.source.origins({name: x[0] for name, x in self.draws.items()})
 
     def map(self, one: Callable[..., Any], times: int = 1) -> Any:
         """`one(sample, key)` for every draw, as often as `times` says, in batches, as NumPy arrays."""
@@ -352,10 +383,10 @@ def _thin(draws: dict[str, Any], most: int) -> dict[str, Array]:
     return {name: x[rows] for name, x in flat.items()}
 
 
-def _mixture(mean: ArrayLike, variance: ArrayLike) -> MixtureMoments:
-    """Law of total variance over the leading axis."""
+def _mixture(mean: ArrayLike, variance: ArrayLike, origin: Any = 0) -> MixtureMoments:
+    """Law of total variance over the leading axis; the means are counted from `origin`."""
     mean, variance = np.asarray(mean), np.asarray(variance)
-    return MixtureMoments(mean.mean(0), np.sqrt(variance.mean(0) + mean.var(0)))
+    return MixtureMoments(mean.mean(0) + origin, np.sqrt(variance.mean(0) + mean.var(0)))
 
 
 def _mixture_quantiles(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from numpyro.primitives import Messenger
 from pssm._types import Array, Key
 from pssm.batch import over_batches
 from pssm.distributions import GaussianFilterMarginal, HistoryMarginal, LinearGaussianMarginal, StatePath
+from pssm.distributions.in_units import counted, from_origin
 from pssm.distributions.unwrap import unwrap
 from pssm.filters import forecast as exact_forecast
 from pssm.filters import kalman_smoother, simulate
@@ -83,13 +84,23 @@ class Source(NamedTuple):
         """The distribution of a site, unwrapped."""
         return unwrap(trace[name or self.site]["fn"])[0]
 
+    def origins(self, sample: dict[str, Array]) -> tuple[Any, Any]:
+        """What states and observations are counted from where 32 bits cannot hold them: 64-bit numbers, else 0.
+
+        All that a source gives is counted from there.
+        """
+        trace = self.trace(sample)
+        fn = self.fn(trace)
+        state = getattr(fn, "state_origin", None) if self.path is None else trace[self.path]["infer"].get("origin")
+        return tuple(0 if x is None else np.asarray(x) for x in (state, getattr(fn, "origin", None)))
+
 
 class ExactSource(Source):
     """States that a `LinearGaussianMarginal` has integrated out."""
 
     def series(self, trace: dict[str, Any]) -> Array:
-        """The observed series with all batch axes."""
-        return self.fn(trace)._with_batch(trace[self.site]["value"])
+        """The observed series with all batch axes, counted from its origin."""
+        return self.fn(trace).differences(trace[self.site]["value"])
 
     def moments(self, sample: dict[str, Array], key: Key) -> Moments:
         """Of the exact smoother."""
@@ -113,7 +124,9 @@ class ExactSource(Source):
         if ssm.num_steps is not None and ssm.num_steps < stop:
             longer = self.fn(self.trace(sample, ahead))
             ssm, u = longer.whole_ssm, longer.u
-        if u is not None and u.shape[-2] >= stop and u_future is None:
+        if u_future is not None:
+            u_future = from_origin(u_future, d.u_origin)
+        elif u is not None and u.shape[-2] >= stop:
             u_future = u[..., known:stop, :]
         u = None if u is None else u[..., :known, :]
         ssm = ssm if ssm.num_steps is None else ssm.steps(0, stop)
@@ -200,7 +213,7 @@ class CodesSource(Source):
 
 def _mean_of(site: dict[str, Any]) -> Array:
     try:
-        return site["fn"].mean
+        return counted(site["fn"]).mean
     except NotImplementedError:
         name = type(unwrap(site["fn"])[0]).__name__
         raise ValueError(f"`site`: the distribution of `{site['name']}` ({name}) has no mean, so no signal.") from None
@@ -208,9 +221,10 @@ def _mean_of(site: dict[str, Any]) -> Array:
 
 def _observed(site: dict[str, Any], key: Key, ahead: Horizon, axis: int) -> Future:
     """Moments and a draw of the forecast's rows of an observed site."""
-    y = site["fn"].sample(key)
+    fn = counted(site["fn"])
+    y = fn.sample(key)
     try:
-        mean, variance = site["fn"].mean, site["fn"].variance
+        mean, variance = fn.mean, fn.variance
     except NotImplementedError:  # then the moments are those of the draws
         mean, variance = y, jnp.zeros(jnp.shape(y))
     return tuple(ahead.rows(jnp.broadcast_to(x, jnp.shape(y)), axis) for x in (mean, variance, y))

@@ -1,5 +1,7 @@
 """The arguments of `fit_em`, checked and converted to the form that its iterations use."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from pssm.ssm import LinearGaussianSSM, check_inputs
 
 COVARIANCES = ("P0", "Q", "R")
 ROUNDED = 16  # steps
+MOST_FOR_A_START = 10**6  # observed values, up to which a start from the data is tried beside the given one
 
 
 def sequences(
@@ -48,7 +51,11 @@ def sequences(
 
 
 def found_start(
-    y: ArrayLike | list[ArrayLike], num_states: int, u: ArrayLike | list[ArrayLike] | None
+    y: ArrayLike | list[ArrayLike],
+    num_states: int,
+    u: ArrayLike | list[ArrayLike] | None,
+    *,
+    offsets: bool = True,
 ) -> LinearGaussianSSM:
     """A start with so many states, from the data."""
 
@@ -58,7 +65,23 @@ def found_start(
         parts = [part[:, None] if part.ndim == 1 else part for part in parts]
         return [row for part in parts for row in (part if part.ndim == 3 else [part])]
 
-    return subspace_start(as_list("y", y), num_states, None if u is None else as_list("u", u))
+    series = as_list("y", y)
+    longest = max(len(x) for x in series)
+    if longest < 2:
+        raise ValueError(f"`y` must have a sequence of at least 2 steps to learn a transition; got {longest}.")
+    return subspace_start(series, num_states, None if u is None else as_list("u", u), offsets=offsets)
+
+
+def start_like(ssm: LinearGaussianSSM, y: Any, u: Any, structure: Structure) -> LinearGaussianSSM | None:
+    """A start from the data with the parts that `ssm` has; None where it would be another kind of model, or costly."""
+    free = structure.fixed <= {"m0", "P0"} and (ssm.B is None) == (ssm.D is None)
+    size = sum(np.size(part) for part in (y if isinstance(y, list | tuple) else [y]))
+    if not free or size > MOST_FOR_A_START or ssm.chol_Q.shape[-1] < ssm.n_state:
+        return None
+    if min(np.linalg.eigvalsh(np.asarray(x, float)).min() for x in (ssm.Q, ssm.R)) <= 0:
+        return None
+    found = found_start(y, ssm.n_state, u, offsets=ssm.d is not None)
+    return found.replace(b=jnp.zeros(ssm.n_state, found.dtype)) if ssm.b is not None else found
 
 
 def _is_list_of_series(y: object, n_obs: int) -> bool:
@@ -96,6 +119,13 @@ def make_structure(
             raise ValueError(f"`tied[{name!r}]` must have a group for each of {size} variables; got {len(index)}.")
         ties[name] = tuple(int(i) for i in index)
     return Structure(frozenset(fixed), tuple(sorted(ties.items())))
+
+
+def tied_noise(size: int, isotropic: tuple[str, ...], tied: dict[str, list[int]]) -> np.ndarray | None:
+    """The group of each sensor, where the variances of `R` are tied."""
+    if "R" in tied:
+        return np.unique(np.asarray(tied["R"]), return_inverse=True)[1]
+    return np.zeros(size, int) if "R" in isotropic else None
 
 
 def choose_form(ssm: LinearGaussianSSM, y: Array, lengths: Array | None, structure: Structure, missing: str) -> str:
@@ -164,6 +194,8 @@ def make_limits(ssm: LinearGaussianSSM, y: Array, floor: float) -> Limits:
     seen = np.asarray(y, float).reshape(-1, y.shape[-1])
     seen = seen[:, ~np.isnan(seen).all(0)]
     scales = {"R": float(np.mean(np.nanvar(seen, axis=0))) if seen.size else 0.0}
+    if floor and ssm.dtype != jnp.float64:
+        floor = max(floor, 16 * float(jnp.finfo(ssm.dtype).eps))  # below it the filter's rounding decides
     limits = {}
     for name in COVARIANCES:
         cov = np.asarray(getattr(ssm, name), float)

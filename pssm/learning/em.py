@@ -1,6 +1,7 @@
 """Expectation maximisation for linear dynamical systems, from any number of sequences."""
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,15 +23,20 @@ from pssm.learning.arguments import (
     make_limits,
     make_structure,
     sequences,
+    start_like,
+    tied_noise,
 )
 from pssm.learning.maximise import Constraint, Limits, Structure, maximise
 from pssm.learning.moments import expectations
 from pssm.learning.polish import polish
 from pssm.learning.priors import Prior, checked, log_prior
+from pssm.learning.sensors import at_floor, doubts
 from pssm.learning.start import perturbed
+from pssm.learning.units import stacked, units_of
 from pssm.ssm import LinearGaussianSSM, check_model
 
 MOST = 64  # iterations in one call
+FAR, AFTER = 5.0, 10  # nats by which another start must be better to be spoken of, after so many iterations
 LONGEST_CALL = 0.1  # seconds, after which a call gets no more iterations: for the progress bar and Ctrl-C
 
 
@@ -42,7 +48,8 @@ class EMResult(NamedTuple):
         log_likelihoods: `log p(y)` of the start, after the first iteration, and so on; the last is that of `ssm`.
         log_priors: log density of the parameters at the same points, up to a constant; zeros without a prior. The sum
             of the two never falls.
-        reason: why it stopped: "converged", "num_iters", "polished" or "interrupted".
+        reason: why it stopped: "converged", "num_iters", "polished", "interrupted", or "floor" (a variance of the noise
+            is as small as it may be, and rounding ends the climb).
     """
 
     ssm: LinearGaussianSSM
@@ -94,13 +101,16 @@ def fit_em(
     `C`, `D`, `d`, `R`. Parameters that are None in the start (`b`, `d`, `B`, `D`) are not fitted. Noise that is zero
     at the start, in any direction, stays zero: companion forms keep their structure; do not start at zero otherwise.
 
+    The fit does not depend on units: inside, each sensor has a spread near 1, and where the model has an offset `d` it
+    counts from its mean, subtracted in 64 bits. Log-likelihoods and results are in the user's units.
+
     Args:
         y: `(time, obs)`, `(sequence, time, obs)`, or a list of `(time_i, obs)`; NaN entries are missing.
         ssm: where to start, or a number of states (`num_states` and `n_state` are second names): the start is then
             found by subspace identification, with a mean `d`, and with `B` and `D` where there are inputs.
         u: inputs, shaped as `y`, where the model has `B` or `D`.
         num_iters: most iterations.
-        tol: stop when an iteration gains less than `tol * (1 + |log-likelihood|)`; 0 for never.
+        tol: stop when an iteration gains less than `tol` nats for each observed value; 0 for never.
         fixed: parameters that are held. `P0` by default: from one sequence alone it shrinks to zero.
         diagonal: covariances among `P0`, `Q`, `R` that are diagonal.
         isotropic: covariances that are a multiple of the identity.
@@ -110,8 +120,8 @@ def fit_em(
             log-likelihood and log prior that must not fall.
         missing: exact form of the update where entries are missing: "augmented" for any `R`, "observed" (fewer
             iterations) for a diagonal one; "auto" takes the second where it can.
-        floor: least eigenvalue of a fitted covariance, relative to the scale of the data (`R`) or the states
-            (`Q`, `P0`); never more than the least one of the start.
+        floor: least eigenvalue of a fitted covariance, relative to the variance of each sensor (`R`) or the states
+            (`Q`, `P0`); never more than the least one of the start. In 32 bits at least 2e-6.
         restarts: further starts, near the first one, each with a fifth of the iterations; EM continues with the best.
         polish_steps: most steps of L-BFGS after EM, which is slow near the maximum. They do not keep to `floor`.
         key: random key or whole number, for the restarts; the default too is the same in each call, and gives the same
@@ -120,6 +130,11 @@ def fit_em(
 
     Returns:
         An `EMResult`. Ctrl-C ends the run and returns the fit so far.
+
+    Warns:
+        UserWarning: iterations ended before convergence, with an estimate of what was left; a sensor is constant, a
+            copy of another or stuck; the noise of a sensor went to the floor, so that the likelihood has no maximum
+            above it; 32 bits do not hold an offset.
 
     Raises:
         LikelihoodFellError: the log-likelihood (with a prior, its sum with the log prior) fell; the error carries the
@@ -141,12 +156,20 @@ def fit_em(
     check_count("num_iters", num_iters)
     check_count("restarts", restarts, least=0)
     check_count("polish_steps", polish_steps, least=0)
-    if isinstance(ssm, int):
-        ssm = found_start(y, check_count("ssm", ssm), u)
-    check_model(ssm)
-    if ssm.time_varying or ssm.batch_shape:
-        what = "time-varying arrays" if ssm.time_varying else "batch axes"
-        raise ValueError(f"`ssm` must be time-invariant and without batch axes; it has {what}.")
+    given = None if isinstance(ssm, int) else ssm
+    if given is not None:
+        check_model(given)
+        if given.time_varying or given.batch_shape:
+            what = "time-varying arrays" if given.time_varying else "batch axes"
+            raise ValueError(f"`ssm` must be time-invariant and without batch axes; it has {what}.")
+    rows = stacked(y, None if given is None else given.n_obs)
+    groups = None if rows is None else tied_noise(rows.shape[1], isotropic, tied or {})
+    units = units_of(y, u, given, () if isinstance(fixed, str) else tuple(fixed), groups)
+    y, u = units.data(y), units.inputs(u)
+    if isinstance(ssm, int):  # of sensors with a spread of exactly 1: the start then does not depend on units either
+        ssm = units.spread(found_start(units.even(y), check_count("ssm", ssm), u))
+    else:
+        ssm = units.into(ssm)
     series, inputs, lengths = sequences(ssm, y, u)
     dtype = jnp.result_type(ssm.dtype, series.dtype)
     ssm, series = ssm.astype(dtype), series.astype(dtype)
@@ -159,9 +182,37 @@ def fit_em(
         check_size(series, lengths, structure, ssm.n_state)
     space = None if constraint is None else affine_space(ssm, *constraint)
     ssm = conform(ssm, structure, space)
-    data = _Data(series, inputs, lengths, make_limits(ssm, series, floor), space, checked(prior, ssm))
+    limits, own = make_limits(ssm, series, floor), checked(prior, ssm)
+    count = jnp.asarray(np.sum(~np.isnan(np.asarray(series))), dtype)
+    data = _Data(series, inputs, lengths, limits, space, units.prior(own, ssm), count)
+    shift = np.array([units.log_jacobian, units.log_prior_change(own)])
+    run = partial(_run, data=data, form=form, structure=structure, tol=tol, progress_bar=progress_bar, shift=shift)
+    try:
+        result = _best(run, ssm, data, structure, num_iters, restarts, polish_steps, key, shift)
+    except LikelihoodFellError as error:
+        error.result = error.result._replace(ssm=units.back(error.result.ssm, given, structure.fixed))
+        raise
+    found = doubts(result, ssm, rows, limits, structure, tol)
+    if given is not None and result.reason != "interrupted" and space is None and num_iters >= AFTER:
+        found += _other_start(result, ssm, y, u, run, structure)
+    for text in found:
+        warnings.warn(text, stacklevel=3)
+    return result._replace(ssm=units.back(result.ssm, given, structure.fixed))
 
-    run = partial(_run, data=data, form=form, structure=structure, tol=tol, progress_bar=progress_bar)
+
+def _best(
+    run: Callable[..., EMResult],
+    ssm: LinearGaussianSSM,
+    data: "_Data",
+    structure: Structure,
+    num_iters: int,
+    restarts: int,
+    polish_steps: int,
+    key: KeyLike,
+    shift: np.ndarray,
+) -> EMResult:
+    """The fit from the start or the best of several, polished if it is to be; the model in the units of EM."""
+    space = data.constraint
     if restarts:
         seeds = jax.random.split(as_key(key), restarts)
         starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
@@ -172,11 +223,32 @@ def fit_em(
         ssm = best.ssm
     result = run(ssm, num_iters=num_iters)
     if polish_steps and result.reason != "interrupted":
-        polished, value, density = polish(result.ssm, series, inputs, structure, space, data.prior, polish_steps)
+        polished, value, density = polish(result.ssm, data.y, data.u, structure, space, data.prior, polish_steps)
+        value, density = value + shift[0], density + shift[1]
         if value + density > result.log_joint[-1]:
             values = np.append(result.log_likelihoods, value), np.append(result.log_priors, density)
             result = EMResult(polished, *values, "polished")
     return result
+
+
+def _other_start(
+    result: EMResult, ssm: LinearGaussianSSM, y: Any, u: Any, run: Callable[..., EMResult], structure: Structure
+) -> list[str]:
+    """Whether a start from the data is far above the result after a few iterations: the given one was far away."""
+    other = start_like(ssm, y, u, structure)
+    if other is None:
+        return []
+    try:
+        tried = _attempt(partial(run, progress_bar=False), conform(other, structure, None), AFTER).log_joint
+    except (ValueError, FloatingPointError, np.linalg.LinAlgError):  # no start for these data
+        return []
+    apart = float(tried[-1] - result.log_joint[-1]) if len(tried) else 0.0
+    if not apart > FAR:
+        return []
+    return [
+        f"`ssm`: the fit from this start ends {apart:.3g} nats below where a start from the data is after "
+        f"{AFTER} iterations. Start from the data: `fit_em(y, {ssm.n_state})`."
+    ]
 
 
 def _attempt(run: Callable[..., EMResult], start: LinearGaussianSSM, num_iters: int) -> EMResult:
@@ -188,7 +260,7 @@ def _attempt(run: Callable[..., EMResult], start: LinearGaussianSSM, num_iters: 
 
 
 class _Data(NamedTuple):
-    """The quantities that do not change between iterations."""
+    """The quantities that do not change between iterations; `count` is the number of observed values."""
 
     y: Array
     u: Array | None
@@ -196,6 +268,7 @@ class _Data(NamedTuple):
     limits: Limits
     constraint: Constraint | None
     prior: Prior
+    count: Array
 
 
 def _run(
@@ -207,7 +280,9 @@ def _run(
     num_iters: int,
     tol: float,
     progress_bar: bool,
+    shift: np.ndarray,
 ) -> EMResult:
+    """EM from a start; `shift` makes of log-likelihood and log prior those in the user's units."""
     found = np.zeros((0, 2))
     evaluated, current, reason = ssm, ssm, "num_iters"
     last, room = -np.inf, 1
@@ -218,7 +293,10 @@ def _run(
                 room = min(room, num_iters + 1 - len(found))
                 step = _climb(evaluated, current, last, room, data, tol, form=form, structure=structure)
                 evaluated, current, last = step.evaluated, step.current, step.last
-                found = np.concatenate([found, np.asarray(step.values)[: int(step.count)]])
+                found = np.concatenate([found, np.asarray(step.values)[: int(step.count)] + shift])
+                if step.fell and len(found) > 1 and at_floor(evaluated, data.limits, structure).size:
+                    found, reason = found[:-1], "floor"  # where rounding is larger than what is left to gain
+                    break
                 if step.fell:
                     raise LikelihoodFellError(
                         f"The log-likelihood went from {found[-2].sum() if len(found) > 1 else None} to "
@@ -279,7 +357,7 @@ def _climb(
         new, values = _iterate(state.current, data, form=form, structure=structure)
         value = jnp.sum(values)
         fell = ~jnp.isfinite(value) | (value < state.last - slack * (1 + jnp.abs(value)))
-        converged = ~fell & (tol > 0) & (value - state.last < tol * (1 + jnp.abs(value)))
+        converged = ~fell & (tol > 0) & (value - state.last < tol * (1 + data.count))
         kept = jax.tree.map(partial(jnp.where, fell), state.evaluated, state.current)
         all_values = state.values.at[state.count].set(values)
         return _Climb(kept, new, jnp.where(fell, state.last, value), all_values, state.count + 1, fell, converged)

@@ -1,5 +1,6 @@
 """The start of a readout: factor analysis of the data, which needs no dynamics and no complete rows."""
 
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -85,7 +86,9 @@ def initial_readout(y: ArrayLike, num_states: int, *, method: str = "fa", num_it
     )
     kind = {"diagonal": ("R",)} if method == "fa" else {"isotropic": ("R",)}
     data = (np.asarray(series, float) - mean) / scale
-    found = fit_em(data, start, fixed=("m0", "P0", "A", "Q"), num_iters=num_iters, floor=1e-6, **kind).ssm
+    with warnings.catch_warnings():  # a start need not be the maximum
+        warnings.filterwarnings("ignore", message="`num_iters`")
+        found = fit_em(data, start, fixed=("m0", "P0", "A", "Q"), num_iters=num_iters, floor=1e-6, **kind).ssm
     left, lengths, _ = np.linalg.svd(np.asarray(found.C, float) * scale[:, None], full_matrices=False)
     C = left * lengths * np.sign(left[np.abs(left).argmax(0), np.arange(num_states)])
     R = np.diagonal(np.asarray(found.R, float)) * scale**2

@@ -2,10 +2,11 @@
 
 from pssm.linalg.low_rank import Diagonal
 from pssm.linalg.potential import Potential
+from pssm.linalg.psd_root import factor_from_covariance, factors_from_covariances
 from pssm.linalg.square_root import (
     complement,
-    factor_from_covariance,
     orthogonalise,
+    orthogonalise_with_care,
     outer,
     solve_lower,
     triangularise,
@@ -17,7 +18,9 @@ __all__ = [
     "Potential",
     "complement",
     "factor_from_covariance",
+    "factors_from_covariances",
     "orthogonalise",
+    "orthogonalise_with_care",
     "outer",
     "solve_lower",
     "triangularise",

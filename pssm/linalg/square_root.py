@@ -12,9 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-import numpy as np
 
-from pssm._checks import check_finite, is_traced
 from pssm._types import Array, Float
 from pssm.linalg.small import SMALL, TINY, batch_first, matmul, matvec, row_of, set_row, substitute
 
@@ -126,9 +124,8 @@ def _householder(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(m.dtype)
     factor = jnp.where(empty[None, :] | empty[:, None], 0.0, (r.T * sign[None, :])[back[:, None], back[None, :]])
     turn = jnp.where(empty[:, None], 0.0, (q * sign[None, :]).T[back])
-    near = 32 * float(jnp.finfo(m.dtype).eps) ** 0.5
-    regular = jnp.all(empty | (jnp.diagonal(factor) > near * scale))  # false for NaN
-    return unless(regular, (factor, turn), lambda: _gram_schmidt(m))
+    regular = jnp.all(empty | (jnp.diagonal(factor) > 32 * _near(m) * scale))  # false for NaN
+    return unless(regular, (factor, turn), lambda: orthogonalise_with_care(m))
 
 
 def unless(good: jax.Array, value: Any, otherwise: Callable[[], Any]) -> Any:
@@ -136,40 +133,44 @@ def unless(good: jax.Array, value: Any, otherwise: Callable[[], Any]) -> Any:
     return jax.lax.while_loop(lambda s: ~s[0], lambda _: (jnp.asarray(True), otherwise()), (good, value))[1]
 
 
+def _near(m: jax.Array) -> float:
+    """A row may depend on those above it where what is left of it is some such share or less."""
+    return float(jnp.finfo(m.dtype).eps) ** 0.5
+
+
 def _rounding(m: jax.Array) -> float:
     return jnp.finfo(m.dtype).eps * (4.0 + 0.5 * m.shape[1] ** 0.5)
 
 
 def _gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gram-Schmidt over the rows, each row projected twice.
+    """By Gram-Schmidt over the rows, and with care where a row comes near to depending on those above it."""
+    factor, turn = _plain_gram_schmidt(m)
+    scale = jnp.sqrt(jnp.sum(m * m, axis=1))
+    regular = jnp.all((scale == 0) | (jnp.diagonal(factor) > 8 * _near(m) * scale))  # false for NaN
+    return unless(regular, (factor, turn), lambda: orthogonalise_with_care(m))
 
-    "Twice is enough" (Giraud, Langou & Rozloznik 2005). After the first projection an entry that is no larger than its
-    own rounding error is set to zero. This distinguishes, entry by entry, a dependent row from a merely small one:
-    factors with entries from 1e-5 to 1e5 side by side keep their small directions even in float32.
-    """
-    rows, cols = m.shape
-    rounding = _rounding(m)
+
+def _plain_gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row projected twice: "twice is enough" (Giraud, Langou & Rozloznik 2005)."""
 
     def project(row: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first = matvec(q, row)
         rest = row - matvec(q.T, first)
-        noise = rounding * (jnp.abs(row) + matvec(jnp.abs(q).T, jnp.abs(first)))
-        rest = jnp.where(jnp.abs(rest) <= noise, 0.0, rest)
         second = matvec(q, rest)
-        again = rest - matvec(q.T, second)
-        # If a second projection removes most of the rest, the rest is rounding error: its direction would not be
-        # orthogonal to the others.
-        again = jnp.where(jnp.sum(again**2) > 0.01 * jnp.sum(rest**2), again, 0.0)
-        return first + second, *_normalise(again)
+        return first + second, *_normalise(rest - matvec(q.T, second))
 
+    return _row_by_row(m, project)
+
+
+def _row_by_row(m: jax.Array, project: Callable[..., tuple]) -> tuple[jax.Array, jax.Array]:
+    """The factors, by what `project` makes of a row and the directions of the rows above it."""
+    rows, cols = m.shape
     if rows <= TINY:
         q_rows: list[jax.Array] = []
         l_rows = []
         for i in range(rows):
-            if i == 0:
-                coefficients = jnp.zeros((0,), m.dtype)
-                direction, length = _normalise(m[0])
-            else:
+            coefficients, direction, length = jnp.zeros((0,), m.dtype), *_normalise(m[0])
+            if i:
                 coefficients, direction, length = project(m[i], jnp.stack(q_rows))
             q_rows.append(direction)
             l_rows.append(jnp.concatenate([coefficients, length[None], jnp.zeros(rows - i - 1, m.dtype)]))
@@ -183,6 +184,41 @@ def _gram_schmidt(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     empty = jnp.zeros((rows, rows), m.dtype), jnp.zeros((rows, cols), m.dtype)
     return jax.lax.fori_loop(0, rows, one_row, empty)
+
+
+def orthogonalise_with_care(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same, and an entry that is no larger than its own rounding error is set to zero after the first projection.
+
+    This distinguishes, entry by entry, a dependent row from a merely small one: factors with entries from 1e-5 to 1e5
+    side by side keep their small directions even in float32. The rounding error has two parts: that of the projection
+    (a coefficient is off by the rounding of what it is summed up from), and that of the directions themselves, which is
+    large (`doubts`) where a row was close to those above it.
+    """
+    rows, cols = m.shape
+    rounding = _rounding(m)
+
+    def one_row(i: jax.Array, done: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        factor, q, doubts = done
+        row = row_of(m, i)
+        first = matvec(q, row)
+        rest = row - matvec(q.T, first)
+        noise = rounding * jnp.abs(row) + matvec(doubts.T, matvec(jnp.abs(q), jnp.abs(row)))
+        rest = jnp.where(jnp.abs(rest) <= noise, 0.0, rest)
+        second = matvec(q, rest)
+        again = rest - matvec(q.T, second)
+        # If a second projection removes most of the rest, the rest is rounding error: its direction would not be
+        # orthogonal to the others.
+        size = jnp.sum(rest**2)
+        again = jnp.where(jnp.sum(again**2) > 0.01 * size, again, 0.0)
+        # What was zero stays zero: later rows are judged by each column alone.
+        again = jnp.where((rest == 0) & (jnp.abs(again) <= rounding * jnp.sqrt(size)), 0.0, again)
+        direction, length = _normalise(again)
+        coefficients = jnp.where(jnp.arange(rows) == i, length, first + second)
+        doubt = rounding * jnp.abs(direction) + noise / jnp.where(length > 0, length, jnp.inf)
+        return set_row(factor, coefficients, i), set_row(q, direction, i), set_row(doubts, doubt, i)
+
+    empty = jnp.zeros((rows, cols), m.dtype)
+    return jax.lax.fori_loop(0, rows, one_row, (jnp.zeros((rows, rows), m.dtype), empty, empty))[:2]
 
 
 def _normalise(row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,77 +242,6 @@ def _orthogonalise_jvp(primals, tangents):
     d_factor = dm_q - matmul(factor, upper - upper.T)
     d_q = solve_lower(factor, dm - matmul(d_factor, q))
     return (factor, q), (d_factor, d_q)
-
-
-def factor_from_covariance(
-    name: str, cov: Float[Array, "*batch size size"], *, relative_tolerance: float | None = None
-) -> Float[Array, "*batch size size"]:
-    """A square root of a symmetric positive semi-definite matrix, singular or not.
-
-    Args:
-        name: the argument's name, for the error.
-        cov: covariance `(..., size, size)`.
-        relative_tolerance: eigenvalues down to minus this times the largest one count as zero; by default
-            `100 * size * eps` of the dtype.
-
-    Returns:
-        `F` with `F F' = cov` (not triangular), shape `(..., size, size)`.
-
-    Raises:
-        ValueError: `cov` is not finite, not symmetric or has a negative eigenvalue. Under `jit` the factor is then NaN.
-    """
-    size = cov.shape[-1]
-    if relative_tolerance is None:
-        relative_tolerance = 100 * size * float(jnp.finfo(cov.dtype).eps)
-    if not is_traced(cov):
-        check_finite(name, cov)
-        values = np.asarray(cov, dtype=np.float64)
-        largest = np.abs(values).max(initial=0.0)
-        skew = np.abs(values - np.swapaxes(values, -1, -2)).max(initial=0.0)
-        if skew > relative_tolerance * largest:
-            raise ValueError(
-                f"`{name}` must be symmetric; it differs from its transpose by {skew:.3g}. "
-                f"Pass ({name} + {name}.T) / 2 if that is rounding."
-            )
-        lowest = np.linalg.eigvalsh(values).min(initial=0.0)
-        if lowest < -relative_tolerance * largest:
-            raise ValueError(
-                f"`{name}` must be a covariance (positive semi-definite); its smallest eigenvalue is {lowest:.3g}."
-            )
-        return _psd_root(cov)
-    root = _psd_root(cov)
-    product = root @ jnp.swapaxes(root, -1, -2)  # what was not symmetric or not positive is not in it
-    apart, scale = (jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in (product - cov, cov))
-    return jnp.where(apart > size * relative_tolerance * scale, jnp.nan, root)
-
-
-@jax.custom_jvp
-def _psd_root(cov: jax.Array) -> jax.Array:
-    """`V sqrt(max(lambda, 0)) V'`, the symmetric square root; diagonal matrices keep their exact diagonal root."""
-    values, vectors = jnp.linalg.eigh(cov)
-    root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-    diagonal = jnp.diagonal(cov, axis1=-2, axis2=-1)
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
-    eye = jnp.broadcast_to(eye, cov.shape)
-    is_diagonal = jnp.all(cov == diagonal[..., None] * eye, axis=(-1, -2), keepdims=True)
-    return jnp.where(is_diagonal, jnp.sqrt(jnp.maximum(diagonal, 0.0))[..., None] * eye, root)
-
-
-@_psd_root.defjvp
-def _psd_root_jvp(primals, tangents):
-    """With `F` the symmetric root, `dF F + F dF = dP`: divide by sums of the roots of the eigenvalues.
-
-    A pair of zero eigenvalues has no derivative (a square root at zero); its entry is set to zero.
-    """
-    (cov,), (d_cov,) = primals, tangents
-    root = _psd_root(cov)
-    values, vectors = jnp.linalg.eigh(root)
-    sums = values[..., :, None] + values[..., None, :]
-    regular = sums > 0
-    back = jnp.swapaxes(vectors, -1, -2)
-    inner = back @ d_cov @ vectors
-    inner = jnp.where(regular, inner / jnp.where(regular, sums, 1.0), 0.0)
-    return root, vectors @ inner @ back
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 
 from pssm._types import Array, ArrayLike
+from pssm.distributions.in_units import HalfNormal
 from pssm.sde import discretise, matern, semidefinite_cholesky
 
 
@@ -75,7 +76,7 @@ def _block_diagonal(parts: list[Array]) -> Array:
 
 def level_block(scale: Scale) -> Block:
     """A random walk, `level_t = level_{t-1} + w_t`, with `sigma_level ~ HalfNormal(spread)`."""
-    sigma = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
+    sigma = numpyro.sample("sigma_level", HalfNormal(scale.spread))
     one = jnp.ones((1, 1))
     return Block(scale.location[None], 10 * scale.spread * one, one, scale.noise(sigma, 1), one, ("level",))
 
@@ -86,8 +87,8 @@ def trend_block(scale: Scale) -> Block:
     `sigma_level ~ HalfNormal(spread)`, `sigma_slope ~ HalfNormal(spread / 10)`; the first slope is within a spread.
     Between uneven times the slope is a Brownian motion that carries the level along.
     """
-    sigma_level = numpyro.sample("sigma_level", dist.HalfNormal(scale.spread))
-    sigma_slope = numpyro.sample("sigma_slope", dist.HalfNormal(0.1 * scale.spread))
+    sigma_level = numpyro.sample("sigma_level", HalfNormal(scale.spread))
+    sigma_slope = numpyro.sample("sigma_slope", HalfNormal(0.1 * scale.spread))
     A, chol_Q = jnp.array([[1.0, 1.0], [0.0, 1.0]]), jnp.diag(jnp.stack([sigma_level, sigma_slope]))
     if scale.gaps is not None:
         gap, none = scale.gaps, jnp.zeros_like(scale.gaps)
@@ -110,7 +111,7 @@ def dummy_seasonal_block(scale: Scale, period: int) -> Block:
 
     State of size `period - 1`, one noise: a singular `Q`. `sigma_seasonal ~ HalfNormal(spread / 10)`.
     """
-    sigma = numpyro.sample("sigma_seasonal", dist.HalfNormal(0.1 * scale.spread))
+    sigma = numpyro.sample("sigma_seasonal", HalfNormal(0.1 * scale.spread))
     n = period - 1
     transition = jnp.concatenate([-jnp.ones((1, n)), jnp.eye(n - 1, n)])
     first = jnp.eye(n)[:, :1]
@@ -123,7 +124,7 @@ def harmonic_seasonal_block(scale: Scale, period: float, harmonics: int) -> Bloc
 
     Any period, whole or not (365.25 / 7 weeks). `sigma_seasonal ~ HalfNormal(spread / 10)`, one for all waves.
     """
-    sigma = numpyro.sample("sigma_seasonal", dist.HalfNormal(0.1 * scale.spread))
+    sigma = numpyro.sample("sigma_seasonal", HalfNormal(0.1 * scale.spread))
     angles = [2 * jnp.pi * k / period for k in range(1, harmonics + 1)]
     n = 2 * harmonics
     seen = jnp.tile(jnp.array([[1.0, 0.0]]), (1, harmonics))
@@ -140,7 +141,7 @@ def cycle_block(scale: Scale, shortest: float, longest: float) -> Block:
     """
     period = numpyro.sample("cycle_period", dist.LogUniform(shortest, longest))
     damping = numpyro.sample("cycle_damping", dist.Beta(8.0, 2.0))
-    sigma = numpyro.sample("sigma_cycle", dist.HalfNormal(scale.spread))
+    sigma = numpyro.sample("sigma_cycle", HalfNormal(scale.spread))
     stationary = sigma / jnp.sqrt(1 - damping**2)
     kept, chol_Q = damping, sigma * jnp.eye(2)
     if scale.gaps is not None:
@@ -163,7 +164,7 @@ def matern_block(scale: Scale, smoothness: float, shortest: ArrayLike, longest: 
     `matern_length ~ LogUniform(shortest, longest)` in units of time, `sigma_matern ~ HalfNormal(spread)`.
     """
     length = numpyro.sample("matern_length", dist.LogUniform(shortest, longest))
-    sigma = numpyro.sample("sigma_matern", dist.HalfNormal(scale.spread))
+    sigma = numpyro.sample("sigma_matern", HalfNormal(scale.spread))
     unit = matern(length, jnp.ones_like(sigma), smoothness=smoothness)
     if scale.gaps is None:
         A, chol_Q = discretise(unit.F, unit.L, 1.0)
@@ -186,7 +187,7 @@ def autoregressive_block(scale: Scale, order: int) -> Block:
     """
     prior = dist.Uniform(-1.0, 1.0).expand([order]).to_event(1)
     partial = numpyro.sample("ar_partial", prior, infer={"dims": {"ar_partial": ("lag",), "phi": ("lag",)}})
-    sigma = numpyro.sample("sigma_ar", dist.HalfNormal(scale.spread))
+    sigma = numpyro.sample("sigma_ar", HalfNormal(scale.spread))
     phi, chol_P0 = stationary_autoregression(partial, sigma)
     numpyro.deterministic("phi", phi)
     companion = jnp.concatenate([phi[None], jnp.eye(order - 1, order)])

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from pssm._checks import also_called, as_float, check_choice, check_count
 from pssm._types import Array, ArrayLike, Key
 from pssm.distributions import GaussianFilterMarginal, StatePath, observe
+from pssm.distributions.in_units import HalfNormal
 from pssm.distributions.state_path import path_site
 from pssm.filters.linearize import NAMES
 from pssm.linalg import Diagonal
@@ -99,7 +100,7 @@ def neural_ssm(
     sigma_state = numpyro.sample("sigma_state", dist.HalfNormal(0.5 * jnp.ones(n)).to_event(1))
     sigma_obs = None
     if emission == "gaussian":
-        sigma_obs = numpyro.sample("sigma_obs", dist.HalfNormal(about.scale).to_event(1))
+        sigma_obs = numpyro.sample("sigma_obs", HalfNormal(about.scale).to_event(1))
 
     def observed(z: Array) -> dist.Distribution:
         """The distribution of the observations at states `(..., state)`."""

@@ -8,11 +8,12 @@ import numpyro.distributions as dist
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
-from pssm.distributions import LinearGaussianMarginal
+from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.distributions.stable import stationary_vector_autoregression
 from pssm.models.components import stationary_autoregression
+from pssm.models.scales import located
 from pssm.models.several import look_at, observe_series, sample_path, triangular_loadings
-from pssm.models.single import STATES
+from pssm.models.single import STATES, marginal
 from pssm.ssm import LinearGaussianSSM
 
 
@@ -29,7 +30,7 @@ def dynamic_factor(
     location: ArrayLike | None = None,
     scale: ArrayLike | None = None,
 ) -> None:
-    """A few common factors and one error for each series: `y_t = C f_t + D u_t + d + e_t`.
+    """A few common factors and one error for each series: `y_t = C f_t + D (u_t - u_1) + d + e_t`.
 
     The factors are a stationary vector autoregression with unit innovations; the errors are white noise or
     autoregressions of their own. Loadings are lower triangular with a positive diagonal: the order of the first
@@ -68,7 +69,7 @@ def dynamic_factor(
     check_choice("states", states, STATES)
     k, order = check_count("num_factors", num_factors), check_count("factor_order", factor_order)
     check_count("error_order", error_order, least=0)
-    about = look_at(y, num_steps, num_obs, u, location, scale)
+    about = look_at(y, num_steps, num_obs, u, location, scale, from_origin=True)
     p = about.num_obs
     if k > p:
         raise ValueError(f"`num_factors` must be at most {p}, the number of series; got {k}.")
@@ -76,11 +77,11 @@ def dynamic_factor(
     coefficients, chol = stationary_vector_autoregression(X)
     numpyro.deterministic("phi", coefficients)
     loadings = triangular_loadings("loadings", about.scale, k)
-    sigma = numpyro.sample("sigma_obs", dist.HalfNormal(about.scale).to_event(1))
-    d = numpyro.sample("d", dist.Normal(about.location, 2 * about.scale).to_event(1))
+    sigma = numpyro.sample("sigma_obs", HalfNormal(about.scale).to_event(1))
+    d = located("d", Normal(about.location, 2 * about.scale).to_event(1), about.origin)
     D = None
     if about.u is not None:
-        D = numpyro.sample("D", dist.Normal(0.0, 2.5 * about.scale[:, None] / about.input_scale).to_event(2))
+        D = numpyro.sample("D", Normal(0.0, 2.5 * about.scale[:, None] / about.input_scale).to_event(2))
 
     size = order * k
     A = jnp.concatenate([jnp.concatenate(list(coefficients), axis=1), jnp.eye(size - k, size)])
@@ -95,8 +96,8 @@ def dynamic_factor(
         observe_series(_sum(factors, errors), about, states)
         return
     z = sample_path(factors, about)  # given the factors, the series are autoregressions about them
-    given = errors.replace(d=factors.signal(z, about.u), time_varying=("d",))
-    numpyro.sample("y", LinearGaussianMarginal(given, about.num_steps), obs=about.y)
+    signal = factors.signal(z, None if about.inputs is None else about.inputs.differences)
+    marginal(errors.replace(d=signal, time_varying=("d",)), about.num_steps, None, about.series)
 
 
 def _errors(partial: Array, sigma: Array) -> LinearGaussianSSM:

@@ -8,13 +8,15 @@ path is the site `z`, for NUTS over states and for `AutoStateSpace`. With the na
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 
-from pssm._checks import also_called, check_choice, check_count
+from pssm._checks import also_called, check_choice, check_count, is_traced
 from pssm._types import Array, ArrayLike
 from pssm.distributions import GaussianFilterMarginal, StableMatrixNormal, StatePath, observe
+from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.distributions.state_path import path_site
 from pssm.filters.linearize import NAMES
 from pssm.models.dynamics import (
@@ -24,6 +26,7 @@ from pssm.models.dynamics import (
     ring_attractor_system,
     van_der_pol_system,
 )
+from pssm.models.scales import number
 from pssm.models.several import About, look_at, triangular_loadings
 from pssm.nonlinear import NonlinearSSM
 
@@ -56,7 +59,8 @@ def stochastic_volatility(
     check_choice("states", states, STATES)
     _no_inputs(u)
     about = look_at(y, num_steps, 1)
-    mu = numpyro.sample("mu", dist.Normal(2 * jnp.log(about.scale[0]), 2.0))
+    log_variance = 2 * jnp.log(about.scale[0]) if is_traced(about.scale) else number(2 * np.log(about.scale[0]))
+    mu = jnp.asarray(numpyro.sample("mu", Normal(log_variance, 2.0)))
     phi = numpyro.deterministic("phi", 2 * numpyro.sample("phi_unit", dist.Beta(20.0, 1.5)) - 1)
     sigma = numpyro.sample("sigma", dist.HalfNormal(0.5))
     start = (sigma / jnp.sqrt(1 - phi**2))[None, None]
@@ -68,7 +72,7 @@ def stochastic_volatility(
         lambda z: dist.Normal(0.0, jnp.exp(0.5 * z)).to_event(1),
     )
     if states == "sampled" or about.y is None:
-        _observe(system, about, "sampled")
+        _observe(system, about, "sampled", log_variance)
         return
     # E log e^2 = -1.2704 and Var log e^2 = pi^2 / 2 for a standard normal e; a return of zero is missing.
     logs = jnp.where(about.y == 0, jnp.nan, jnp.log(jnp.where(about.y == 0, 1.0, about.y) ** 2))
@@ -92,10 +96,10 @@ def poisson_lds(
     u: ArrayLike | None = None,
     states: str = "sampled",
 ) -> None:
-    """Counts of several series driven by a few linear states: `y_t ~ Poisson(exp(C z_t + D u_t + d))`.
+    """Counts of several series driven by a few linear states: `y_t ~ Poisson(exp(C z_t + D (u_t - u_1) + d))`.
 
     `A` is stable, the noise of the states the identity and `C` lower triangular with a positive diagonal, as in `lds`.
-    Priors: `A ~ N(0.7, 0.2^2 / n)` about the identity, `C ~ N(0, 0.3^2)`, `d ~ N(log mean, 1)`, `D ~ N(0, 1 / ms(u))`.
+    Priors: `A ~ N(0.7, 0.2^2 / n)` about the identity, `C ~ N(0, 0.3^2)`, `d ~ N(log mean, 1)`, `D ~ N(0, 1 / var(u))`.
 
     Args:
         y: counts `(time, obs)`; NaN where missing; None to predict.
@@ -118,7 +122,9 @@ def poisson_lds(
     d = numpyro.sample("d", dist.Normal(log_mean, 1.0).to_event(1))
     D = None
     if about.u is not None:
-        D = numpyro.sample("D", dist.Normal(jnp.zeros((p, about.u.shape[-1])), 1 / about.input_scale).to_event(2))
+        zero, sd = np.zeros((p, about.u.shape[-1])), 1 / about.input_scale
+        D = numpyro.sample("D", Normal(zero, sd).to_event(2))
+        about = about._replace(u=about.inputs.differences)
 
     def emission(z: Array, u: Array | None) -> dist.Distribution:
         drive = C @ z + d if D is None or u is None else C @ z + D @ u + d
@@ -222,7 +228,7 @@ def van_der_pol(
         if counts:
             emission = lambda z: dist.Poisson(jnp.exp(C @ z + d)).to_event(1)  # noqa: E731
         else:
-            sigma = numpyro.sample("sigma_obs", dist.HalfNormal(about.scale).to_event(1))
+            sigma = numpyro.sample("sigma_obs", HalfNormal(about.scale).to_event(1))
             emission = lambda z: dist.Normal(C @ z + d, sigma).to_event(1)  # noqa: E731
     _observe(van_der_pol_system(mu, sigma_state, emission=emission, dt=dt), about, states)
 
@@ -266,14 +272,15 @@ def _no_inputs(u: ArrayLike | None) -> None:
         raise ValueError("`u` is given, but this model has no inputs.")
 
 
-def _observe(system: NonlinearSSM, about: About, states: str) -> None:
-    """The observed site `y`, the path sampled or integrated out approximately."""
+def _observe(system: NonlinearSSM, about: About, states: str, centre: Array | None = None) -> None:
+    """The observed site `y`, the path sampled or integrated out approximately; `centre` is where a sampler starts."""
     if about.num_sequences is not None:
         raise ValueError(f"`y` must be one sequence (time, obs); got {about.num_sequences} of them.")
     if states != "sampled":
         marginal = GaussianFilterMarginal(system, about.num_steps, about.u, method=states)
         numpyro.sample("y", marginal, obs=about.y)
         return
-    z = path_site("z", StatePath.from_ssm(system, about.num_steps, about.u))
+    path = StatePath.from_ssm(system, about.num_steps, about.u)
+    z = path_site("z", path if centre is None else path.in_units(centre, np.ones(())))
     each = promote_batch_shape(jax.vmap(system.emission)(z, about.u))
     observe("y", each.to_event(1), about.y)

@@ -6,7 +6,7 @@ zero above the diagonal and positive on it, which excludes rotations.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,22 @@ import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_count, check_series
 from pssm._types import Array, ArrayLike
-from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath, observe
+from pssm.distributions import NonCenteredPath, StatePath
+from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.distributions.state_path import path_site
+from pssm.models.scales import Regressors, Series, moments, number, observe_from, regressors, series
+from pssm.models.single import marginal
 from pssm.ssm import LinearGaussianSSM
 
 
 class About(NamedTuple):
-    """The data, and their location and scale for the priors."""
+    """The data, and their location and scale for the priors; `series` and `inputs` know their zero.
 
-    y: Array | None
+    `location` counts from the origin of the series, where it has one. `u` are the inputs as they came, and
+    `inputs.differences` counts them from their first row; `input_scale` is their spread.
+    """
+
+    y: Any
     u: Array | None
     num_sequences: int | None
     num_steps: int
@@ -32,6 +39,13 @@ class About(NamedTuple):
     location: Array
     scale: Array
     input_scale: Array
+    series: Series | None = None
+    inputs: Regressors | None = None
+
+    @property
+    def origin(self) -> np.ndarray | None:
+        """Where the series counts from, `(obs,)`; None for zero."""
+        return None if self.series is None else self.series.origin
 
 
 def look_at(
@@ -42,49 +56,55 @@ def look_at(
     location: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     num_trials: int | None = None,
+    *,
+    from_origin: bool = False,
 ) -> About:
-    """The arguments that all these models have, checked, and the scales of the data; `num_trials` is for no `y`."""
+    """The arguments that all these models have, checked, and the scales of the data; `num_trials` is for no `y`.
+
+    With `from_origin` the model counts its data from an origin where 32 bits cannot hold them.
+    """
+    found = None
     if y is None:
         if num_steps is None or num_obs is None:
             raise ValueError("`num_steps` and `num_obs` are required where `y` is None.")
-        data, shape = None, (check_count("num_steps", num_steps), check_count("num_obs", num_obs))
+        shape = (check_count("num_steps", num_steps), check_count("num_obs", num_obs))
     else:
-        data = as_float("y", y)
-        data = check_series(data, data.shape[-1] if data.ndim > 1 else 1)
-        shape = data.shape
+        given = np.shape(as_float("y", y))
+        found = series(y, given[-1] if len(given) > 1 else 1)
+        if found.origin is not None and not from_origin:
+            data = check_series(y, len(found.origin))  # says that digits are lost
+            found = Series(data, found.values + found.origin, None, found.precision)
+        shape = np.shape(found.data)
         if len(shape) > 3:
             raise ValueError(f"`y` must have shape (time, obs) or (sequence, time, obs); got {shape}.")
         for name, value, size in (("num_steps", num_steps, shape[-2]), ("num_obs", num_obs, shape[-1])):
             if value is not None and value != size:
                 raise ValueError(f"`{name}` is {value}, but `y` has {size}; leave it out.")
-    inputs = None
-    if u is not None:
-        inputs = as_float("u", u)
-        inputs = inputs[:, None] if inputs.ndim == 1 else inputs
-        if inputs.shape[-2] != shape[-2] or inputs.ndim > max(len(shape), 2):
-            raise ValueError(f"`u` must have shape ({', '.join(map(str, shape[:-1]))}, input); got {inputs.shape}.")
+    inputs = None if u is None else regressors(u, shape[:-1])
     p = shape[-1]
-    mean, spread = jnp.zeros(p), jnp.ones(p)
-    if data is not None:
-        flat = data.reshape(-1, p)
-        seen = ~jnp.isnan(flat)
-        count = jnp.maximum(seen.sum(0), 1)
-        mean = jnp.where(seen, flat, 0.0).sum(0) / count
-        spread = jnp.sqrt(jnp.where(seen, (flat - mean) ** 2, 0.0).sum(0) / count)
-        spread = jnp.where(spread > 0, spread, 1.0)
-    width = jnp.ones(0) if inputs is None else jnp.sqrt(jnp.mean(inputs**2, axis=tuple(range(inputs.ndim - 1))))
+    mean, spread = np.zeros(p), np.ones(p)
+    if found is not None:
+        _, mean, spread = moments(found, warn=from_origin and scale is None)
+    if location is not None:
+        mean = jnp.broadcast_to(as_float("location", location), (p,))
+        if found is not None and found.origin is not None:
+            mean = np.broadcast_to(np.asarray(location, float), (p,)) - found.origin
+    if scale is not None:
+        spread = jnp.broadcast_to(as_float("scale", scale), (p,))
     several = shape[0] if len(shape) == 3 else None
-    if data is None and num_trials is not None:
+    if y is None and num_trials is not None:
         several = check_count("num_trials", num_trials)
     return About(
-        data,
-        inputs,
+        None if found is None else found.data,
+        None if inputs is None else jnp.asarray(inputs.u, jnp.result_type(float)),
         several,
         shape[-2],
         p,
-        mean if location is None else jnp.broadcast_to(as_float("location", location), (p,)),
-        spread if scale is None else jnp.broadcast_to(as_float("scale", scale), (p,)),
-        jnp.where(width > 0, width, 1.0),
+        number(mean),
+        number(spread),
+        jnp.ones(0) if inputs is None else inputs.spread,
+        found,
+        inputs,
     )
 
 
@@ -108,20 +128,26 @@ def below_diagonal(p: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.tril_indices(p, -1, n)
 
 
-def triangular_loadings(name: str, spread: Array, n: int) -> Array:
-    """A `(p, n)` matrix, zero above the diagonal and positive on it, whose rows are scaled by `spread`."""
+def triangular_loadings(name: str, spread: Array, n: int, unit: Array | None = None) -> Array:
+    """A `(p, n)` matrix, zero above the diagonal and positive on it, whose rows are scaled by `spread`.
+
+    The sampler counts a row in multiples of its `unit`, by default `spread`, which must not depend on other sites.
+    """
     p = len(spread)
     k = min(n, p)
     rows, cols = below_diagonal(p, n)
-    diagonal = numpyro.sample(f"{name}_diagonal", dist.HalfNormal(spread[:k]).to_event(1))
-    C = jnp.zeros((p, n), spread.dtype).at[np.arange(k), np.arange(k)].set(diagonal)
-    below = numpyro.sample(f"{name}_below", dist.Normal(jnp.zeros(len(rows)), spread[rows]).to_event(1))
+    unit = spread if unit is None else unit
+    diagonal = numpyro.sample(f"{name}_diagonal", HalfNormal(spread[:k], unit=unit[:k]).to_event(1))
+    C = jnp.zeros((p, n), jnp.result_type(spread)).at[np.arange(k), np.arange(k)].set(diagonal)
+    entries = Normal(jnp.zeros(len(rows)), spread[rows], centre=np.zeros(()), unit=unit[rows])
+    below = numpyro.sample(f"{name}_below", entries.to_event(1))
     return numpyro.deterministic(name, C.at[rows, cols].set(below))
 
 
 def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
     """The site `z`, `(time, state)`, driven by the noise where the path has no density."""
-    path = StatePath.from_ssm(ssm, about.num_steps, about.u)
+    inputs = None if about.inputs is None else about.inputs.differences
+    path = StatePath.from_ssm(ssm, about.num_steps, inputs)
     if ssm.chol_Q.shape[-1] < ssm.n_state:
         return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     return path_site("z", path)
@@ -133,9 +159,9 @@ def observe_series(ssm: LinearGaussianSSM, about: About, states: str) -> None:
         with numpyro.plate("sequences", about.num_sequences):
             observe_series(ssm, about._replace(num_sequences=None), states)
         return
-    inputs = about.u if ssm.n_input else None
     if states == "marginal":
-        numpyro.sample("y", LinearGaussianMarginal(ssm, about.num_steps, inputs), obs=about.y)
+        marginal(ssm, about.num_steps, about.inputs if ssm.n_input else None, about.series)
         return
     z = sample_path(ssm, about)
-    observe("y", dist.Normal(ssm.signal(z, about.u), jnp.sqrt(jnp.diagonal(ssm.R))).to_event(2), about.y)
+    signal = ssm.signal(z, None if about.inputs is None else about.inputs.differences)
+    observe_from("y", dist.Normal(signal, jnp.sqrt(jnp.diagonal(ssm.R))), about.series)

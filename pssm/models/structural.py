@@ -8,22 +8,32 @@ discretised exactly. Parameters, periods and priors are per unit of time, so cho
 `t = 0, 1, 2, ...` the models are those without it, but for the trend, whose slope then moves within the steps too. To
 forecast, append times whose `y` is NaN.
 
+Regressors `u` count from their first row: the level (or `mean`) is that of `y` while they have their first values, and
+`beta` is per unit of `u`. So nothing depends on where the zero of `y` or `u` lies, nor on their units: the sampler
+moves in coordinates without units (`pssm.distributions.in_units`), and draws have the user's units. Data in 64 bits
+that 32 bits cannot hold (heights near 1e7 that differ by centimetres) count from their first value, inside; a location
+such as `mean` is then the sum of that value and a site `mean_above`.
+
 With `states="marginal"` (the default) the states are integrated out exactly: the model has one observed site `y`, a
 `LinearGaussianMarginal`, and only its parameters are sampled. With `states="sampled"` the path is the site `z`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
-from pssm.distributions import LinearGaussianMarginal, observe
+from pssm.distributions.in_units import Normal
 from pssm.distributions.state_path import check_steps
 from pssm.models import components
 from pssm.models.components import Block, Scale
-from pssm.models.single import STATES, fit, one_series, regression, scale_of
+from pssm.models.scales import Series, located, observe_from, warn_of_few
+from pssm.models.single import STATES, fit, marginal, one_series, regression, scale_of
 from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
 
@@ -46,7 +56,7 @@ def local_level(
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         t: times of the observations, see the module's head.
-        u: regressors `(time, input)`: adds `beta' u_t`, see `structural`.
+        u: regressors `(time, input)`: adds `beta' (u_t - u_1)`, see the module's head.
         states: "marginal" (integrated out) or "sampled" (a site `z` of shape `(time, 1)`).
         location: centre of the prior of the first level; by default the first observed value, 0 without data.
         scale: spread the priors are scaled by; by default the standard deviation of the data, 1 without data.
@@ -154,7 +164,7 @@ def structural(
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
         num_steps: number of steps, needed where `y` is None.
         t: times of the observations, see the module's head.
-        u: regressors `(time, input)`; adds `beta' u_t` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
+        u: regressors `(time, input)`; adds `beta' (u_t - u_1)` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
         level: a random-walk level. Without level and trend there is a constant `mean ~ Normal(location, 10 scale)`.
         trend: a level with a slope (includes the level).
         seasonal: number of time steps in a season, or None.
@@ -249,31 +259,28 @@ def autoregression(
     """
     check_choice("states", states, STATES)
     check_count("order", order)
-    data, length = one_series(y, num_steps)
-    about = scale_of(data, location, scale)
-    if location is None and data is not None:
-        seen = ~jnp.isnan(data)
-        total = jnp.where(seen, data, 0.0).sum()
-        about = about._replace(location=total / jnp.maximum(seen.sum(), 1))
-    mean = numpyro.sample("mean", dist.Normal(about.location, about.spread))
+    found, length = one_series(y, num_steps)
+    about = scale_of(found, location, scale, mean=True)
+    mean = located("mean", Normal(about.location, about.spread), None if found is None else found.origin)
     block = components.autoregressive_block(about, order)
+    warn_of_few(found, order)
     effect, inputs = regression(u, length, about)
     if states == "marginal":
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
-        numpyro.sample("y", LinearGaussianMarginal(ssm, length, inputs), obs=data, infer={"state_names": block.names})
+        marginal(ssm, length, inputs, found, {"state_names": block.names})
         return
-    shift = mean if effect is None or inputs is None else mean + inputs @ effect[0]
-    _sampled_autoregression(data, length, block, jnp.broadcast_to(shift, (length,)))
+    shift = mean if effect is None or inputs is None else mean + inputs.differences @ effect[0]
+    _sampled_autoregression(found, length, block, jnp.broadcast_to(shift, (length,)))
 
 
-def _sampled_autoregression(data: Array | None, length: int, block: Block, shift: Array) -> None:
+def _sampled_autoregression(found: Series | None, length: int, block: Block, shift: Array) -> None:
     """Observed values enter as they are, missing ones are drawn: `x_t = mean_t + sigma e_t` with `e_t` a site."""
     order = block.m0.shape[0]
     normal = dist.Normal(0.0, 1.0).expand([length + order - 1]).to_event(1)
     noise = numpyro.sample("z_base", normal, infer={"state_names": block.names, "path_noise": True})
     check_steps("z_base", noise, normal, length)
     sigma = block.chol_Q[0, 0]
-    values = jnp.full(length, jnp.nan) if data is None else data[:, 0]
+    values = jnp.full(length, jnp.nan) if found is None else jnp.asarray(found.values[:, 0], shift.dtype)
     seen = ~jnp.isnan(values)
     centred = jnp.where(seen, values, 0.0) - shift
     # The first state: its first entry is x_1, the others are the lags before the series, given x_1.
@@ -288,12 +295,12 @@ def _sampled_autoregression(data: Array | None, length: int, block: Block, shift
 
     _, (later, means) = jax.lax.scan(step, first, (centred[1:], seen[1:], noise[1:length]))
     path = numpyro.deterministic("z", jnp.concatenate([first[None], later]))
-    if data is None:
+    if found is None:
         numpyro.sample("y", dist.Delta(path[:, :1] + shift[:, None], event_dim=2))
         return
     centre = jnp.concatenate([jnp.zeros(1), means]) + shift
     spread = jnp.concatenate([block.chol_P0[0, :1], jnp.broadcast_to(sigma, (length - 1,))])
-    observe("y", dist.Normal(centre[:, None], spread[:, None]).to_event(2), data)
+    observe_from("y", dist.Normal(centre[:, None], spread[:, None]), found)
 
 
 def _check_seasonal(period: float | None, harmonics: int | None, *, uneven: bool) -> int | None:
@@ -302,6 +309,11 @@ def _check_seasonal(period: float | None, harmonics: int | None, *, uneven: bool
         if harmonics is not None:
             raise ValueError("`harmonics` is given without `seasonal`, the number of time steps in a season.")
         return None
+    if isinstance(period, Sequence) or np.ndim(period):
+        raise ValueError(
+            f"`seasonal` must be one number of time steps; got {period}. This model has no several patterns at once "
+            "yet: write your own from the blocks of `pssm.models.components`, one `harmonic_seasonal_block` for each."
+        )
     if not period >= 2:
         raise ValueError(f"`seasonal` must be a period of at least 2 time steps; got {period}.")
     if harmonics is None:

@@ -36,6 +36,9 @@ def write_fit(
     out: Path,
     *,
     u: np.ndarray | None = None,
+    u_future: np.ndarray | None = None,
+    future_time: np.ndarray | None = None,
+    notes: Sequence[str] = (),
     method: str = "ml",
     num_starts: int = 8,
     horizon: int = 10,
@@ -49,22 +52,25 @@ def write_fit(
     inputs = {} if u is None else {"u": u}
     fitter = fit_ml if method == "ml" else fit_map
     fit = fitter(model, y, num_starts=num_starts, key=key, progress_bar=progress_bar, **inputs)
-    notes = list(fit.warnings)
+    notes = [*notes, *fit.warnings]
     estimates = fit.summary()
     show_rows(estimates.reset_index(), title, 60)
     files = {"parameters.csv": estimates.to_csv()}
     found = _attempt(notes, "residuals", lambda: residuals(fit, names=tuple(names), time=time))
-    ahead = 0 if u is not None else horizon
+    future = {}
     if u is not None:
-        notes.append("No forecast: the regressors of the future are not known.")
-    tree = _attempt(notes, "states and forecast", lambda: to_datatree(fit, time=time, states=True, forecast=ahead,
-                                                                      log_likelihood=False))  # fmt: skip
+        horizon = 0 if u_future is None else len(u_future)
+        future = {"u_future": u_future, "future_time": future_time} if horizon else {}
+    if not horizon:
+        notes.append("No forecast: there are no regressors behind the last value of the series.")
+    tree = _attempt(notes, "states and forecast", lambda: to_datatree(fit, time=time, states=True, forecast=horizon,
+                                                                      log_likelihood=False, **future))  # fmt: skip
     drawings: list[Drawing] = []
     if tree is not None:
         drawings.append(("states.png", lambda: plots.plot_states(tree, ylabel=", ".join(names)), "data and signal",
                          "Data, smoothed signal with its 90 % interval, and the forecast with its 50 and 90 % "
                          "intervals; the parameters are taken as known."))  # fmt: skip
-        if ahead:
+        if horizon:
             files["forecast.csv"] = tree["forecast"].to_dataset().to_dataframe().reset_index().to_csv(index=False)
     if found is not None:
         files["residual_tests.csv"] = found.table.to_csv()

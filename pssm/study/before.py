@@ -1,6 +1,7 @@
 """Before the first step of a study: the model runs once, and names, axes, labels and files are tried out."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,16 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from pssm import models
-from pssm._checks import check_choice
+from pssm._checks import check_choice, is_rounded
 from pssm._types import ArrayLike
-from pssm.diagnostics.groups import label_array
 from pssm.diagnostics.tree import no_time_axis, rehearse
 from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
 from pssm.study.methods import model_of_method
+from pssm.times.grid import labels_after, uneven
+from pssm.times.labels import as_labels, check_increasing, check_same_index, frame_labels
 
 Dims = Mapping[str, Sequence[str]]
 
@@ -33,6 +36,7 @@ class Task(NamedTuple):
         check: what `check_model` found.
         labels: `time`, `future_time`, `coords` and `dims` for the trees of results.
         dims: names of axes, as they were asked for.
+        notes: words on the labels of time.
     """
 
     model: Callable[..., Any]
@@ -42,6 +46,7 @@ class Task(NamedTuple):
     check: ModelCheck
     labels: dict[str, Any]
     dims: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -62,7 +67,7 @@ def prepare(
             axis is not known, or labels do not fit.
     """
     values = jax.tree.map(_as_array, y)
-    leaves = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
+    leaves = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array | np.ndarray)]
     if not any(x.size and not bool(jnp.isnan(x).all()) for x in leaves):
         raise ValueError(f"`y` has no observed value (shape {', '.join(str(x.shape) for x in leaves)}).")
     asked = {name: tuple(axes) if not isinstance(axes, str) else axes for name, axes in (dims or {}).items()}
@@ -75,13 +80,10 @@ def prepare(
     if check.time is None:
         raise ValueError(f"`dims`: {no_time_axis(check.axes)}")
     series, columns, coords = series_of(check.axes, column)
-    labels = {
-        "time": np.arange(len(series)) if time is None else label_array("time", time),
-        "future_time": None if future_time is None else label_array("future_time", future_time),
-        "coords": coords,
-        "dims": dict(check.axes.names),
-    }
     has_states = not (check.methods["exact marginal"] and check.methods["svi:chain"])  # integrated out, or a path
+    horizon = horizon if has_states else 0
+    given, ahead, notes = time_axis(time, future_time, len(series), horizon)
+    labels = {"time": given, "future_time": ahead, "coords": coords, "dims": dict(check.axes.names)}
     forms = {"nuts:states": "sampled", "nuts": "whole", "svi:mvn": "whole", "svi:normal": "whole"}
     one_of_each = {forms.get(m, "path"): m for m in methods if not check.methods[m]}
     for method in one_of_each.values():
@@ -94,10 +96,80 @@ def prepare(
                 dims=labels["dims"],
                 time=labels["time"],
                 coords=coords,
-                horizon=horizon if has_states else 0,
+                horizon=horizon,
                 future_time=labels["future_time"],
             )
-    return Task(model, values, series, columns, check, labels, asked)
+    return Task(model, values, series, columns, check, labels, asked, notes)
+
+
+def time_axis(time: Any, future_time: Any, steps: int, horizon: int) -> tuple[Any, Any, tuple[str, ...]]:
+    """Labels of the steps and of those after them, and words on labels that are uneven or cannot be continued.
+
+    Raises:
+        ValueError: there are not as many labels as steps, a label is missing, or they do not increase.
+    """
+    ahead = None if future_time is None else as_labels("future_time", future_time)
+    if time is None:
+        return np.arange(steps), ahead, ()
+    given = as_labels("time", time)
+    if len(given) != steps:
+        raise ValueError(f"`time` must have {steps} labels; got {len(given)}.")
+    check_increasing("time", given)
+    notes = [f"`time` {words}." for words in [uneven(given)] if words]
+    if horizon and ahead is None:
+        try:
+            ahead = labels_after(given, horizon)
+        except ValueError as error:
+            notes.append(f"{error} Until then the steps of the forecast are numbered 1, 2, ...")
+            warnings.warn(notes[-1], stacklevel=4)
+    return given, ahead, tuple(notes)
+
+
+def inputs_ahead(u: Any, u_future: Any, horizon: int) -> tuple[int, Any, tuple[str, ...]]:
+    """Steps of the forecast and the inputs of these, and words where there is none because its inputs are absent.
+
+    Raises:
+        ValueError: there are inputs for fewer steps than asked, or for a model without.
+    """
+    if u_future is None:
+        if u is None or not horizon:
+            return horizon, None, ()
+        words = "There is no forecast: the inputs of its steps are absent. Pass them as `u_future`."
+        warnings.warn(words, stacklevel=4)
+        return 0, None, (words,)
+    if u is None:
+        raise ValueError("`u_future` is given without `u`, the inputs of the series.")
+    ahead = np.asarray(u_future, float)
+    if len(ahead) < horizon:
+        raise ValueError(
+            f"`u_future` must have a row for each of the {horizon} steps of the forecast; got {len(ahead)}."
+        )
+    return horizon, ahead[:horizon], ()
+
+
+def split_inputs(y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[str, Any], Any]:
+    """Inputs in a frame that goes on behind the data: the rows of the data, and those of the forecast.
+
+    Raises:
+        ValueError: a frame among the options has other rows than the data.
+    """
+    u = options.get("u")
+    frames = pd.DataFrame | pd.Series
+    if u_future is None and isinstance(y, frames) and isinstance(u, frames) and len(u) > len(y):
+        if u.index[: len(y)].equals(y.index):
+            options, u_future = {**options, "u": u.iloc[: len(y)]}, u.iloc[len(y) :]
+    for name, x in options.items():
+        check_same_index(y, name, x)
+    return options, u_future
+
+
+def of_frame(y: Any, time: Any, column: str | Sequence[str]) -> tuple[Any, str | Sequence[str]]:
+    """Labels of time and names of series that a frame of pandas brings along, where none were given."""
+    found = frame_labels(y)
+    if found is None:
+        return time, column
+    time = found.time if time is None else time
+    return time, found.columns if column == "y" and found.columns is not None else column
 
 
 def as_model(
@@ -176,6 +248,8 @@ def series_of(axes: Axes, column: str | Sequence[str]) -> tuple[np.ndarray, tupl
 
 
 def _as_array(x: Any) -> Any:
-    """Numbers as a JAX array; what is no number (a text, None) as it is."""
+    """Numbers as a JAX array, or in 64 bits where 32 cannot hold them; what is no number (a text, None) as it is."""
     found = np.asarray(x)
+    if is_rounded(found):
+        return found
     return jnp.asarray(found) if found.dtype.kind in "fiub" else x

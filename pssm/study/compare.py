@@ -22,10 +22,11 @@ from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.groups import sites_of
 from pssm.diagnostics.tree import data_digest
 from pssm.storage.files import write_whole
-from pssm.study.before import Dims, Task, as_model, first_argument, prepare
+from pssm.study.before import Dims, Task, as_model, first_argument, inputs_ahead, of_frame, prepare, split_inputs
 from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
+from pssm.times.labels import label_array
 
 
 @dataclass
@@ -123,6 +124,7 @@ def compare(
     leave_future_out: bool = True,
     time: ArrayLike | None = None,
     future_time: ArrayLike | None = None,
+    u_future: ArrayLike | None = None,
     name: str = "",
     column: str | Sequence[str] = "y",
     args: Sequence[Any] = (),
@@ -141,7 +143,8 @@ def compare(
     Args:
         model: a NumPyro model whose first argument is the data, or the name of one in `pssm.models`.
         y: the model's first argument: a series `(time,)` or `(time, obs)`, a panel such as `(region, time, obs)`, or a
-            dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`.
+            dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`. A frame or
+            a series of pandas brings `time` (its index) and `column` (its names) along.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
             "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
             "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate).
@@ -155,8 +158,10 @@ def compare(
         budget: seconds that each method may be expected to take; draws and steps are cut to it, and a method that
             cannot be cut enough is skipped. None for no limit.
         leave_future_out: estimate the expected log density of one-step forecasts (refits each method a few times).
-        time: labels of the time steps.
-        future_time: labels of the forecast steps.
+        time: labels of the time steps, as in `to_datatree`.
+        future_time: labels of the forecast steps; by default those of `time` go on, by the calendar.
+        u_future: inputs of the forecast steps `(horizon, input)`, for a model with inputs `u`; by default the rows of a
+            frame `u` behind those of a frame `y`. Without them there is no forecast.
         name: what is studied, for the report.
         column: the series' name, or those of several.
         args: the model's further positional arguments.
@@ -180,13 +185,16 @@ def compare(
         >>> list(study.results)
         ['svi:mvn']
     """
-    (y, *args), model_options = unmasked_arguments((y, *args), model_options)
+    time, column = of_frame(y, time, column)
+    model_options, u_future = split_inputs(y, model_options, u_future)
+    (y, *args, u_future), model_options = unmasked_arguments((y, *args, u_future), model_options)
     function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))
     if not methods:
         raise ValueError(f"`methods` is empty; choose among {', '.join(METHODS)}.")
     for method in methods:
         check_choice("methods", method, METHODS)
+    horizon, u_future, said = inputs_ahead(model_options.get("u"), u_future, horizon)
     settings = Settings(seed, num_warmup, num_samples, num_chains, svi_steps, horizon, budget, progress)
     task = prepare(
         function,
@@ -198,7 +206,7 @@ def compare(
         column=column,
         dims=dims,
     )
-    labels = task.labels
+    labels = {**task.labels, "u_future": u_future}
     say = _speaker(progress)
     say(f"{task.check}\n")
     fresh = finished is None
@@ -215,6 +223,7 @@ def compare(
         (column,) if isinstance(column, str) else tuple(column),
         finished,
         task.dims,
+        u_future,
     )
     folder = None if out is None else StudyFolder(out, plan)
 
@@ -246,7 +255,7 @@ def compare(
             result.attempt("saved results", lambda r=result: _keep(r, folder))
     done = [m for m in methods if results[m].status == "done" and results[m].tree is not None]
     reference = next((m for m in done if m.startswith("nuts")), "")
-    notes: list[str] = list(task.check.warnings)
+    notes: list[str] = [*said, *task.check.warnings, *task.notes]
     evidence = _evidence(function, task, results, reference, seed)
     try:
         parameters = parameter_rows({m: results[m] for m in done}, reference)
@@ -258,7 +267,7 @@ def compare(
         name,
         model_name,
         task.series,
-        np.asarray(labels["time"]),
+        label_array("time", labels["time"]),
         ", ".join(task.columns),
         results,
         reference,
@@ -328,7 +337,7 @@ def _settings(settings: Settings, y: Any, model_name: str, options: dict[str, An
     return {
         "model": model_name,
         "model_options": {
-            k: v if isinstance(v, int | float | str | bool | None | tuple) else str(v) for k, v in options.items()
+            k: v if isinstance(v, int | float | str | bool | None | tuple) else _in_words(v) for k, v in options.items()
         },
         "seed": settings.seed,
         "num_warmup": settings.num_warmup,
@@ -347,6 +356,10 @@ def _settings(settings: Settings, y: Any, model_name: str, options: dict[str, An
         "dtype": str(jnp.result_type(float)),
         "processors": os.cpu_count(),
     }
+
+
+def _in_words(value: Any) -> str:
+    return f"array {np.shape(value)}" if isinstance(value, np.ndarray | jax.Array) else str(value)
 
 
 def _leaves(y: Mapping[str, Any]) -> dict[str, np.ndarray]:

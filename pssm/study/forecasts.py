@@ -19,7 +19,9 @@ from pssm.inspection.axes import find_axes
 from pssm.storage.files import whole_file
 from pssm.study.before import series_of
 from pssm.study.compare import Study, compare
-from pssm.study.saved import is_study, labels_after, load_plan
+from pssm.study.saved import is_study, load_plan
+from pssm.times.grid import future_labels
+from pssm.times.labels import label_array
 
 NAMES = [f"q{round(100 * q):02d}" for q in QUANTILES]
 
@@ -54,20 +56,28 @@ def forecast_saved(
         tree: Any = plan.finished[method].tree
         draws: dict[str, Any] = sites_of(tree["posterior"])
         model, data, time, kwargs, column, dims = plan.model, plan.y, plan.time, {}, plan.column, plan.dims
-        horizon = horizon or plan.settings.horizon
+        horizon, ahead = horizon or plan.settings.horizon, plan.u_future
+        if ahead is not None and len(ahead) < horizon:
+            raise ValueError(
+                f"`horizon` must be at most {len(ahead)}, the steps whose inputs are known; got {horizon}."
+            )
     else:
         fit = load(path)
         model, args, kwargs = model_of(fit)
         if not args or np.ndim(args[0]) not in (1, 2):
             raise ValueError(f"`path` {path}: the first argument of its model is no series.")
         data, time, column, dims = np.asarray(args[0], float).reshape(len(args[0]), -1), None, "y", None
+        ahead = None
         draws, method = posterior_draws(fit, num_samples=1000), "NUTS" if hasattr(fit, "sampler") else "SVI"
     y, columns, _ = series_of(find_axes(model, (data,), kwargs, dims=dims, series=True), column)
     series = list(columns)
     time = np.arange(len(y)) if time is None else time
     horizon = horizon or max(10, len(y) // 10)
-    found = forecast(model, draws, horizon, data, key=seed, **kwargs)
-    future = labels_after(time, horizon)
+    found = forecast(
+        model, draws, horizon, data, u_future=None if ahead is None else ahead[:horizon], key=seed, **kwargs
+    )
+    future = label_array("time", future_labels(time, horizon))
+    time = label_array("time", time)
     moments = {"mean": found.mean, "sd": found.sd, **dict(zip(NAMES, found.quantiles, strict=True))}
     rows = {n: np.moveaxis(np.asarray(x), -2, 0).reshape(horizon, -1) for n, x in moments.items()}
     group = xr.Dataset({n: (("horizon", "series"), x) for n, x in rows.items()}, {"horizon": future, "series": series})
@@ -131,6 +141,7 @@ def resume_study(path: str | Path, *, model: Any = None, progress: bool = True) 
         name=plan.name,
         column=plan.column,
         dims=plan.dims,
+        u_future=plan.u_future,
         out=path,
         finished=plan.finished,
     )

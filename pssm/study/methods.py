@@ -139,7 +139,7 @@ def run_method(
         model: a NumPyro model whose first argument is the data.
         y: data, the model's first argument.
         settings: how much work to do.
-        labels: `time`, `future_time`, `coords` and `dims` for the result's axes.
+        labels: `time`, `future_time`, `coords`, `dims` and `u_future` for the result's axes.
         checkpoint: a folder for what a run has reached; it goes on from there if there is something.
         kwargs: the model's keyword arguments.
 
@@ -191,6 +191,7 @@ def run_method(
             states=has_states,
             forecast=settings.horizon if has_states else 0,
             future_time=labels.get("future_time"),
+            u_future=labels.get("u_future"),
             key=settings.seed,
         ),
     )

@@ -12,6 +12,7 @@ from pssm.diagnostics import load_tree
 from pssm.fitting.model_record import model_for
 from pssm.models.registry import describe
 from pssm.storage.folder import FitFolder, SavedFitError
+from pssm.storage.labels import pack_labels, unpack_labels
 from pssm.storage.packing import UnpackableError, pack, provenance, unpack
 from pssm.study.methods import METHODS, MethodResult, Settings
 
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
         columns: the name of the series, or the names of several.
         finished: the methods that are done, failed or could not run, with what they gave.
         dims: names of the axes of sites.
+        u_future: inputs of the forecast steps, or None.
     """
 
     model: Callable[..., Any]
@@ -42,12 +44,13 @@ class Plan(NamedTuple):
     methods: tuple[str, ...]
     settings: Settings
     leave_future_out: bool
-    time: np.ndarray
-    future_time: np.ndarray | None
+    time: Any
+    future_time: Any
     name: str
     columns: tuple[str, ...]
     finished: dict[str, MethodResult]
     dims: dict[str, tuple[str, ...]] | None = None
+    u_future: np.ndarray | None = None
 
     @property
     def column(self) -> str | tuple[str, ...]:
@@ -71,11 +74,11 @@ class StudyFolder:
             pack(options, {})
         except UnpackableError:
             name = None
-        labels = {"time": _pack_labels(plan.time, arrays), "future_time": _pack_labels(plan.future_time, arrays)}
+        labels = {"time": pack_labels(plan.time, arrays), "future_time": pack_labels(plan.future_time, arrays)}
         manifest = {
             "kind": "study",
             "model": {"name": name, "options": pack(options, arrays) if name else None, "function": function},
-            "arguments": {"y": pack(plan.y, arrays), **labels},
+            "arguments": {"y": pack(plan.y, arrays), **labels, "u_future": pack(plan.u_future, arrays)},
             "methods": list(plan.methods),
             "settings": dataclasses.asdict(plan.settings),
             "leave_future_out": plan.leave_future_out,
@@ -151,7 +154,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
     if m.get("kind") != "study" or not groups:
         raise SavedFitError(f"`path` {out / FOLDER}: no saved study.")
     try:
-        labels = [_unpack_labels(m["arguments"][n], groups[0]) for n in ("time", "future_time")]
+        labels = [unpack_labels(m["arguments"][n], groups[0]) for n in ("time", "future_time")]
         finished = {str(n): _result(out, n, entry, losses.get(n)) for n, entry in m["finished"].items()}
         return Plan(
             model_for(m, groups[0], model),
@@ -164,6 +167,7 @@ def load_plan(out: str | Path, model: Callable[..., Any] | None = None) -> Plan:
             tuple(str(x) for x in m["columns"]),
             finished,
             {str(n): tuple(str(a) for a in axes) for n, axes in (m.get("dims") or {}).items()},
+            unpack(m["arguments"].get("u_future"), groups[0]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SavedFitError(f"`path` {out / FOLDER}: the study cannot be read: {error!r}") from None
@@ -179,40 +183,6 @@ def _result(out: Path, name: str, entry: dict[str, Any], losses: np.ndarray | No
     if entry["tree"]:
         result.tree = load_tree(tree_path(out, name))
     return result
-
-
-def labels_after(time: np.ndarray, horizon: int) -> np.ndarray:
-    """Labels of the steps after the series: the typical step, repeated."""
-    if len(time) < 2:
-        return np.arange(1, horizon + 1)
-    step = np.median(np.diff(time).astype("timedelta64[s]" if time.dtype.kind == "M" else float).astype(float))
-    if time.dtype.kind == "M":
-        return time[-1].astype("datetime64[s]") + (np.arange(1, horizon + 1) * step).astype("timedelta64[s]")
-    return time[-1] + np.arange(1, horizon + 1) * (int(step) if float(step).is_integer() else step)
-
-
-def _pack_labels(labels: np.ndarray | None, arrays: dict[str, np.ndarray]) -> Any:
-    if labels is None:
-        return None
-    labels = np.asarray(labels)
-    if labels.dtype.kind == "M":
-        return {"unit": np.datetime_data(labels.dtype)[0], "of": pack(labels.astype(np.int64), arrays)}
-    if labels.dtype.kind in "biuf":
-        return {"of": pack(labels, arrays)}
-    return {"texts": [str(x) for x in labels]}
-
-
-def _unpack_labels(entry: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if entry is None:
-        return None
-    if "texts" in entry:
-        return np.array([str(x) for x in entry["texts"]])
-    values = unpack(entry["of"], arrays)
-    if "unit" not in entry:
-        return values
-    if entry["unit"] not in ("Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns"):
-        raise SavedFitError("`path`: the time labels of the study have no unit of time.")
-    return values.astype(f"datetime64[{entry['unit']}]")
 
 
 def _number(x: Any) -> float | None:

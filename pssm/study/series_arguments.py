@@ -1,0 +1,102 @@
+"""The series of a command: what the command line says of a file and of its columns."""
+
+import argparse
+import inspect
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pssm import datasets, models
+from pssm.datasets.embedded import NAMES
+from pssm.datasets.series import Series
+
+# How a file is read, by the name of the argument of `read_table`.
+_READING = ("time", "inputs", "missing", "decimal", "thousands", "dayfirst", "timezone", "sheet")
+
+
+def add_series(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a series: a data set or a file, its columns, and how the file is read."""
+    add = parser.add_argument
+    add("data", help="an embedded data set (see `pssm datasets`) or a file: CSV and other text, Excel, Parquet")
+    add(
+        "--column",
+        action="append",
+        help="column of the series; needed where a file has several; may be repeated, for models of several series",
+    )
+    add(
+        "--time",
+        action="append",
+        help="column of the time; repeated where several make it: --time date --time hour, --time year --time month",
+    )
+    add(
+        "--inputs",
+        action="append",
+        help="columns of regressors, comma-separated; rows behind the last value of the series are the future",
+    )
+    add("--missing", action="append", help="a text or number that means a missing value, such as -999; may be repeated")
+    add("--decimal", help='the decimal mark, "." or ","')
+    add("--thousands", help='the mark between thousands, ",", "." or " "')
+    add("--dayfirst", choices=("yes", "no"), help="whether 1/2/2001 is in February")
+    add("--timezone", help="of times without an offset, such as Europe/Berlin; in UTC afterwards")
+    add("--sheet", help="of an Excel file")
+
+
+def read_series(a: argparse.Namespace) -> Series:
+    """The series that the arguments name; what there is to say of its file goes to standard error.
+
+    Raises:
+        ValueError: there is no such data set and no such file, or the file cannot be read.
+    """
+    given = {name: getattr(a, name) for name in _READING if getattr(a, name) is not None}
+    if a.data in NAMES:
+        if given:
+            raise ValueError(f"`--{next(iter(given))}` goes with a file; {a.data!r} is an embedded data set.")
+        return datasets.load(a.data, a.column)
+    if not (Path(a.data).suffix or Path(a.data).exists()):
+        raise ValueError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(NAMES))}) nor a file.")
+    if "inputs" in given:
+        given["inputs"] = names_in(given["inputs"])
+    if "dayfirst" in given:
+        given["dayfirst"] = given["dayfirst"] == "yes"
+    if "sheet" in given and given["sheet"].isdigit():
+        given["sheet"] = int(given["sheet"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are among the notes
+        series = datasets.read_table(a.data, a.column, **given)
+    for note in series.notes:
+        print(f"pssm: {note}", file=sys.stderr)
+    return series
+
+
+def names_in(lists: list[str] | None) -> list[str]:
+    """The names in comma-separated lists."""
+    return [name.strip() for names in lists or [] for name in names.split(",") if name.strip()]
+
+
+def input_options(series: Series, model: str, horizon: int | None) -> tuple[dict[str, Any], Any, int | None]:
+    """Options of a model for the regressors of a series, those of its forecast, and the steps of that.
+
+    Raises:
+        ValueError: the model takes no regressors, or there are fewer rows of the future than steps.
+    """
+    if series.u is None:
+        return {}, None, horizon
+    takers = [name for name in models.NAMES if "u" in inspect.signature(getattr(models, name)).parameters]
+    if model not in takers:
+        raise ValueError(
+            f"`--inputs` does not go with `--model {model}`; models that take inputs: {', '.join(takers)}."
+        )
+    ahead = 0 if series.u_future is None else len(series.u_future)
+    if horizon is not None and horizon > ahead:
+        raise ValueError(
+            f"`--horizon` {horizon} needs {horizon} rows of inputs behind the last value of the series; there are "
+            f"{ahead}. Append them, with an empty {series.columns[0]!r}."
+        )
+    if not ahead:
+        print("pssm: there are no inputs behind the last value of the series, so no forecast", file=sys.stderr)
+        return {"u": series.u}, None, 0
+    steps = ahead if horizon is None else horizon
+    return {"u": series.u}, np.asarray(series.u_future)[:steps], steps
