@@ -155,6 +155,7 @@ def test_no_effect_is_no_effect():
 
 
 Y, X = vignette(0)
+DATED = pd.Series(Y, pd.date_range("2020", periods=100))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,10 @@ Y, X = vignette(0)
         (lambda: quick(Y, X, "x"), "`start` must be comparable"),
         (lambda: quick(Y, X, 70, time=np.arange(100)[::-1]), "`time` must increase"),
         (lambda: quick(pd.Series(Y, pd.date_range("2020", periods=100)), X, "soon"), "`start` must be a date"),
+        (
+            lambda: quick(DATED, pd.DataFrame({"x": X}, DATED.index + pd.Timedelta(days=1)), "2020-03-11"),
+            "`controls` and",
+        ),
         (lambda: impact(Y, X, 70, method="guess"), "`methods` must be one of"),
     ],
 )

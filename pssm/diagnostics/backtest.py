@@ -121,14 +121,13 @@ def backtest(
     """
     import pandas as pd
 
-    data, labels = series_of(y, time)
+    data, labels = series_of(y, time, kwargs)
     num_steps = len(data)
     horizon = check_count("horizon", horizon)
     if period is not None:
         check_count("period", period)
     known = _origins(origins, num_steps, horizon)
     every = len(known) if refit is False else 1 if refit is True else check_count("refit", refit)
-    kwargs = {n: x.to_numpy(float) if isinstance(x, pd.DataFrame | pd.Series) else x for n, x in kwargs.items()}
     _, kwargs = unmasked_arguments((), kwargs)
     wanted = _methods(methods, model)
     rollers: dict[str, Any] = {

@@ -160,7 +160,7 @@ def impact(
     """
     import pandas as pd
 
-    data, labels = series_of(y, time)
+    data, labels = series_of(y, time, {"controls": controls})
     data = data[:, 0] if data.ndim == 2 and data.shape[1] == 1 else data
     if data.ndim != 1:
         raise ValueError(f"`y` must be one series of shape (time,); got {data.shape}.")

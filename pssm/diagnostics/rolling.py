@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from numpyro.infer import MCMC, NUTS
 
-from pssm._checks import check_choice
+from pssm._checks import check_choice, is_pandas, unmasked
 from pssm._types import Array, Key
 from pssm.fitting.fit import fit_svi
 from pssm.fitting.loop import run_to_end
@@ -19,6 +19,7 @@ from pssm.fitting.point import PointFit
 from pssm.fitting.results import flatten_draws, posterior_draws, trace_with
 from pssm.infer.predict import forecast, marginal_site, one_step
 from pssm.inspection.axes import trace_model
+from pssm.times.labels import check_increasing, check_same_index, label_array
 
 NAMES = ("ml", "map", "nuts")
 Draws = dict[str, np.ndarray]
@@ -185,35 +186,25 @@ class Roller:
         return Ahead(mean, sd, found.draws.reshape(len(found.draws), self.horizon, -1), density, fit)
 
 
-def series_of(y: Any, time: Any, name: str = "y") -> tuple[np.ndarray, np.ndarray]:
+def series_of(y: Any, time: Any, beside: Mapping[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Data as floats, NaN where missing, and the labels of their steps: given, or the index of a frame, or 0, 1, ...
 
-    Periods are labelled by their start, times with a zone in UTC.
+    Periods are labelled by their start, times with a zone in UTC. Frames `beside` the data must have their index.
     """
-    import pandas as pd
-
-    if time is None and isinstance(y, pd.Series | pd.DataFrame):
+    if time is None and is_pandas(y):
         time = y.index
-    data = np.asarray(y.to_numpy(float, na_value=np.nan) if isinstance(y, pd.Series | pd.DataFrame) else y)
-    data = np.asarray(
-        np.ma.filled(np.ma.asarray(y, float), np.nan) if isinstance(y, np.ma.MaskedArray) else data, float
-    )
+    for name, x in (beside or {}).items():
+        check_same_index(y, name, x)
+    data = np.asarray(unmasked(y), float)
     if data.ndim not in (1, 2) or not len(data):
-        raise ValueError(f"`{name}` must have shape (time,) or (time, obs), at least one step; got {data.shape}.")
+        raise ValueError(f"`y` must have shape (time,) or (time, obs), at least one step; got {data.shape}.")
     if time is None:
         return data, np.arange(len(data))
-    index = time if isinstance(time, pd.Index) else pd.Index(np.asarray(time))
-    if isinstance(index, pd.PeriodIndex):
-        index = index.to_timestamp()
-    if index.inferred_type in ("date", "datetime"):
-        index = pd.DatetimeIndex(index)
-    if isinstance(index, pd.DatetimeIndex) and index.tz is not None:
-        index = index.tz_convert("UTC").tz_localize(None)
-    if len(index) != len(data):
-        raise ValueError(f"`time` must have {len(data)} labels; got {len(index)}.")
-    if not index.is_monotonic_increasing or not index.is_unique:
-        raise ValueError("`time` must increase from step to step. Sort the rows, and leave out doubles.")
-    return data, index.to_numpy()
+    labels = label_array("time", time)
+    if len(labels) != len(data):
+        raise ValueError(f"`time` must have {len(data)} labels; got {len(labels)}.")
+    check_increasing("time", labels)
+    return data, labels
 
 
 def mixture(mean: np.ndarray, cov: np.ndarray, truth: np.ndarray, num_draws: int, key: Key) -> Ahead:
