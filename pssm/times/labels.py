@@ -1,5 +1,6 @@
 """Labels of time steps as they are given, and as arrays that files hold."""
 
+import datetime as dt
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -58,12 +59,14 @@ def as_labels(name: str, labels: ArrayLike | Iterable[Any]) -> Any:
                 f"{quoted(name)} must be a list of labels, one for each step or entry; got shape {labels.shape}."
             )
         labels = pd.Index(labels.astype(str) if labels.dtype.kind in "US" else labels)
+    if labels.dtype == object:
+        labels = labels.infer_objects()
     missing = np.flatnonzero(labels.isna())
     if missing.size:
         raise ValueError(f"{quoted(name)} must have a label in every row; that of row {missing[0] + 1} is missing.")
     if labels.dtype == object and len(labels) and all(isinstance(x, pd.Period) for x in labels):
         labels = pd.PeriodIndex(labels)
-    elif labels.dtype == object and len(labels) and all(hasattr(x, "isoformat") for x in labels):  # dates of Python
+    elif labels.dtype == object and len(labels) and all(isinstance(x, dt.date) for x in labels):
         aware = [getattr(x, "tzinfo", None) is not None for x in labels]
         if any(aware) and not all(aware):
             raise ValueError(f"{quoted(name)} has dates with and without a time zone. Give all of them one.")
@@ -92,7 +95,8 @@ def label_array(name: str, labels: ArrayLike | Iterable[Any]) -> np.ndarray:
         found = found.to_timestamp()
     if isinstance(found, pd.DatetimeIndex) and found.tz is not None:
         found = found.tz_convert("UTC").tz_localize(None)
-    return np.asarray(found)
+    found = np.asarray(found)
+    return found.astype(np.float32) if found.dtype == np.float16 else found  # which no index of xarray takes
 
 
 def check_same_index(y: Any, name: str, x: Any) -> None:
