@@ -4,8 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import pssm
+from pssm import datasets
 from pssm.cli import main
-from pssm.study.analysis import ODD, _tests
+from pssm.study.commands import _moment
+from pssm.study.residual_part import ODD, residuals_of, words_on_tests
 
 
 @pytest.fixture
@@ -69,7 +72,45 @@ def test_regressors_of_a_fit(sales, tmp_path):
     call = ["fit", sales, "--column", "sales", "--inputs", "other", "--starts", "2", "--out", str(out), "--quiet"]
     assert main(call) == 0
     assert "beta[0]" in pd.read_csv(out / "parameters.csv").parameter.to_list()
-    assert "No forecast: the regressors of the future are not known." in page_of(out)
+    assert "No forecast: there are no regressors behind the last value of the series." in page_of(out)
+
+
+def test_a_file_is_read_as_by_compare(sales, tmp_path, capsys):
+    frame = pd.read_csv(sales, parse_dates=["date"])
+    frame.loc[95:, "sales"] = np.nan  # known regressors of the future
+    frame.loc[20, "sales"] = -999
+    frame["date"] = frame["date"].dt.strftime("%d/%m/%Y")
+    frame.to_csv(tmp_path / "with_commas.csv", sep=";", decimal=",", index=False)
+    out = tmp_path / "out"
+    call = ["fit", str(tmp_path / "with_commas.csv"), "--column", "sales", "--inputs", "other", "--missing", "-999"]
+    assert main([*call, "--starts", "2", "--out", str(out), "--quiet"]) == 0
+    forecast = pd.read_csv(out / "forecast.csv")
+    assert forecast.horizon.to_list() == [f"2024-04-0{day}" for day in range(5, 10)]
+    assert "decimal mark" in capsys.readouterr().err
+    assert "decimal mark" in page_of(out)
+
+
+LABELS = np.arange("2014-01-01", "2014-04-11", dtype="datetime64[D]").astype("datetime64[s]")
+
+
+@pytest.mark.parametrize(
+    ("text", "dayfirst", "meant"),
+    [
+        ("2014-03-12", None, "2014-03-12"),
+        ("12/03/2014", None, "2014-03-12"),  # 3 December lies outside
+        ("12 March 2014", None, "2014-03-12"),
+        ("01/03/2014", "yes", "2014-03-01"),
+        ("01/03/2014", "no", "2014-01-03"),
+    ],
+)
+def test_a_date_of_the_command_line(text, dayfirst, meant):
+    assert _moment(text, LABELS, dayfirst) == np.datetime64(meant)
+
+
+@pytest.mark.parametrize(("text", "words"), [("01/03/2014", "day or its month first"), ("soon", "must be a date")])
+def test_a_date_that_is_none(text, words):
+    with pytest.raises(ValueError, match=words):
+        _moment(text, LABELS, None)
 
 
 def test_words_on_residuals():
@@ -77,8 +118,22 @@ def test_words_on_residuals():
         table = pd.DataFrame({"ljung_box_p": [ODD / 2, 0.5], "jarque_bera_p": [0.5, 0.5], "h_p": [0.5, np.nan]},
                              index=["a", "b"])  # fmt: skip
 
-    assert _tests(Found)[0].startswith("a: residuals are correlated in time")
-    assert _tests(Found)[1:] == ["b: no test finds anything wrong with the residuals."]
+    assert words_on_tests(Found)[0].startswith("a: residuals are correlated in time")
+    assert words_on_tests(Found)[1:] == ["b: no test finds anything wrong with the residuals."]
+
+
+def test_residuals_in_the_report_of_a_study(tmp_path):
+    y = np.array(datasets.load("nile").y)
+    options = {"num_warmup": 100, "num_samples": 100, "num_chains": 2, "horizon": 2, "progress": False}
+    study = pssm.compare("local_level", y, ["nuts"], column="flow", time=np.arange(1871, 1971), **options)
+    left = residuals_of(study)
+    assert left.names == ("flow",)
+    assert left.time[0] == 1871
+    page = study.report(tmp_path).read_text(encoding="utf-8")
+    assert "flow: no test finds anything wrong with the residuals." in page
+    assert (tmp_path / "residuals.png").exists()
+    study.results["nuts"].fit = None
+    assert residuals_of(study) is None
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,37 @@ def test_independent_normal_numbers_in_closed_form():
     assert fit.summary().low_95["sigma"] == pytest.approx(sd * np.exp(-1.959964 / (2 * n) ** 0.5), rel=1e-6)
 
 
+@pytest.mark.parametrize(("place", "sd"), [(1e6, 1e-3), (0.0, 1e-9), (-1e9, 1e3), (5.0, 1e8)])
+def test_data_far_from_the_prior(place, sd):
+    y = place + sd * np.random.default_rng(2).normal(size=60)
+    fit = fit_ml(normal, y)
+    assert fit.log_likelihood == pytest.approx(-30 * (np.log(2 * np.pi * y.var()) + 1), abs=1e-9)
+    assert fit.errors["mu"] == pytest.approx(
+        y.std() / 60**0.5, rel=1e-2 if place == 1e6 else 1e-5
+    )  # digits of 1e6 in 1e-3
+    assert fit.converged
+
+
+def test_improper_priors():
+    def model(y):
+        mu = numpyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        s = numpyro.sample("s", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        numpyro.sample("y", dist.Normal(mu, s), obs=y)
+
+    y = 1e4 + np.random.default_rng(2).normal(size=60)
+    for fit in (fit_ml(model, y), fit_map(model, y)):
+        np.testing.assert_allclose([fit.params["mu"], fit.params["s"]], [y.mean(), y.std()], rtol=1e-9)
+
+
+def test_a_maximum_at_infinity_is_said():
+    def model(y):
+        nu = numpyro.sample("nu", dist.Gamma(2.0, 0.1))
+        numpyro.sample("y", dist.StudentT(nu, 0.0, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="flat, or rises"):
+        assert not fit_ml(model, np.linspace(-1.0, 1.0, 50)).converged
+
+
 def test_entries_of_a_simplex():
     counts = np.array([5.0, 1.0, 14.0])
 

@@ -38,6 +38,10 @@ def _double_precision():
         yield
 
 
+# The series are shorter than some of the models' states: quick, and exact all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:`y` has . observed values")
+
+
 def series():
     y = 100 + np.cumsum(np.random.default_rng(2).normal(size=STEPS))
     y[[0, 3, 4]] = np.nan

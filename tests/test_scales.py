@@ -219,6 +219,7 @@ def test_heights_come_back_in_the_users_units(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # few draws and steps
 def test_a_study_of_heights_is_that_of_their_differences():
     options = dict(num_warmup=200, num_samples=200, num_chains=2, svi_steps=500, horizon=2, progress=False)
     near, far = (
@@ -301,6 +302,21 @@ def test_series_without_spread_have_a_sensible_scale_and_a_word(name, precise):
                 assert float(prior.scale) == pytest.approx(scale, rel=1e-6)
 
 
+SHORT = {
+    "seasonal": partial(models.seasonal, period=7),
+    "autoregression": partial(models.autoregression, order=5),
+    "structural": partial(models.structural, trend=True, seasonal=12),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_series_shorter_than_the_state_are_named_and_scored(name):
+    y = np.array([1.0, 3.0, np.nan, 2.0])
+    with pytest.warns(UserWarning, match="3 observed values, and the model . states"):
+        trace = handlers.trace(handlers.seed(SHORT[name], 0)).get_trace(y)
+    assert np.isfinite(trace["y"]["fn"].log_prob(trace["y"]["value"]))
+
+
 def test_a_scale_that_is_given_needs_no_word():
     handlers.trace(handlers.seed(models.local_level, 0)).get_trace(np.full(9, 7.0), scale=2.0)
 
@@ -308,14 +324,6 @@ def test_a_scale_that_is_given_needs_no_word():
 def test_series_too_short_for_a_transition_are_named():
     with pytest.raises(ValueError, match="at least 2 steps"):
         fit_em(np.ones((1, 1)), 1)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`y` with one constant value")
-def test_constant_data_sample_without_divergences():
-    fit = infer.fit_nuts(models.local_level, np.full(30, 7.0), num_warmup=300, num_samples=200, num_chains=1,
-                         progress_bar=False, target_accept_prob=0.9)  # fmt: skip
-    assert int(fit.get_extra_fields()["diverging"].sum()) <= 10
 
 
 # ----------------------------------------------------------------------------------------------------- distributions

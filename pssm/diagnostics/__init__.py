@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pssm.diagnostics.backtest import Backtest, backtest
 from pssm.diagnostics.bound import Evidence, khat, log_evidence
 from pssm.diagnostics.calibration import Calibration, simulation_based_calibration
+from pssm.diagnostics.disturbances import Disturbances, disturbances
 from pssm.diagnostics.gap import BoundGap, bound_gap
 from pssm.diagnostics.impact import Impact, impact
 from pssm.diagnostics.residuals import Residuals, residuals
@@ -19,11 +20,13 @@ __all__ = [
     "Backtest",
     "BoundGap",
     "Calibration",
+    "Disturbances",
     "Evidence",
     "Impact",
     "Residuals",
     "backtest",
     "bound_gap",
+    "disturbances",
     "impact",
     "khat",
     "leave_future_out",

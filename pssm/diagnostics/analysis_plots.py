@@ -62,6 +62,33 @@ def plot_residuals(found: Any, *, title: str = "") -> Figure:
     return figure
 
 
+def plot_disturbances(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Disturbances`."""
+    rows = [
+        (name, residuals[:, j])
+        for names, residuals in (
+            (found.names, found.observation_residuals),
+            (found.state_names, found.state_residuals),
+        )
+        for j, name in enumerate(names)
+        if not np.isnan(residuals[:, j]).all()
+    ][: 2 * MOST_SERIES]
+    figure = new_figure([1.8] * len(rows), title)
+    axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
+    x, _, dates = positions(found.time, len(found.time), None, 0)
+    for ax, (name, values) in zip(axes, rows, strict=True):
+        ax.axhspan(-1.96, 1.96, color=GREY, alpha=0.15, lw=0)
+        ax.vlines(x, 0, values, color=SIGNAL, lw=1.2)
+        ax.axhline(0, color=INK, lw=0.8)
+        named = found.table.loc[found.table.name == name]
+        marked = np.isin(found.time, named.time.to_numpy())
+        ax.plot(np.asarray(x)[marked], values[marked], "o", color=FORECAST, ms=5)
+        ax.set_ylabel(shown_text(name), fontsize=11)
+        tidy(ax, dates)
+    axes[0].set_title("auxiliary residuals", fontsize=11, loc="left")
+    return figure
+
+
 def plot_backtest(found: Any, *, title: str = "") -> Figure:
     """The figure of `pssm.diagnostics.Backtest`."""
     table, first = found.table, found.table["method"].iloc[0]

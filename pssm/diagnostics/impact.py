@@ -18,6 +18,7 @@ from pssm.diagnostics.analysis_plots import plot_impact
 from pssm.diagnostics.rolling import Roller, series_of
 from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import sample_states
+from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.results import trace_with
 from pssm.infer.predict import marginal_site, one_step
 from pssm.linalg.random import standard_normal
@@ -220,7 +221,7 @@ class _Task:
     def __init__(self, y: np.ndarray, kwargs: dict[str, Any], method: str, model: Any, options: Any, num_draws: int):
         self.y, self.model, self.num_draws = y, model, num_draws
         self.kwargs, self.roller = kwargs, Roller(method, model, y, kwargs, 1, num_draws, options)
-        self._paths = jax.jit(partial(_paths, model))
+        self._paths = jax.jit(partial(_paths, with_own_arrays(model)))
 
     def run(self, start: int, stop: int, key: Key) -> tuple[Any, dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Fit, its draws, paths `(draw, stop - start)` from a start on, and mean and sd of one-step predictions."""

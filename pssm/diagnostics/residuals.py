@@ -118,17 +118,25 @@ def residuals(
     values = whiten(errors.astype(float), covariances.astype(float)).mean(0)
     values = np.moveaxis(values, -2, 0).reshape(values.shape[-2], -1)
     num_steps, count = values.shape
+    given, labels = check_labels(names, time, num_steps, count)
+    most_skipped = int((~np.isnan(values)).sum(0).min(initial=num_steps)) // 10
+    skip = min(max(n_state, 1), most_skipped) if skip is None else check_count("skip", skip, least=0)
+    fewest = int((~np.isnan(values)).sum(0).min(initial=num_steps)) - skip
+    lags = max(1, min(10, fewest // 5)) if lags is None else check_count("lags", lags)
+    return Residuals(values, given, labels, skip, lags, _table(values, given, skip, lags))
+
+
+def check_labels(
+    names: tuple[str, ...] | None, time: ArrayLike | None, num_steps: int, count: int
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the series and labels of the steps, by default plain ones."""
     labels = np.arange(num_steps) if time is None else np.asarray(time)
     given = tuple(f"series {j}" if count > 1 else "y" for j in range(count)) if names is None else tuple(names)
     if len(labels) != num_steps:
         raise ValueError(f"`time` must have {num_steps} labels; got {len(labels)}.")
     if len(given) != count:
         raise ValueError(f"`names` must have {count} names; got {len(given)}.")
-    most_skipped = int((~np.isnan(values)).sum(0).min(initial=num_steps)) // 10
-    skip = min(max(n_state, 1), most_skipped) if skip is None else check_count("skip", skip, least=0)
-    fewest = int((~np.isnan(values)).sum(0).min(initial=num_steps)) - skip
-    lags = max(1, min(10, fewest // 5)) if lags is None else check_count("lags", lags)
-    return Residuals(values, given, labels, skip, lags, _table(values, given, skip, lags))
+    return given, labels
 
 
 def whiten(errors: np.ndarray, covariances: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pssm._types import Array, Key
 from pssm.fitting.fit import fit_svi
 from pssm.fitting.loop import run_to_end
 from pssm.fitting.ml import ModeEngine, PointEngine
+from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.point import PointFit
 from pssm.fitting.results import flatten_draws, posterior_draws, trace_with
 from pssm.infer.predict import forecast, marginal_site, one_step
@@ -157,9 +158,10 @@ class Roller:
     def _predictions(self, draws: dict[str, Array], y: Array, origin: Array) -> tuple[Array, Array]:
         """Moments of the steps after the origin for each draw: predictions of a filter that sees nothing there."""
         kwargs = {n: np.array(x, float) if _is_floats(x) else x for n, x in self.kwargs.items()}
+        model = with_own_arrays(self.model)
 
         def one(sample: dict[str, Array]) -> tuple[Array, Array]:
-            found: Any = marginal_site(trace_with(self.model, sample, y, **kwargs))
+            found: Any = marginal_site(trace_with(model, sample, y, **kwargs))
             d, value = found[1], found[2]
             ahead = one_step(d.ssm, value, d.u)
             return tuple(jax.lax.dynamic_slice_in_dim(x, origin, self.horizon, 0) for x in ahead)

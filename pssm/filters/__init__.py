@@ -1,5 +1,6 @@
 """Filters and smoothers: exact for linear-Gaussian models, approximate for others."""
 
+from pssm.filters.disturbances import DisturbanceResult, smooth_disturbances
 from pssm.filters.gaussian import gaussian_filter, gaussian_smoother
 from pssm.filters.kalman import forecast, kalman_filter, log_likelihoods, simulate
 from pssm.filters.particle import particle_filter
@@ -10,6 +11,7 @@ from pssm.filters.smoother import kalman_smoother, most_likely_states, sample_st
 from pssm.filters.step import predict, update
 
 __all__ = [
+    "DisturbanceResult",
     "ParticleResult",
     "conditional_smc",
     "forecast",
@@ -25,5 +27,6 @@ __all__ = [
     "predict",
     "sample_states",
     "simulate",
+    "smooth_disturbances",
     "update",
 ]

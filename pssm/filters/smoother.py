@@ -190,11 +190,11 @@ def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, 
     forth = row.turn_next[:, :n]
     seen = matmul(forth.T, left)
     cross = matmul(matmul(next_chol, left), matmul(seen.T, row.new_chol.T))
-    kept = _what_is_left(row.turn_next, seen)
+    kept = what_is_left(row.turn_next, seen)
     return matmul(_through_update(row), kept), kept, matmul(row.new_chol, kept), cross
 
 
-def _what_is_left(turn: Array, seen: Array) -> Array:
+def what_is_left(turn: Array, seen: Array) -> Array:
     """`W`, lower triangular. It may be found by subtraction as long as little is subtracted, and that is fast."""
     n = turn.shape[0]
 

@@ -92,16 +92,21 @@ def information(function: Function, z: np.ndarray, steps: np.ndarray) -> np.ndar
     rows = []
     for i in free:
         up, down = z.copy(), z.copy()
-        up[i] += steps[i]
-        down[i] -= steps[i]
+        step = max(steps[i], 1e3 * np.spacing(abs(z[i])))
+        up[i] += step
+        down[i] -= step
         rows.append((function(down)[1][free] - function(up)[1][free]) / (up[i] - down[i]))
     matrix = np.array(rows).reshape(len(free), len(free))
     found[np.ix_(free, free)] = (matrix + matrix.T) / 2
     return found
 
 
-def newton(function: Function, z: np.ndarray, rules: Rules, most: int = 40) -> Peak:
-    """Newton's steps, shortened where they do not climb, until the slopes are at the level of rounding."""
+def newton(function: Function, z: np.ndarray, rules: Rules, most: int = 60) -> Peak:
+    """Newton's steps, shortened where they do not climb, until the slopes are at the level of rounding.
+
+    What counts is the gain that a step promises, in nats, which knows no units: the scales of `rules` are where the
+    steps of differences begin, no more.
+    """
     free = np.isfinite(z)
     value, gradient = function(z)
     spread = rules.scale.copy()
@@ -110,8 +115,11 @@ def newton(function: Function, z: np.ndarray, rules: Rules, most: int = 40) -> P
         matrix = information(function, z, rules.step * spread)
         if not free.any() or not np.isfinite(matrix[np.ix_(free, free)]).all():
             break
-        curvature = np.abs(np.diagonal(matrix)[free])
-        spread[free] = np.minimum(1 / np.sqrt(np.maximum(curvature, 1e-300)), rules.scale[free])
+        wider = _spread(np.diagonal(matrix), spread, rules, free)
+        if count < most and np.abs(np.log10(wider / spread)).max() > 1:
+            spread = wider
+            continue
+        spread = wider
         unit, slope = spread[free], np.where(np.isfinite(gradient[free]), gradient[free], 0.0) * spread[free]
         eigen, basis = np.linalg.eigh(matrix[np.ix_(free, free)] * unit[:, None] * unit)
         move = basis @ ((basis.T @ slope) / np.maximum(np.abs(eigen), 1e-6))
@@ -125,15 +133,33 @@ def newton(function: Function, z: np.ndarray, rules: Rules, most: int = 40) -> P
             new[free] += shorter * unit * move
             reached, slopes = function(new)
             climbs = reached > value + 1e-4 * shorter * decrement
-            level = abs(reached - value) <= 100 * rounding and np.linalg.norm(slopes[free] * unit) < np.linalg.norm(
-                slope
-            )
-            if climbs or level:
+            smaller = np.linalg.norm(slopes[free] * unit) < np.linalg.norm(slope)
+            if climbs or (smaller and abs(reached - value) <= 100 * rounding):
                 break
         else:
             break
         z, value, gradient = new, reached, slopes
     return Peak(z, value, np.where(free, gradient, 0.0), matrix, decrement)
+
+
+def _spread(curvature: np.ndarray, before: np.ndarray, rules: Rules, free: np.ndarray) -> np.ndarray:
+    """Standard errors of single coordinates by their curvature; without a boundary they may lie in any units."""
+    most = np.where(rules.ends.any(1), rules.scale, 1e4 * before)
+    found = 1 / np.sqrt(np.maximum(np.abs(np.where(free, curvature, 1.0)), 1e-300))
+    return np.where(free, np.minimum(found, most), before)
+
+
+def depends(function: Function, z: np.ndarray, value: float, i: int, rules: Rules) -> bool:
+    """Whether the function changes with a coordinate, wherever it goes."""
+    far = (1.0, 10.0, FAR) if rules.ends[i].any() else (1.0, 1e3, 1e6, 1e12)
+    for step in far:
+        for sign in (-1.0, 1.0):
+            other = z.copy()
+            other[i] += sign * step * rules.scale[i]
+            reached = function(other)[0]
+            if np.isfinite(reached) and abs(reached - value) > (1e-9 if rules.double else 1e-5) * max(abs(value), 1.0):
+                return True
+    return False
 
 
 def to_the_top(function: Function, z: np.ndarray, rules: Rules) -> Peak:

@@ -9,7 +9,7 @@ import numpy as np
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Key, KeyLike
-from pssm.fitting.climb import Peak
+from pssm.fitting.climb import Peak, depends
 from pssm.fitting.results import FitRecord
 from pssm.fitting.target import Values
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 LIKELIHOOD = "log-likelihood at its maximum: one point, no posterior"
 MODE = "log joint density at its maximum: one point, no bound on the log evidence"
-FLAT = 1e-6  # of the curvature that a prior would give: the density does not depend on the coordinate
+FLAT = 1e-6  # of the curvature that a prior would give: the density may not depend on the coordinate
+WIDE = 7.0  # standard error of a logarithm that is none: a factor of a thousand either way
 Z95 = 1.959963984540054
 MANY = 60  # entries of a site: beyond that it is no row of a summary
 
@@ -104,7 +105,7 @@ class PointFit(FitRecord):
             ValueError: the fit is at no maximum, so there is no information to invert.
         """
         function, peak = self.engine.function, self.run.peak
-        covariance, flat, sound = _covariance(peak, self.run.rules)
+        covariance, flat, sound = _covariance(function, peak, self.run.rules)
         if not sound:
             raise ValueError("`fit` has not converged to one maximum: there is no normal approximation around it.")
         kept = np.flatnonzero(peak.free & ~flat)
@@ -154,7 +155,7 @@ def point_fit(engine: Any, run: Any, peak: Peak, ended: str, seed: Any) -> Point
     values = function.values(z)
     labels = [entries(n, np.zeros(function.shapes[n]))[i] for n, i in function.labels()]
     at_boundary = tuple(label for label, inside in zip(labels, peak.free, strict=True) if not inside)
-    covariance, flat, sound = _covariance(peak, rules)
+    covariance, flat, sound = _covariance(function, peak, rules)
     spread = np.sqrt(np.where(np.isnan(covariance), 0.0, np.diagonal(covariance)[:, None]).max(1, initial=0.0))
     unidentified = tuple(label for label, free, f in zip(labels, peak.free, flat, strict=True) if free and f)
     slopes = {n: np.zeros((len(z), x.size)) for n, x in values.items()}
@@ -196,8 +197,8 @@ def point_fit(engine: Any, run: Any, peak: Peak, ended: str, seed: Any) -> Point
         message += f" At the boundary of their support: {', '.join(at_boundary)}."
     if unidentified:
         warnings.append(
-            f"the {what} does not depend on {', '.join(unidentified)} here, so they have no standard error. "
-            + ("Their component has vanished: leave it out of the model." if at_boundary else "Fix them in the model.")
+            f"the {what} does not depend on {', '.join(unidentified)} here: no standard error. "
+            + ("The component has vanished: leave it out of the model." if at_boundary else "Fix it in the model.")
         )
     method = "maximum likelihood" if engine.objective == LIKELIHOOD else "posterior mode"
     return PointFit(
@@ -223,12 +224,16 @@ def _moved(z: np.ndarray, i: int, by: float) -> np.ndarray:
     return moved
 
 
-def _covariance(peak: Peak, rules: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+def _covariance(function: Any, peak: Peak, rules: Any) -> tuple[np.ndarray, np.ndarray, bool]:
     """The inverse information of the coordinates that matter, those that do not, and whether it is a maximum."""
     size = len(peak.z)
     found, flat = np.full((size, size), np.nan), np.zeros(size, bool)
     curvature = np.diagonal(peak.information) * rules.scale**2
-    flat[peak.free] = ~(np.abs(curvature[peak.free]) > FLAT)
+    weak = ~(np.abs(curvature) > FLAT) | (rules.ends.any(1) & ~(np.abs(np.diagonal(peak.information)) > WIDE**-2))
+    for i in np.flatnonzero(peak.free & weak):
+        flat[i] = not depends(function, peak.z, peak.value, i, rules)
+        if not flat[i] and rules.ends[i].any():  # it goes on to infinity: there is no maximum
+            return found, flat, False
     kept = np.flatnonzero(peak.free & ~flat)
     matrix = peak.information[np.ix_(kept, kept)]
     if not np.isfinite(matrix).all():

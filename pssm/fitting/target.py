@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn
 
 from pssm._types import Array, Key
 from pssm.distributions import HistoryMarginal, StatePath
+from pssm.fitting.own_arrays import with_own_arrays
 from pssm.guides.plates import structure, subsampled
 from pssm.inspection.axes import NUMPYRO_PATHS, Axes, core, find_axes, innermost, is_factor, is_path_noise
 
@@ -51,7 +53,7 @@ class Target:
         traced: bool = False,
     ):
         self.model, self.joint = model, joint
-        for plate in subsampled(structure(model, args, kwargs)):
+        for plate in subsampled(structure(handlers.substitute(model, substitute_fn=_proper), args, kwargs)):
             raise ValueError(f"`model`: its plate `{plate}` takes a part of the data; a maximum needs all of them.")
         axes = find_axes(model, args, kwargs)
         self.names = _latent(axes, joint)
@@ -113,9 +115,7 @@ class Target:
         """Keeps the arguments: arrays of floats that enter as such, and a function that puts them back."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         if self.double:
-            leaves = [
-                np.array(x, np.float64) if _is_floats(x) else x for x in leaves
-            ]  # copies: JAX keeps what it makes of an array by its address
+            leaves = [np.array(x, np.float64) if _is_floats(x) else x for x in leaves]  # copies: see `with_own_arrays`
         places = [i for i, x in enumerate(leaves) if self._traced and _is_floats(x)]
         self._data = [leaves[i] for i in places]
 
@@ -129,16 +129,12 @@ class Target:
 
     def _compile(self) -> None:
         rebuild, names, joint = self._rebuild, self.names, self.joint
-        model = handlers.seed(self.model, jax.random.key(0))  # for what is drawn beside the latent sites
-
-        def start(site: dict[str, Any]) -> Any:
-            # A site without a proper prior cannot be drawn.
-            improper = site["type"] == "sample" and type(core(site["fn"])).__name__ == "ImproperUniform"
-            return core(site["fn"]).support.feasible_like(jnp.zeros(site["fn"].shape())) if improper else None
+        own = with_own_arrays(self.model)
+        model = handlers.seed(own, jax.random.key(0))  # for what is drawn beside the latent sites
 
         def drawn(key: Key, data: list[Any]) -> dict[str, Array]:
             args, kwargs = rebuild(data)
-            seeded = handlers.seed(handlers.substitute(self.model, substitute_fn=start), key)
+            seeded = handlers.seed(handlers.substitute(own, substitute_fn=_proper), key)
             trace = handlers.trace(seeded).get_trace(*args, **kwargs)
             return {n: biject_to(trace[n]["fn"].support).inv(trace[n]["value"]) for n in names}
 
@@ -174,6 +170,13 @@ class Target:
         )
         with self._precision():  # what cannot be traced says so here
             jax.eval_shape(self._value_and_grad, jnp.zeros(self.size), self._data)
+
+
+def _proper(site: dict[str, Any]) -> Any:
+    """A value of the support for a site that cannot be drawn, since it has no proper prior."""
+    if site["type"] != "sample" or not isinstance(core(site["fn"]), dist.ImproperUniform):
+        return None
+    return core(site["fn"]).support.feasible_like(jnp.zeros(site["fn"].shape()))
 
 
 def _is_floats(x: Any) -> bool:

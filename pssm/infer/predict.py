@@ -234,19 +234,43 @@ def innovations(
 
     Arguments and errors as in `one_step_probabilities`.
     """
+
+    def one(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
+        mean, cov = one_step(ssm, y, u)
+        return y - mean, cov
+
+    found, names = of_exact_series(one, fit, draws, *args, most=most, site=site, key=key, **kwargs)
+    return *found, len(names)
+
+
+def of_exact_series(
+    what: Callable[[LinearGaussianSSM, Array, Array | None], Any],
+    fit: Fit | Callable[..., Any],
+    draws: dict[str, Any] | None = None,
+    *args: Any,
+    most: int = 100,
+    site: str | None = None,
+    key: KeyLike = 0,
+    **kwargs: Any,
+) -> tuple[Any, tuple[str, ...]]:
+    """`what(ssm, y, u)` of each draw, where the states are integrated out exactly; and the names of the states.
+
+    Further arguments and errors as in `one_step_probabilities`.
+    """
     task = _task(fit, draws, args, kwargs, most, key, site)
     source = task.source
     if not isinstance(source, ExactSource):
         raise ValueError("`fit`: its model has no `LinearGaussianMarginal` site, so there are no exact predictions.")
 
-    def one(sample: dict[str, Array], key: Array) -> tuple[Array, Array, Array]:
+    def one(sample: dict[str, Array], key: Array) -> Any:
         trace = source.trace(sample)
-        d, y = source.fn(trace), source.series(trace)
-        mean, cov = one_step(d.ssm, y, d.u)
-        return y - mean, cov, jnp.asarray(d.ssm.n_state)
+        d = source.fn(trace)
+        return what(d.ssm, source.series(trace), d.u)
 
-    errors, covariances, n_state = task.map(one)
-    return errors, covariances, int(n_state[0])
+    trace = source.trace({name: x[0] for name, x in task.draws.items()})
+    names = trace[source.site].get("infer", {}).get("state_names")
+    n_state = source.fn(trace).ssm.n_state
+    return task.map(one), tuple(names) if names else tuple(f"state {i}" for i in range(n_state))
 
 
 def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:

@@ -140,10 +140,24 @@ def _say(flat: np.ndarray, count: np.ndarray, size: np.ndarray) -> None:
         )
     else:
         text = (
-            f"{where} with one constant value up to rounding: only upper bounds of variances can be learned, on a "
+            f"{where} with one constant value up to rounding: all that can be learned is that variances are small. The "
+            "likelihood has no upper bound as they go to zero, and a sampler does not settle. Their priors have a "
             f"scale of {size[k] or 1.0:.3g} (the size of the value; `scale=` sets another)."
         )
     warnings.warn(text, stacklevel=5)
+
+
+def warn_of_few(found: Series | None, n_state: int) -> None:
+    """Says so where a series has fewer observed values than the model has states."""
+    if found is None or is_traced(found.values):
+        return
+    count = int((~np.isnan(found.values)).sum())
+    if 1 < count < n_state:
+        warnings.warn(
+            f"`y` has {count} observed values, and the model {n_state} states: what so few values do not say is the "
+            "prior's. Take fewer components, or a shorter season.",
+            stacklevel=4,
+        )
 
 
 def regressors(u: ArrayLike, lead: tuple[int, ...]) -> Regressors:

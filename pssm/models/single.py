@@ -7,14 +7,25 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from pssm._checks import as_float, check_choice, check_count, check_shape, is_traced
+from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._types import Array, ArrayLike
 from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath
 from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.distributions.state_path import path_site
 from pssm.models import components
 from pssm.models.components import Scale
-from pssm.models.scales import Regressors, Series, located, moments, number, observe_from, regressors, series
+from pssm.models.scales import (
+    Regressors,
+    Series,
+    known,
+    located,
+    moments,
+    number,
+    observe_from,
+    regressors,
+    series,
+    warn_of_few,
+)
 from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
 
@@ -29,6 +40,7 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
     about = scale_of(found, location, scale)._replace(gaps=gaps)
     origin = None if found is None else found.origin
     block = components.stack(make_blocks(about))
+    warn_of_few(found, len(block.names))
     sigma_obs = numpyro.sample("sigma_obs", HalfNormal(about.spread))
     offset = None
     if constant:
@@ -43,7 +55,8 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
         return
     named |= {} if above is None else {"origin": above}
     path = StatePath.from_ssm(ssm, length)
-    stands = gaps is not None and (is_traced(gaps) or bool((gaps[1:] == 0).any()))
+    times = None if t is None else known(t)  # as numbers: the form of the model must not depend on `jit`
+    stands = t is not None and (times is None or bool((np.diff(times) == 0).any()))
     if stands or ssm.chol_Q.shape[-1] < ssm.n_state:  # the path has no density: sample the noise that drives it
         with numpyro.handlers.infer_config(config_fn=lambda site: named):
             z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])

@@ -32,7 +32,7 @@ from pssm.distributions.in_units import Normal
 from pssm.distributions.state_path import check_steps
 from pssm.models import components
 from pssm.models.components import Block, Scale
-from pssm.models.scales import Series, located, observe_from
+from pssm.models.scales import Series, located, observe_from, warn_of_few
 from pssm.models.single import STATES, fit, marginal, one_series, regression, scale_of
 from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
@@ -263,6 +263,7 @@ def autoregression(
     about = scale_of(found, location, scale, mean=True)
     mean = located("mean", Normal(about.location, about.spread), None if found is None else found.origin)
     block = components.autoregressive_block(about, order)
+    warn_of_few(found, order)
     effect, inputs = regression(u, length, about)
     if states == "marginal":
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)

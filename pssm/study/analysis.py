@@ -25,9 +25,9 @@ from pssm.study.page import (
     section,
     table,
 )
+from pssm.study.residual_part import CAPTION, words_on_tests
 
 Drawing = tuple[str, Callable[[], Any], str, str]  # file, figure, what it shows, caption
-ODD = 0.01  # a p-value below which a report says that a test rejects
 
 
 def write_fit(
@@ -36,6 +36,9 @@ def write_fit(
     out: Path,
     *,
     u: np.ndarray | None = None,
+    u_future: np.ndarray | None = None,
+    future_time: np.ndarray | None = None,
+    notes: Sequence[str] = (),
     method: str = "ml",
     num_starts: int = 8,
     horizon: int = 10,
@@ -49,28 +52,30 @@ def write_fit(
     inputs = {} if u is None else {"u": u}
     fitter = fit_ml if method == "ml" else fit_map
     fit = fitter(model, y, num_starts=num_starts, key=key, progress_bar=progress_bar, **inputs)
-    notes = list(fit.warnings)
+    notes = [*notes, *fit.warnings]
     estimates = fit.summary()
     show_rows(estimates.reset_index(), title, 60)
     files = {"parameters.csv": estimates.to_csv()}
     found = _attempt(notes, "residuals", lambda: residuals(fit, names=tuple(names), time=time))
-    ahead = 0 if u is not None else horizon
+    future = {}
     if u is not None:
-        notes.append("No forecast: the regressors of the future are not known.")
-    tree = _attempt(notes, "states and forecast", lambda: to_datatree(fit, time=time, states=True, forecast=ahead,
-                                                                      log_likelihood=False))  # fmt: skip
+        horizon = 0 if u_future is None else len(u_future)
+        future = {"u_future": u_future, "future_time": future_time} if horizon else {}
+    if not horizon:
+        notes.append("No forecast: there are no regressors behind the last value of the series.")
+    tree = _attempt(notes, "states and forecast", lambda: to_datatree(fit, time=time, states=True, forecast=horizon,
+                                                                      log_likelihood=False, **future))  # fmt: skip
     drawings: list[Drawing] = []
     if tree is not None:
         drawings.append(("states.png", lambda: plots.plot_states(tree, ylabel=", ".join(names)), "data and signal",
                          "Data, smoothed signal with its 90 % interval, and the forecast with its 50 and 90 % "
                          "intervals; the parameters are taken as known."))  # fmt: skip
-        if ahead:
+        if horizon:
             files["forecast.csv"] = tree["forecast"].to_dataset().to_dataframe().reset_index().to_csv(index=False)
     if found is not None:
         files["residual_tests.csv"] = found.table.to_csv()
         files["residuals.csv"] = pd.DataFrame(found.values, index=pd.Index(time, name="time"), columns=names).to_csv()
-        caption = "Standardised one-step residuals, their quantiles beside a normal's, and autocorrelations."
-        drawings.append(("residuals.png", found.plot, "one-step residuals", caption))
+        drawings.append(("residuals.png", found.plot, "one-step residuals", CAPTION))
     facts = [
         *_what(y, time),
         ("Method", escaped(fit.method)),
@@ -79,7 +84,11 @@ def write_fit(
         ("AIC, AICc, BIC", ", ".join(f"{x:,.2f}" for x in (fit.aic, fit.aicc, fit.bic))),
     ]
     parts = [
-        ("verdicts", "In words", bullet_list([_sentence(fit.message), *_tests(found)])),
+        (
+            "verdicts",
+            "In words",
+            bullet_list([_sentence(fit.message), *(words_on_tests(found) if found is not None else [])]),
+        ),
         ("parameters", "The estimates", table(records(estimates))),
         ("residuals", "Tests of the residuals", table(records(found.table)) if found is not None else ""),
     ]
@@ -172,22 +181,6 @@ def _what(y: np.ndarray, time: np.ndarray) -> list[tuple[str, str]]:
         ("Missing", f"{missing:,}" if missing else "none"),
         ("Time", f"{moment(time[0])} to {moment(time[-1])}"),
     ]
-
-
-def _tests(found: Any) -> list[str]:
-    if found is None:
-        return []
-    words = []
-    meaning = {
-        "ljung_box_p": "residuals are correlated in time: something regular is missing in the model",
-        "jarque_bera_p": "residuals are not normal: look for outliers",
-        "h_p": "the size of the residuals changes along the series",
-    }
-    for name, row in found.table.iterrows():
-        wrong = [text for test, text in meaning.items() if row[test] < ODD]
-        words += [f"{name}: {text} (p {row[test]:.2g})." for test, text in meaning.items() if row[test] < ODD]
-        words += [] if wrong else [f"{name}: no test finds anything wrong with the residuals."]
-    return words
 
 
 def _sentence(text: str) -> str:

@@ -43,10 +43,10 @@ def add_commands(commands: Any, tools: Tools) -> None:
 
 
 def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools: Tools) -> Any:
+    from pssm.study.series_arguments import add_series
+
     parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-    parser.add_argument("data", help="an embedded data set (see `pssm datasets`) or the path of a file")
-    parser.add_argument("--column", action="append", help="column of the series; may be repeated")
-    parser.add_argument("--time", dest="time_column", help="column of the time labels")
+    add_series(parser)
     parser.add_argument("--out", help=f"folder for the results; default results/<data>-{name}")
     parser.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
     parser.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
@@ -57,7 +57,6 @@ def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools
 
 def _model_flags(parser: Any) -> None:
     parser.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
-    parser.add_argument("--inputs", help="comma-separated columns of regressors, known in the future too")
     parser.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
     parser.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
     parser.add_argument("--order", type=int, help="order of the autoregression")
@@ -81,28 +80,27 @@ class _Data(NamedTuple):
     out: Path
 
 
-def _read(a: argparse.Namespace, tools: Tools, others: str | None, command: str) -> _Data:
-    """The series and the columns `others`, from one reading of the file."""
+def _read(a: argparse.Namespace, tools: Tools, command: str) -> _Data:
+    """The series and the columns of `--inputs`, from one reading of the file."""
     from pssm import datasets
+    from pssm.datasets.embedded import NAMES
+    from pssm.study.series_arguments import names_in, read_series
 
-    names = [name.strip() for name in (others or "").split(",") if name.strip()]
-    wanted = list(a.column or [])
-    known = {row[0] for row in datasets.available()}
-    if names and not wanted:
+    names = names_in(a.inputs)
+    if names and not a.column:
         raise ValueError("`--column` is needed beside other columns: the series that is meant.")
-    if set(names) & set(wanted):
-        raise ValueError(f"`--column` and the other columns both name {sorted(set(names) & set(wanted))}.")
-    columns: Any = [*wanted, *names] or None
-    if a.data in known:
-        series = datasets.load(a.data, columns)
-    elif Path(a.data).suffix or Path(a.data).exists():
-        series = datasets.read_csv(a.data, columns, a.time_column)
+    if twice := sorted({*names} & {*(a.column or [])}):
+        raise ValueError(f"`--column` and the other columns both name {twice}.")
+    if names and a.data in NAMES:
+        series = datasets.load(a.data, [*a.column, *names])
+        count = len(a.column)
+        data = series.y[:, :count], series.y[:, count:], series.columns[:count]
     else:
-        raise ValueError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(known))}) nor a file.")
+        series = read_series(a)
+        data = series.y, series.u, series.columns
     out = Path(a.out) if a.out else Path("results") / f"{series.name}-{command}"
     tools.check_out(out, a.force)
-    count = len(series.columns) - len(names)
-    return _Data(series, series.y[:, :count], series.y[:, count:] if names else None, series.columns[:count], out)
+    return _Data(series, *data, out)
 
 
 def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[str, Any]]:
@@ -117,7 +115,7 @@ def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[
 def _fit(a: argparse.Namespace, tools: Tools) -> int:
     from pssm.study.analysis import write_fit
 
-    data = _read(a, tools, a.inputs, "fit")
+    data = _read(a, tools, "fit")
     model, options = _model(a, tools, data.series)
     length = len(data.y)
     horizon = a.horizon or (round(2 * data.series.period) if data.series.period else max(10, length // 10))
@@ -126,6 +124,9 @@ def _fit(a: argparse.Namespace, tools: Tools) -> int:
         data.y,
         data.out,
         u=data.others,
+        u_future=data.series.u_future,
+        future_time=data.series.future_time,
+        notes=data.series.notes,
         method=a.method,
         num_starts=a.starts,
         horizon=horizon,
@@ -142,7 +143,7 @@ def _fit(a: argparse.Namespace, tools: Tools) -> int:
 def _backtest(a: argparse.Namespace, tools: Tools) -> int:
     from pssm.study.analysis import write_backtest
 
-    data = _read(a, tools, a.inputs, "backtest")
+    data = _read(a, tools, "backtest")
     model, options = _model(a, tools, data.series)
     season = a.period or data.series.period
     refit: Any = {"all": True, "first": False}.get(a.refit, a.refit)
@@ -169,10 +170,29 @@ def _backtest(a: argparse.Namespace, tools: Tools) -> int:
     return 0
 
 
+def _moment(text: str, labels: Any, dayfirst: str | None) -> Any:
+    """A date of the command line: day or month first as the file has it, where both could be meant the one inside."""
+    import pandas as pd
+
+    ways = [dayfirst == "yes"] if dayfirst else [False, True]
+    try:
+        found = {pd.to_datetime(text, dayfirst=way).to_datetime64() for way in ways}
+    except (ValueError, TypeError):
+        raise ValueError(f"`--from` must be a date, as the times are; got {text!r}. Write YYYY-MM-DD.") from None
+    inside = [x for x in found if labels[0] < x <= labels[-1]] or list(found)
+    if len(inside) > 1:
+        raise ValueError(f"`--from` {text!r} may have its day or its month first. Write YYYY-MM-DD.")
+    return inside[0]
+
+
 def _impact(a: argparse.Namespace, tools: Tools) -> int:
     from pssm.study.analysis import write_impact
+    from pssm.study.series_arguments import names_in
 
-    data = _read(a, tools, a.controls, "impact")
+    if a.inputs:
+        raise ValueError("`--inputs` are `--controls` here: series that the intervention does not touch.")
+    a.inputs = a.controls and [a.controls]
+    data = _read(a, tools, "impact")
     if data.y.shape[1] > 1:
         raise ValueError(f"`--column` must name one series; got {list(data.names)}. Controls go to `--controls`.")
     labels = data.series.time
@@ -182,12 +202,14 @@ def _impact(a: argparse.Namespace, tools: Tools) -> int:
             start = float(a.start)
         except ValueError:
             raise ValueError(f"`--from` must be a number, as the times are; got {a.start!r}.") from None
+    elif labels.dtype.kind == "M":
+        start = _moment(a.start, labels, a.dayfirst)
     page = write_impact(
         data.y[:, 0],
         data.others,
         start,
         data.out,
-        names=data.series.columns[1:],
+        names=names_in(a.inputs),
         method=a.method,
         level=a.level,
         placebo=not a.no_placebo,

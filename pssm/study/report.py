@@ -32,6 +32,7 @@ from pssm.study.page import (
     table,
 )
 from pssm.study.report_text import SIGNS, VERDICTS, WORDS
+from pssm.study.residual_part import CAPTION, residuals_of, words_on_tests
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +70,15 @@ def write_report(study: Any, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     problems = [str(w) for w in getattr(study, "warnings", None) or []]
-    figures = []
-    for name, draw, alt, caption in _figures(study):
+    figures, left = [], None
+    try:
+        left = residuals_of(study)
+    except Exception as error:
+        problems.append(f"There are no residuals: {type(error).__name__}: {error}")
+    drawings = list(_figures(study))
+    if left is not None:
+        drawings.append(("residuals.png", left.plot, f"One-step residuals of {study.reference}", CAPTION))
+    for name, draw, alt, caption in drawings:
         try:
             png = png_of(draw())
         except Exception as error:  # a long run must not lose its report to one figure
@@ -79,14 +87,14 @@ def write_report(study: Any, folder: str | os.PathLike[str]) -> Path:
         write_whole(folder / name, png)
         figures.append((png, alt, caption))
     path = folder / "report.html"
-    write_whole(path, _page(study, figures, problems).encode("utf-8", errors="replace"))
+    write_whole(path, _page(study, figures, problems, left).encode("utf-8", errors="replace"))
     return path
 
 
 # The page
 
 
-def _page(study: Any, figures: list[tuple[bytes, str, str]], problems: list[str]) -> str:
+def _page(study: Any, figures: list[tuple[bytes, str, str]], problems: list[str], left: Any) -> str:
     title = f"{escaped(study.name)}: {escaped(study.model_name)}"
     parts = [
         f"<header><h1>{title}</h1>{_what(study)}</header>",
@@ -94,6 +102,7 @@ def _page(study: Any, figures: list[tuple[bytes, str, str]], problems: list[str]
         section("warnings", "Warnings", bullet_list(problems)) if problems else "",
         section("methods", "The methods side by side", _methods(study)),
         section("parameters", "The parameters", _parameters(study)),
+        section("residuals", "The residuals", _residuals(left)),
         section("figures", "Figures", "".join(figure_html(*f) for f in figures)),
         section("reading", "How to read this", glossary()),
         section("settings", "To run it again", settings_list(getattr(study, "settings", None) or {})),
@@ -204,6 +213,11 @@ def _parameters(study: Any) -> str:
     }
     legend = "▲ the mean is more than half a posterior sd from the reference, or the sd is off by more than a fifth."
     return table(rows, cells, group="parameter") + f'<p class="small">{legend}</p>'
+
+
+def _residuals(left: Any) -> str:
+    """What the tests of the reference's residuals say, and their numbers."""
+    return "" if left is None else bullet_list(words_on_tests(left)) + table(records(left.table))
 
 
 # The figures

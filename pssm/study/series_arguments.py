@@ -58,7 +58,7 @@ def read_series(a: argparse.Namespace) -> Series:
     if not (Path(a.data).suffix or Path(a.data).exists()):
         raise ValueError(f"`data` {a.data!r} is neither a data set ({', '.join(sorted(NAMES))}) nor a file.")
     if "inputs" in given:
-        given["inputs"] = [name.strip() for names in given["inputs"] for name in names.split(",") if name.strip()]
+        given["inputs"] = names_in(given["inputs"])
     if "dayfirst" in given:
         given["dayfirst"] = given["dayfirst"] == "yes"
     if "sheet" in given and given["sheet"].isdigit():
@@ -69,6 +69,11 @@ def read_series(a: argparse.Namespace) -> Series:
     for note in series.notes:
         print(f"pssm: {note}", file=sys.stderr)
     return series
+
+
+def names_in(lists: list[str] | None) -> list[str]:
+    """The names in comma-separated lists."""
+    return [name.strip() for names in lists or [] for name in names.split(",") if name.strip()]
 
 
 def input_options(series: Series, model: str, horizon: int | None) -> tuple[dict[str, Any], Any, int | None]:
