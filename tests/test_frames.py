@@ -39,6 +39,7 @@ INDICES = {
     "dates of Python": [x.date() for x in pd.date_range("2020-01-01", periods=STEPS)],
     "texts": [f"{x:%Y-%m}" for x in pd.date_range("2019-01-01", periods=STEPS, freq="MS")],
     "quarters as texts": [str(x) for x in pd.period_range("2015Q1", periods=STEPS, freq="Q")],
+    "months since 1659": np.arange("1659-01", "1661-01", dtype="datetime64[M]"),
     "years": list(range(1990, 1990 + STEPS)),
 }
 

@@ -15,7 +15,7 @@ FREQUENCIES = {
     **dict.fromkeys(("MS", "ME", "BME", "BMS", "WOM-3FRI"), 12.0),
     **dict.fromkeys(("QS", "QE", "QE-JAN", "BQE"), 4.0),
     **dict.fromkeys(("W-SUN", "W-WED"), YEAR_OF_WEEKS),
-    **dict.fromkeys(("YS", "YE", "YE-JUN", "2MS", "2D", "2W-FRI", "4h", "30min", "15min", "s", "100ms"), None),
+    **dict.fromkeys(("YS", "YE", "YE-JUN", "2MS", "2D", "2W-FRI", "4h", "30min", "15min", "s", "100ms", "ns"), None),
     **{"B": 5.0, "D": 7.0, "SMS": 24.0, "h": 24.0},
 }
 
@@ -131,6 +131,9 @@ def test_absent_rows_are_named():
         (["a", "b"], np.array(["a", "b"])),
         (pd.Series(["a", "b"]), np.array(["a", "b"])),
         (pd.Index([1, 2], dtype="Int64"), np.array([1, 2])),
+        (np.array([3, 4], dtype=object), np.array([3, 4])),
+        (np.array([1, 2], dtype=np.float16), np.array([1.0, 2.0])),
+        ([dt.time(1), dt.time(2)], np.array(["01:00:00", "02:00:00"])),
         (pd.CategoricalIndex(["x", "y"]), np.array(["x", "y"])),
         (np.array(["2020", "2021"], "M8[Y]"), np.array(["2020", "2021"], "M8[Y]")),
         ("one", np.array(["one"])),

@@ -25,5 +25,6 @@ def load_tree(path: str | Path) -> xr.DataTree:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    with xr.open_datatree(path, engine="h5netcdf") as tree:
+    dates = xr.coders.CFDatetimeCoder(time_unit="us")  # nanoseconds, the default, begin in 1677
+    with xr.open_datatree(path, engine="h5netcdf", decode_times=dates) as tree:
         return tree.load()

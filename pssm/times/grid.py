@@ -15,6 +15,7 @@ from pssm.times.labels import as_labels, quoted, shown
 # Observations in a season, by the step: (months, days, hours).
 SEASONS = {(1, 0, 0): 12.0, (3, 0, 0): 4.0, (0, 7, 0): 365.25 / 7, (0, 1, 0): 7.0, (0, 0, 1): 24.0}
 BUSINESS_WEEK = 5.0
+_TICKS = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}  # in a day
 _DAYS = ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%Y%m%d")
 _MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%b %Y", "%b-%Y", "%B %Y")
 _CLOCKS = (" %H:%M", "T%H:%M", " %H:%M:%S", "T%H:%M:%S")
@@ -125,19 +126,19 @@ def _fixed(index: pd.DatetimeIndex) -> Grid | None:
     wall = index.tz_localize(None)
     daily = (wall - wall.normalize()).nunique() == 1
     times = wall if daily or index.tz is None else index
-    each = np.diff(times.as_unit("us").asi8)
-    step = int(np.gcd.reduce(each))
+    each = np.diff(times.asi8)
+    step, day = int(np.gcd.reduce(each)), _TICKS[times.unit]
     if (each == step).mean() <= 0.5:
         return None
     absent, gap = int((each // step - 1).sum()), _first(each > step)
-    days, rest = divmod(step, 86_400_000_000)
+    days, rest = divmod(step, day)
     if not rest:
         weeks = days % 7 == 0
         words = _count(days // 7, "week") if weeks else _count(days, "day")
         return Grid(pd.DateOffset(days=days), words, SEASONS.get((0, days, 0)), absent, gap)
-    hours, rest = divmod(step, 3_600_000_000)
-    words = str(pd.Timedelta(step, "us")).removeprefix("0 days ") if rest else _count(hours, "hour")
-    return Grid(pd.Timedelta(step, "us"), words, None if rest else SEASONS.get((0, 0, hours)), absent, gap)
+    hours, rest = divmod(step, day // 24)
+    words = str(pd.Timedelta(step, times.unit)).removeprefix("0 days ") if rest else _count(hours, "hour")
+    return Grid(pd.Timedelta(step, times.unit), words, None if rest else SEASONS.get((0, 0, hours)), absent, gap)
 
 
 def _even_numbers(values: np.ndarray) -> Grid | None:

@@ -1,5 +1,6 @@
 """Labels of time steps as they are given, and as arrays that files hold."""
 
+import datetime as dt
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -50,36 +51,39 @@ def as_labels(name: str, labels: ArrayLike | Iterable[Any]) -> Any:
             "them, or one series at a time."
         )
     if isinstance(labels, pd.Series | pd.Index):
-        labels = pd.Index(labels)
+        found: Any = pd.Index(labels)
     else:
-        labels = np.asarray(labels if np.ndim(labels) else [labels])
-        if labels.ndim != 1:
+        found = np.asarray(labels if np.ndim(labels) else [labels])
+        if found.ndim != 1:
             raise ValueError(
-                f"{quoted(name)} must be a list of labels, one for each step or entry; got shape {labels.shape}."
+                f"{quoted(name)} must be a list of labels, one for each step or entry; got shape {found.shape}."
             )
-        labels = pd.Index(labels.astype(str) if labels.dtype.kind in "US" else labels)
-    missing = np.flatnonzero(labels.isna())
+        as_type = {"U": str, "S": str}.get(found.dtype.kind, np.float32 if found.dtype == np.float16 else None)
+        found = pd.Index(found if as_type is None else found.astype(as_type))  # pandas has no half floats
+    if found.dtype == object:
+        found = found.infer_objects()
+    missing = np.flatnonzero(found.isna())
     if missing.size:
         raise ValueError(f"{quoted(name)} must have a label in every row; that of row {missing[0] + 1} is missing.")
-    if labels.dtype == object and len(labels) and all(isinstance(x, pd.Period) for x in labels):
-        labels = pd.PeriodIndex(labels)
-    elif labels.dtype == object and len(labels) and all(hasattr(x, "isoformat") for x in labels):  # dates of Python
-        aware = [getattr(x, "tzinfo", None) is not None for x in labels]
+    if found.dtype == object and len(found) and all(isinstance(x, pd.Period) for x in found):
+        found = pd.PeriodIndex(found)
+    elif found.dtype == object and len(found) and all(isinstance(x, dt.date) for x in found):
+        aware = [getattr(x, "tzinfo", None) is not None for x in found]
         if any(aware) and not all(aware):
             raise ValueError(f"{quoted(name)} has dates with and without a time zone. Give all of them one.")
-        same = len({str(getattr(x, "tzinfo", None)) for x in labels}) == 1
-        labels = pd.DatetimeIndex(pd.to_datetime(list(labels), utc=True if any(aware) and not same else None))
-    if isinstance(labels, pd.DatetimeIndex | pd.PeriodIndex):
-        return labels
-    if isinstance(labels, pd.IntervalIndex) or labels.dtype.kind == "c":
+        same = len({str(getattr(x, "tzinfo", None)) for x in found}) == 1
+        found = pd.DatetimeIndex(pd.to_datetime(list(found), utc=True if any(aware) and not same else None))
+    if isinstance(found, pd.DatetimeIndex | pd.PeriodIndex):
+        return found
+    if isinstance(found, pd.IntervalIndex) or found.dtype.kind == "c":
         raise ValueError(
-            f"{quoted(name)} must be dates, numbers or texts; got {labels.dtype}. Give the start of each step."
+            f"{quoted(name)} must be dates, numbers or texts; got {found.dtype}. Give the start of each step."
         )
-    if pd.api.types.is_bool_dtype(labels.dtype) or pd.api.types.is_numeric_dtype(labels.dtype):
-        return np.asarray(labels.to_numpy(), dtype={"i": np.int64, "u": np.uint64, "b": bool}.get(labels.dtype.kind))
-    if labels.dtype.kind == "m":
-        return labels.to_numpy()
-    return np.array([str(x) for x in labels])
+    if pd.api.types.is_bool_dtype(found.dtype) or pd.api.types.is_numeric_dtype(found.dtype):
+        return np.asarray(found.to_numpy(), dtype={"i": np.int64, "u": np.uint64, "b": bool}.get(found.dtype.kind))
+    if found.dtype.kind == "m":
+        return found.to_numpy()
+    return np.array([str(x) for x in found])
 
 
 def label_array(name: str, labels: ArrayLike | Iterable[Any]) -> np.ndarray:
