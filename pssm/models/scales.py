@@ -140,8 +140,8 @@ def _say(flat: np.ndarray, count: np.ndarray, size: np.ndarray) -> None:
         )
     else:
         text = (
-            f"{where} with one constant value up to rounding: all that can be learned is that variances are small. The "
-            "likelihood has no upper bound as they go to zero, and a sampler does not settle. Their priors have a "
+            f"{where} with one constant value up to rounding: all that can be learned is that variances are small. "
+            "The likelihood has no upper bound as they go to zero, and a sampler does not settle. Their priors have a "
             f"scale of {size[k] or 1.0:.3g} (the size of the value; `scale=` sets another)."
         )
     warnings.warn(text, stacklevel=5)
