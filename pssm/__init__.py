@@ -17,6 +17,7 @@ from pssm import nets as nets
 from pssm import sde as sde
 from pssm._version import __version__ as __version__
 from pssm.distributions import observe as observe
+from pssm.filters import DisturbanceResult as DisturbanceResult
 from pssm.filters import ParticleResult as ParticleResult
 from pssm.filters import conditional_smc as conditional_smc
 from pssm.filters import forecast as forecast
@@ -32,6 +33,7 @@ from pssm.filters import particle_smoother as particle_smoother
 from pssm.filters import predict as predict
 from pssm.filters import sample_states as sample_states
 from pssm.filters import simulate as simulate
+from pssm.filters import smooth_disturbances as smooth_disturbances
 from pssm.filters import update as update
 from pssm.learning import DynamicTexture as DynamicTexture
 from pssm.learning import EMResult as EMResult
