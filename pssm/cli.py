@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pssm",
         description="State-space models in NumPyro: compare inference methods on a time series, or learn a video.",
     )
-    from pssm.study.series_arguments import add_series
+    from pssm.study.series_arguments import add_seasons, add_series
 
     commands = parser.add_subparsers(required=True, metavar="command")
     compare = commands.add_parser(
@@ -62,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", help="folder for the results; default results/<data>-<model>")
     compare.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
     compare.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
-    compare.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
-    compare.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
+    add_seasons(compare)
     compare.add_argument("--order", type=int, help="order of the autoregression")
     compare.add_argument(
         "--states", type=int, help="size of the state, or factors of dynamic_factor; default the model's"
@@ -151,7 +150,7 @@ def _add_texture(commands: Any) -> None:
 def _compare(a: argparse.Namespace) -> int:
     import numpy as np
 
-    from pssm.study.series_arguments import input_options, read_series
+    from pssm.study.series_arguments import input_options, read_series, season_of
 
     _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics", "states")
     if not 0 <= a.budget < float("inf"):
@@ -176,7 +175,8 @@ def _compare(a: argparse.Namespace) -> int:
     inputs, u_future, horizon = input_options(series, a.model, a.horizon)
     options = {**_model_options(a, series), **inputs}
     if horizon is None:
-        horizon = round(2 * series.period) if series.period else max(10, len(series.y) // 10)
+        season = season_of(a, series)
+        horizon = round(2 * season) if season else max(10, len(series.y) // 10)
     study = pssm.compare(
         a.model,
         np.asarray(series.y),
@@ -266,7 +266,7 @@ def _resume(a: argparse.Namespace) -> int:
 def _check_counts(a: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(a, name)
-        if value is not None and value < 1:
+        if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
             raise UsageError(f"`--{name}` must be at least 1; got {value}.")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pssm import compare, models
+from pssm import compare
 from pssm.cli import _parser, main
 from pssm.diagnostics import load_tree
 from pssm.study.saved import load_plan
@@ -164,8 +164,3 @@ def test_a_study_without_the_inputs_of_its_future(monkeypatch):
         compare("local_level", y, ["svi:normal"], u=u, u_future=u[:3], progress=False)
     with pytest.raises(ValueError, match="`u_future` is given without `u`"):
         compare("local_level", y, ["svi:normal"], u_future=u[:10], progress=False)
-
-
-def test_several_seasons_are_refused_in_words():
-    with pytest.raises(ValueError, match=r"`seasonal` must be one number.*\[24, 168\]"):
-        models.structural(np.arange(400.0), seasonal=[24, 168])

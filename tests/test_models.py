@@ -215,7 +215,7 @@ def test_constant_and_all_missing_series(states):
         ("`level`", models.structural, {"level": False}),
         ("`seasonal`", models.structural, {"harmonics": 2}),
         ("`seasonal`", models.structural, {"seasonal": 1}),
-        ("`harmonics`", models.seasonal, {"period": 4, "harmonics": 2}),
+        ("`harmonics`", models.seasonal, {"period": 4, "harmonics": 3}),
         ("`harmonics`", models.seasonal, {"period": 4, "harmonics": 0}),
     ],
 )

@@ -106,31 +106,41 @@ def trend_block(scale: Scale) -> Block:
     )
 
 
-def dummy_seasonal_block(scale: Scale, period: int) -> Block:
+def dummy_seasonal_block(scale: Scale, period: int, label: str = "") -> Block:
     """Seasonal effects that sum to white noise over a period, `s_t = -(s_{t-1} + ... + s_{t-period+1}) + w_t`.
 
-    State of size `period - 1`, one noise: a singular `Q`. `sigma_seasonal ~ HalfNormal(spread / 10)`.
+    State of size `period - 1`, one noise: a singular `Q`. `sigma_seasonal<label> ~ HalfNormal(spread / 10)`.
     """
-    sigma = numpyro.sample("sigma_seasonal", HalfNormal(0.1 * scale.spread))
+    sigma = numpyro.sample(f"sigma_seasonal{label}", HalfNormal(0.1 * scale.spread))
     n = period - 1
     transition = jnp.concatenate([-jnp.ones((1, n)), jnp.eye(n - 1, n)])
     first = jnp.eye(n)[:, :1]
-    names = ("seasonal", *(f"seasonal_lag{i}" for i in range(1, n)))
+    names = (f"seasonal{label}", *(f"seasonal{label}_lag{i}" for i in range(1, n)))
     return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, sigma * first, first.T, names)
 
 
-def harmonic_seasonal_block(scale: Scale, period: float, harmonics: int) -> Block:
-    """Seasonal pattern as a sum of slowly turning waves of `harmonics` multiples of one frequency.
+def harmonic_seasonal_block(scale: Scale, period: float, waves: int | tuple[int, ...], label: str = "") -> Block:
+    """Seasonal pattern as a sum of slowly turning waves: multiples of one frequency, the first so many or those given.
 
-    Any period, whole or not (365.25 / 7 weeks). `sigma_seasonal ~ HalfNormal(spread / 10)`, one for all waves.
+    Any period, whole or not (365.25 / 7 weeks). `sigma_seasonal<label> ~ HalfNormal(spread / 10)`, one for all waves.
+    The wave of half the period's steps changes its sign at every step and is one state, so that a full pattern of an
+    even period has `period - 1` of them.
     """
-    sigma = numpyro.sample("sigma_seasonal", HalfNormal(0.1 * scale.spread))
-    angles = [2 * jnp.pi * k / period for k in range(1, harmonics + 1)]
-    n = 2 * harmonics
-    seen = jnp.tile(jnp.array([[1.0, 0.0]]), (1, harmonics))
-    names = tuple(f"{wave}_{k}" for k in range(1, harmonics + 1) for wave in ("seasonal", "seasonal_phase"))
-    rotation = _block_diagonal([scale.turn(angle) for angle in angles])
-    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), rotation, scale.noise(sigma, n), seen, names)
+    sigma = numpyro.sample(f"sigma_seasonal{label}", HalfNormal(0.1 * scale.spread))
+    multiples = tuple(range(1, waves + 1)) if isinstance(waves, int) else waves
+    turns, seen, names = [], [], []
+    for k in multiples:
+        names.append(f"seasonal{label}_{k}")
+        seen.append(1.0)
+        if 2 * k == period and scale.gaps is None:
+            turns.append(-jnp.ones((1, 1)))
+            continue
+        turns.append(scale.turn(2 * jnp.pi * k / period))
+        names.append(f"seasonal{label}_phase_{k}")
+        seen.append(0.0)
+    n = len(names)
+    start = scale.spread * jnp.eye(n)
+    return Block(jnp.zeros(n), start, _block_diagonal(turns), scale.noise(sigma, n), jnp.array([seen]), tuple(names))
 
 
 def cycle_block(scale: Scale, shortest: float, longest: float) -> Block:

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
@@ -32,6 +31,7 @@ from pssm.distributions.in_units import Normal
 from pssm.distributions.state_path import check_steps
 from pssm.models import components
 from pssm.models.components import Block, Scale
+from pssm.models.patterns import patterns
 from pssm.models.scales import Series, located, observe_from, warn_of_few
 from pssm.models.single import STATES, fit, marginal, one_series, regression, scale_of
 from pssm.sde import gaps_between
@@ -100,8 +100,8 @@ def local_linear_trend(
 def seasonal(
     y: ArrayLike | None = None,
     *,
-    period: float,
-    harmonics: int | None = None,
+    period: float | Sequence[float],
+    harmonics: int | Sequence[int | None] | None = None,
     num_steps: int | None = None,
     t: ArrayLike | None = None,
     u: ArrayLike | None = None,
@@ -113,10 +113,11 @@ def seasonal(
 
     Args:
         y: as in `local_level`, like the arguments not listed here.
-        period: number of time steps in a season, at least 2; need not be whole with `harmonics`.
-        harmonics: number of sine waves of the pattern, at most half the period. By default the pattern is free: one
-            effect for every step of a whole period (`period - 1` states, singular `Q`) up to 7 steps, three waves
-            beyond that.
+        period: number of time steps in a season, at least 2; need not be whole with `harmonics`. Several periods are
+            patterns that add up: `(24, 168)` for hours, `(7, 365.25)` for days.
+        harmonics: number of sine waves of the pattern, at most half the period: then it is full (`period - 1` states).
+            By default the pattern is free: one effect for every step of a whole period (`period - 1` states, singular
+            `Q`) up to 7 steps, three waves beyond that. With several periods, one number or one for each.
         num_steps: number of steps, needed where `y` is None.
         t: times of the observations, see the module's head.
         u: regressors `(time, input)`.
@@ -149,8 +150,8 @@ def structural(
     u: ArrayLike | None = None,
     level: bool = True,
     trend: bool = False,
-    seasonal: float | None = None,
-    harmonics: int | None = None,
+    seasonal: float | Sequence[float] | None = None,
+    harmonics: int | Sequence[int | None] | None = None,
     cycle: bool | tuple[float, float] = False,
     ar: int = 0,
     matern: float | None = None,
@@ -167,8 +168,9 @@ def structural(
         u: regressors `(time, input)`; adds `beta' (u_t - u_1)` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
         level: a random-walk level. Without level and trend there is a constant `mean ~ Normal(location, 10 scale)`.
         trend: a level with a slope (includes the level).
-        seasonal: number of time steps in a season, or None.
-        harmonics: waves of the seasonal pattern, see `seasonal`.
+        seasonal: number of time steps in a season, or several for patterns that add up, `(24, 168)`: their sites and
+            states are then called `sigma_seasonal_24`, `seasonal_24_1`, ... None for no season.
+        harmonics: waves of the seasonal pattern, one number or one for each pattern, see `seasonal`.
         cycle: a damped stochastic cycle; True, or bounds `(shortest, longest)` of its period in time steps.
         ar: order of a stationary autoregression, 0 for none; not with `t` (`matern=0.5` is the one of order 1).
         matern: smoothness of a stationary Gaussian process, 0.5, 1.5 or 2.5 (`pssm.sde.matern`); None for none.
@@ -191,7 +193,7 @@ def structural(
         Harvey 1989, chapter 2; Durbin & Koopman 2012, chapter 3.
     """
     check_count("ar", ar, least=0)
-    if not (level or trend or seasonal or cycle or ar or matern):
+    if not (level or trend or seasonal is not None or cycle or ar or matern):
         raise ValueError(
             "`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle`, `ar` or `matern`."
         )
@@ -201,7 +203,7 @@ def structural(
     if isinstance(cycle, tuple | list) and not least <= cycle[0] < cycle[1]:
         bound = "2 <=" if t is None else "0 <"
         raise ValueError(f"`cycle` must be bounds with {bound} shortest < longest; got {cycle}.")
-    waves = _check_seasonal(seasonal, harmonics, uneven=t is not None)
+    seasons = patterns(seasonal, harmonics, uneven=t is not None)
     span = None if t is None else jnp.sum(gaps_between(t)) + 1.0
 
     def blocks(s: Scale, length: int) -> list[Block]:
@@ -209,11 +211,11 @@ def structural(
         parts = []
         if trend or level:
             parts.append(components.trend_block(s) if trend else components.level_block(s))
-        if seasonal is not None:
+        for period, waves, label in seasons:
             parts.append(
-                components.harmonic_seasonal_block(s, seasonal, waves)
-                if waves
-                else components.dummy_seasonal_block(s, int(seasonal))
+                components.dummy_seasonal_block(s, int(period), label)
+                if waves is None
+                else components.harmonic_seasonal_block(s, period, waves, label)
             )
         if cycle:
             parts.append(components.cycle_block(s, *((3.0, longest) if cycle is True else cycle)))
@@ -301,25 +303,3 @@ def _sampled_autoregression(found: Series | None, length: int, block: Block, shi
     centre = jnp.concatenate([jnp.zeros(1), means]) + shift
     spread = jnp.concatenate([block.chol_P0[0, :1], jnp.broadcast_to(sigma, (length - 1,))])
     observe_from("y", dist.Normal(centre[:, None], spread[:, None]), found)
-
-
-def _check_seasonal(period: float | None, harmonics: int | None, *, uneven: bool) -> int | None:
-    """The number of waves, or None for a free pattern."""
-    if period is None:
-        if harmonics is not None:
-            raise ValueError("`harmonics` is given without `seasonal`, the number of time steps in a season.")
-        return None
-    if isinstance(period, Sequence) or np.ndim(period):
-        raise ValueError(
-            f"`seasonal` must be one number of time steps; got {period}. This model has no several patterns at once "
-            "yet: write your own from the blocks of `pssm.models.components`, one `harmonic_seasonal_block` for each."
-        )
-    if not period >= 2:
-        raise ValueError(f"`seasonal` must be a period of at least 2 time steps; got {period}.")
-    if harmonics is None:
-        free = float(period).is_integer() and period <= 7 and not uneven
-        return None if free else max(1, min(3, int((period - 1e-9) // 2)))
-    check_count("harmonics", harmonics)
-    if 2 * harmonics >= period:
-        raise ValueError(f"`harmonics` must be below half the period ({period / 2}); got {harmonics}.")
-    return harmonics

@@ -56,9 +56,10 @@ def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools
 
 
 def _model_flags(parser: Any) -> None:
+    from pssm.study.series_arguments import add_seasons
+
     parser.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
-    parser.add_argument("--period", type=float, help="time steps in a season; known for the embedded data")
-    parser.add_argument("--harmonics", type=int, help="sine waves of the seasonal pattern")
+    add_seasons(parser)
     parser.add_argument("--order", type=int, help="order of the autoregression")
     parser.add_argument("--states", type=int, help="size of the state; default the model's")
 
@@ -66,7 +67,7 @@ def _model_flags(parser: Any) -> None:
 def _counts(a: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(a, name, None)
-        if value is not None and value < 1:
+        if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
             raise ValueError(f"`--{name}` must be at least 1; got {value}.")
 
 
@@ -114,11 +115,13 @@ def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[
 
 def _fit(a: argparse.Namespace, tools: Tools) -> int:
     from pssm.study.analysis import write_fit
+    from pssm.study.series_arguments import season_of
 
     data = _read(a, tools, "fit")
     model, options = _model(a, tools, data.series)
     length = len(data.y)
-    horizon = a.horizon or (round(2 * data.series.period) if data.series.period else max(10, length // 10))
+    season = season_of(a, data.series)
+    horizon = a.horizon or (round(2 * season) if season else max(10, length // 10))
     page = write_fit(
         partial(model, **options),
         data.y,
@@ -142,10 +145,11 @@ def _fit(a: argparse.Namespace, tools: Tools) -> int:
 
 def _backtest(a: argparse.Namespace, tools: Tools) -> int:
     from pssm.study.analysis import write_backtest
+    from pssm.study.series_arguments import season_of
 
     data = _read(a, tools, "backtest")
     model, options = _model(a, tools, data.series)
-    season = a.period or data.series.period
+    season = season_of(a, data.series)
     refit: Any = {"all": True, "first": False}.get(a.refit, a.refit)
     if isinstance(refit, str):
         if not refit.isdigit():

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,32 @@ def add_series(parser: argparse.ArgumentParser) -> None:
     add("--dayfirst", choices=("yes", "no"), help="whether 1/2/2001 is in February")
     add("--timezone", help="of times without an offset, such as Europe/Berlin; in UTC afterwards")
     add("--sheet", help="of an Excel file")
+
+
+def add_seasons(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name seasonal patterns: one number, or several with commas between them."""
+    parser.add_argument(
+        "--period",
+        type=_numbers(float),
+        help="time steps in a season, or several: 24,168; known for the embedded data",
+    )
+    parser.add_argument("--harmonics", type=_numbers(int), help="sine waves of the seasonal pattern, or of each: 6,3")
+
+
+def _numbers(kind: type) -> Callable[[str], Any]:
+    """Reads one number, or a tuple of numbers with commas between them."""
+
+    def read(text: str) -> Any:
+        found = tuple(kind(part) for part in text.split(","))
+        return found[0] if len(found) == 1 else found
+
+    read.__name__ = f"number, or several with commas between them: {kind.__name__}"
+    return read
+
+
+def season_of(a: argparse.Namespace, series: Series) -> float | None:
+    """The shortest season that the arguments name, or that is known of the series."""
+    return series.period if a.period is None else float(np.min(a.period))
 
 
 def read_series(a: argparse.Namespace) -> Series:
