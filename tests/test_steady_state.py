@@ -116,12 +116,15 @@ def test_room_for_every_step(kind, x64):
             np.testing.assert_allclose(getattr(a, name), x, atol=1e-11 * np.abs(x).max(), err_msg=name)
 
 
+UNIT = 2.0**-30  # a power of two: nothing is rounded in another way
+
+
 def test_change_of_units_changes_nothing(x64):
     """The test for the steady state knows no units: the same step, whatever they are."""
     ssm, y = build("plain")
-    scaled = ssm.replace(**{k: 1e-9 * getattr(ssm, k) for k in ("m0", "chol_P0", "chol_Q", "chol_R", "b", "d")})
-    assert steady_state(ssm, y) == steady_state(scaled, 1e-9 * y)
-    np.testing.assert_allclose(auto(scaled, 1e-9 * y)[0], auto(ssm, y)[0] - y.size * np.log(1e-9), rtol=1e-12)
+    scaled = ssm.replace(**{k: UNIT * getattr(ssm, k) for k in ("m0", "chol_P0", "chol_Q", "chol_R", "b", "d")})
+    assert steady_state(ssm, y) == steady_state(scaled, UNIT * y)
+    np.testing.assert_allclose(auto(scaled, UNIT * y)[0], auto(ssm, y)[0] - y.size * np.log(UNIT), rtol=1e-12)
 
 
 def test_filter_and_smoother(x64):

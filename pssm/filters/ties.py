@@ -23,6 +23,7 @@ from pssm.linalg.small import affine, matmul, times
 from pssm.ssm import LinearGaussianSSM
 
 ROUNDING = 0.4  # a tied reading may be off by `eps ** ROUNDING` of its size: 5e-7 in float64, 2e-3 in float32
+LEAST = 1e3  # and by so many roundings of the largest reading of its step: projected data have zeros of that size
 
 
 class OfStep(NamedTuple):
@@ -70,9 +71,11 @@ def _ties(
     off = jnp.abs(residual - times(by_live, residual))
     size = jnp.abs(y) + jnp.abs(predicted) + times(jnp.abs(ssm.C), jnp.abs(mean))
     size = size + times(jnp.abs(by_live), jnp.abs(residual))
+    rounding = jnp.finfo(y.dtype).eps
+    room = rounding**ROUNDING * size + LEAST * rounding * jnp.max(jnp.abs(y), axis=0)
     live = jnp.diagonal(columns) > 0
     tied = observed & ~live.reshape(-1, *(1,) * (y.ndim - 1))
-    off = tied & (off > jnp.finfo(y.dtype).eps ** ROUNDING * size)
+    off = tied & (off > room)
     return off, 2 * (_log_product(orthogonalise_with_care(columns.T)[0]) - _log_product(columns))
 
 

@@ -246,7 +246,7 @@ def fit_svi(
         loss=loss,
         kl_schedule=kl_schedule,
         step_args=step_args,
-        validation=None if validation is None else unmasked_arguments(tuple(validation), {})[0],
+        validation=unmasked_arguments(validation, {})[0] if isinstance(validation, tuple) else validation,
         validate_every=validate_every,
         patience=patience,
     )

@@ -209,7 +209,7 @@ def orthogonalise_with_care(m: jax.Array) -> tuple[jax.Array, jax.Array]:
         # If a second projection removes most of the rest, the rest is rounding error: its direction would not be
         # orthogonal to the others.
         size = jnp.sum(rest**2)
-        again = jnp.where(jnp.sum(again**2) > 0.01 * size, again, 0.0)
+        again = jnp.where(jnp.sum(again**2) <= 0.01 * size, 0.0, again)  # NaN stays
         # What was zero stays zero: later rows are judged by each column alone.
         again = jnp.where((rest == 0) & (jnp.abs(again) <= rounding * jnp.sqrt(size)), 0.0, again)
         direction, length = _normalise(again)
