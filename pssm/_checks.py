@@ -143,6 +143,9 @@ def also_called(**names: str) -> Callable[[Callable[..., Any]], Callable[..., An
         def renamed(*args: Any, **kwargs: Any) -> Any:
             for alias in names.keys() & kwargs.keys():
                 name = names[alias]
+                if kwargs[alias] is None:  # its default, which a call with all arguments bound has
+                    del kwargs[alias]
+                    continue
                 if name in kwargs or len(args) > places.index(name):
                     raise TypeError(f"`{alias}` and `{name}` are two names for one argument; give one of them.")
                 kwargs[name] = kwargs.pop(alias)

@@ -1,5 +1,7 @@
 """Diagnostics of a fit: k-hat, log evidence and leave-future-out density, against closed forms."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,7 +169,7 @@ def test_refits_keep_the_settings_of_the_fit():
         **{"num_warmup": 20, "num_samples": 10, **QUIET},
     )
     mcmc.run(jax.random.key(0), CALM)
-    refit = _Refit(mcmc, 0).mcmc
+    refit = inspect.getclosurevars(_Refit(mcmc, 0).refit).nonlocals["mcmc"]
     assert refit is not mcmc
     assert (refit.num_warmup, refit.num_samples, refit.num_chains) == (20, 10, 1)
     for name in ("_target_accept_prob", "_dense_mass", "_max_tree_depth", "_init_strategy"):

@@ -109,7 +109,9 @@ def _cut_along(axes: Axes, args: tuple[Any, ...]) -> tuple[str, int]:
 
 def _same_nuts(fit: MCMC, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Key, Any], dict[str, jax.Array]]:
     """`(key, data)` to posterior draws; the data are an argument of the compiled program, which serves every refit."""
-    mcmc = NutsEngine.of(fit)[0].mcmc(progress_bar=False, jit_model_args=True)
+    engine = NutsEngine.of(fit)[0]
+    engine.init_strategy = fit.sampler._init_strategy  # pyright: ignore[reportAttributeAccessIssue]
+    mcmc = engine.mcmc(progress_bar=False, jit_model_args=True)
 
     def refit(key: Key, data: Any) -> dict[str, jax.Array]:
         mcmc.run(key, data, *rest, **kwargs)

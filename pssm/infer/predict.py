@@ -156,16 +156,16 @@ def forecast(
         if not isinstance(source, ExactSource):
             raise
         ahead = longer_arguments(source, known, horizon, u_future, (source.args, source.kwargs))
+    start = task.origins[1]
     if isinstance(source, CodesSource):
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
-    origin = task.origins[1]
-    moments, paths = _mixture(mean, variance, origin), paths + origin
+    moments, paths = _mixture(mean, variance, start), paths + start
     if isinstance(source, ExactSource):
-        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance) + origin, paths)
+        return ForecastDraws(moments.mean, moments.sd, _mixture_quantiles(mean, variance) + start, paths)
     return ForecastDraws(moments.mean, moments.sd, np.quantile(paths, QUANTILES, axis=0), paths)
 
 

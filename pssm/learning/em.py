@@ -121,7 +121,8 @@ def fit_em(
         missing: exact form of the update where entries are missing: "augmented" for any `R`, "observed" (fewer
             iterations) for a diagonal one; "auto" takes the second where it can.
         floor: least eigenvalue of a fitted covariance, relative to the variance of each sensor (`R`) or the states
-            (`Q`, `P0`); never more than the least one of the start. In 32 bits at least 2e-6.
+            (`Q`, `P0`), within a factor of two (units are powers of two); never more than the least one of the start.
+            In 32 bits at least 2e-6.
         restarts: further starts, near the first one, each with a fifth of the iterations; EM continues with the best.
         polish_steps: most steps of L-BFGS after EM, which is slow near the maximum. They do not keep to `floor`.
         key: random key or whole number, for the restarts; the default too is the same in each call, and gives the same
