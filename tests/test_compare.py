@@ -15,7 +15,7 @@ from pssm.distributions import StatePath, observe
 from pssm.study import methods as study_methods
 from pssm.study.compare import Study
 from pssm.study.methods import CompileClock, MethodResult, Settings, within_budget
-from pssm.study.verdict import judge, parameter_rows
+from pssm.study.verdict import _share, judge, parameter_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SVI has not converged"),
@@ -404,3 +404,7 @@ def test_a_path_guide_runs_where_there_is_a_path(nile, method):
     assert np.isfinite(row["elbo"]) == np.isfinite(row["khat"]) == is_bound, "a surrogate is not shown as a bound"
     skipped = pssm.compare("autoregression", nile[:20], [method], order=2, **run)
     assert skipped.table.loc[0, "status"] == "skipped"
+
+
+def test_an_absurd_share_is_no_number():
+    assert [_share(x) for x in (0.53, 9.0, 4e19)] == ["53 %", "900 %", "more than 1000 %"]

@@ -10,7 +10,7 @@ from statsmodels.tsa.statespace.mlemodel import MLEModel
 
 from pssm import LinearGaussianSSM, datasets, models
 from pssm.diagnostics import residuals
-from pssm.diagnostics.residuals import whiten
+from pssm.diagnostics.residuals import autocorrelations, whiten
 from pssm.infer import fit_ml, fit_nuts
 
 NILE = np.array(datasets.load("nile").y)
@@ -90,6 +90,12 @@ def test_copies_and_exact_sensors_have_no_residual_of_their_own():
     S = np.array([[[2.0, 2.0], [2.0, 2.0]], [[2.0, 1.0], [1.0, 2.0]]])
     found = whiten(np.array([[1.0, 1.0], [1.0, np.nan]]), S)
     np.testing.assert_allclose(found, [[2**-0.5, np.nan], [2**-0.5, np.nan]])
+
+
+def test_a_constant_has_no_autocorrelation():
+    found, pairs = autocorrelations(np.full(10, 3.0), 3)
+    assert np.isnan(found).all()
+    assert pairs.tolist() == [9, 8, 7]
 
 
 def test_draws_are_averaged_and_batches_stand_side_by_side():

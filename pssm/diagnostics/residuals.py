@@ -162,12 +162,14 @@ def whiten(errors: np.ndarray, covariances: np.ndarray) -> np.ndarray:
 
 
 def autocorrelations(x: np.ndarray, lags: int) -> tuple[np.ndarray, np.ndarray]:
-    """Autocorrelations at lags 1 to `lags` of what was observed, and the number of pairs of each."""
+    """Autocorrelations at lags 1 to `lags` of what was observed, and the number of pairs of each; NaN of a constant."""
     seen = ~np.isnan(x)
     centred = np.where(seen, x - np.nanmean(x), 0.0)
     total = np.sum(centred**2)
-    found = [np.sum(centred[k:] * centred[:-k]) / total for k in range(1, lags + 1)]
-    return np.array(found), np.array([np.sum(seen[k:] & seen[:-k]) for k in range(1, lags + 1)])
+    found = [np.sum(centred[k:] * centred[:-k]) for k in range(1, lags + 1)]
+    return np.array(found) / (total if total > 0 else np.nan), np.array(
+        [np.sum(seen[k:] & seen[:-k]) for k in range(1, lags + 1)]
+    )
 
 
 def _after(x: np.ndarray, skip: int) -> np.ndarray:

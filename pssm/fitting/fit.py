@@ -86,8 +86,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
-    labels = _labels_of(args, kwargs)
-    args, kwargs = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
+    args, kwargs, labels = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
         args,
@@ -160,8 +159,7 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
-    labels = _labels_of(args, kwargs)
-    args, kwargs = _arguments("fit_mclmc", model, args, kwargs)
+    args, kwargs, labels = _arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
 
@@ -234,8 +232,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
-    labels = _labels_of(args, kwargs)
-    args, kwargs = _arguments("fit_svi", model, args, kwargs, SVI)
+    args, kwargs, labels = _arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
         rank=rank,
@@ -297,8 +294,7 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
-    labels = _labels_of(args, kwargs)
-    args, kwargs = _arguments("fit_ml", model, args, kwargs)
+    args, kwargs, labels = _arguments("fit_ml", model, args, kwargs)
     return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
@@ -323,15 +319,18 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
-    labels = _labels_of(args, kwargs)
-    args, kwargs = _arguments("fit_map", model, args, kwargs)
+    args, kwargs, labels = _arguments("fit_map", model, args, kwargs)
     return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
 def _arguments(
     function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments, as plain arrays with NaN; an option of NumPyro's classes among them is refused."""
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """The model's arguments as plain arrays with NaN, and the labels of its data (`_labels_of`).
+
+    An option of NumPyro's classes among them is refused.
+    """
+    labels = _labels_of(args, kwargs)
     own = inspect.signature(model).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
         for kind in options:
@@ -343,7 +342,7 @@ def _arguments(
     args, kwargs = unmasked_arguments(args, kwargs)
     for text in doubts(model, args, double=function in ("fit_ml", "fit_map")):
         warnings.warn(text, stacklevel=3)
-    return args, kwargs
+    return args, kwargs, labels
 
 
 def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = False) -> list[str]:

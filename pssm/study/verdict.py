@@ -157,8 +157,8 @@ def _judge_guide(
     centre = own.loc[own["error_in_sds"].abs().idxmax()]
     off, shift = float(spread["sd_ratio"]) - 1, abs(float(centre["error_in_sds"]))
     word = "understates" if off < 0 else "overstates"
-    spread_text = f"{guide} {word} the sd of {spread['parameter']} by {100 * abs(off):.0f} %"
-    shift_text = f"puts the mean of {centre['parameter']} {shift:.2f} posterior sds off"
+    spread_text = f"{guide} {word} the sd of {spread['parameter']} by {_share(abs(off))}"
+    shift_text = f"puts the mean of {centre['parameter']} {shift:{'.2f' if shift < 1e3 else '.1g'}} posterior sds off"
     if abs(off) > SD_OFF or shift > MEAN_OFF or k > KHAT_MAX:
         reasons = []
         if abs(off) > SD_OFF:
@@ -180,3 +180,8 @@ def _judge_guide(
 
 def _first_upper(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _share(x: float) -> str:
+    """A share in per cent; where it is no more than absurd, as what it is."""
+    return f"{100 * x:.0f} %" if x < 10 else "more than 1000 %"
