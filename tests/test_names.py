@@ -86,6 +86,7 @@ def test_second_names_are_shown_and_survive_keyword_arguments():
 
     assert function(b=3, c=4) == (3, {"c": 4})
     assert function(2) == (2, {})
+    assert function(2, b=None) == (2, {})  # all arguments bound, with their defaults
     assert list(inspect.signature(function).parameters) == ["a", "b", "rest"]
     assert function.__doc__ == "Adds."
 

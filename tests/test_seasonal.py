@@ -91,6 +91,20 @@ def test_two_patterns_are_those_of_statsmodels(x64):
     np.testing.assert_allclose(found, truth.ssm.loglike(), rtol=1e-9)
 
 
+def test_two_patterns_in_32_bits():
+    rng = np.random.default_rng(1)
+    y = (np.sin(np.arange(60) / 2) + 0.3 * rng.normal(size=60))[:, None]
+    values = {"sigma_level": 0.2, "sigma_seasonal_4": 0.1, "sigma_seasonal_9": 0.05, "sigma_obs": 0.3}
+
+    def model(y, **kw):
+        return models.structural(y, seasonal=(4, 9), harmonics=(2, 1), **kw)
+
+    found = system(model, values, y)[1]
+    with jax.enable_x64(True):
+        exact = system(model, values, y)[1]
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
 def test_states_are_named():
     trace = handlers.trace(
         handlers.seed(lambda: models.structural(num_steps=30, trend=True, seasonal=(4, 9), harmonics=(2, 1)), 0)
