@@ -23,6 +23,7 @@ ORDER = [
     "storage",
     "linalg",
     "results",
+    "fields",
     "ssm",
     "batch",
     "devices",
