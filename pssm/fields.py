@@ -45,7 +45,7 @@ def checked(
     if present["A"].shape[-1] != present["A"].shape[-2]:
         raise ValueError(f"`A` must be square (state, state); got shape {present['A'].shape}.")
     sizes = {name: present[source].shape[axis] for name, source, axis in _SIZES if _has_axes(present, source, axis)}
-    mask, present["chol_P0"] = split_diffuse(diffuse, present["chol_P0"], sizes["state"])
+    mask, present["chol_P0"] = split_diffuse(diffuse, given["chol_P0"], present["chol_P0"], sizes["state"])
     for name, x in present.items():
         axes = FIELDS[name]
         expected = tuple(sizes.get(axis, -1) for axis in axes)
@@ -59,13 +59,15 @@ def checked(
 
 
 def split_diffuse(
-    mask: ArrayLike | None, start: Array, n_state: int, *, covariance: bool = False
+    mask: ArrayLike | None, given: ArrayLike, start: Array, n_state: int, *, covariance: bool = False
 ) -> tuple[tuple[bool, ...], Array]:
     """Which states have a diffuse start, `()` for none, and the rest of the start's spread.
 
     Args:
-        mask: which do, `(state,)`; besides, those with an infinite entry on the diagonal of `start`, where it is known.
-        start: a factor of `P0`, or `P0` itself, `(..., state, state)`. What it says of diffuse states is dropped.
+        mask: which do, `(state,)`; besides, those with an infinite entry on the diagonal of `given`.
+        given: the start as it came: its numbers are there inside of `jit` too, unless they are computed there.
+        start: the same as an array: a factor of `P0`, or `P0` itself, `(..., state, state)`. What it says of diffuse
+            states is dropped.
         n_state: size of the state.
         covariance: whether `start` is `P0` itself.
     """
@@ -73,17 +75,17 @@ def split_diffuse(
     if mask is not None and np.size(mask):
         if is_traced(mask):
             raise TypeError("`diffuse` must be known before tracing: it says which states, not how much.")
-        given = np.asarray(mask)
-        if given.dtype != bool or given.shape not in ((), (n_state,)):
+        named = np.asarray(mask)
+        if named.dtype != bool or named.shape not in ((), (n_state,)):
             raise ValueError(
                 f"`diffuse` must be a boolean mask of shape ({n_state},), one entry for each state; "
-                f"got {given.dtype} of shape {given.shape}."
+                f"got {named.dtype} of shape {named.shape}."
             )
-        found = found | given
+        found = found | named
     if start.ndim < 2 or start.shape[-2:] != (n_state, n_state):
         return (), start  # refused later
-    if not is_traced(start):
-        infinite = np.isposinf(np.diagonal(np.asarray(start), axis1=-2, axis2=-1)).reshape(-1, n_state)
+    if not any(is_traced(x) for x in jax.tree.leaves(given)):
+        infinite = np.isposinf(np.diagonal(np.asarray(given, float), axis1=-2, axis2=-1)).reshape(-1, n_state)
         if (infinite != infinite[:1]).any():
             raise ValueError("`P0` must have its infinite entries in the same places for all models of a batch.")
         found = found | infinite[0]

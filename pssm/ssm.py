@@ -59,8 +59,9 @@ class LinearGaussianSSM:
         time_varying: names of the arguments that carry a time axis in front of the axes above, as in
             `time_varying=("A", "C")`. Never guessed from the number of axes.
         diffuse: which states have a diffuse start, a boolean mask `(state,)`, see the module's head; what `chol_P0`
-            says of them does not count. An infinite entry on the diagonal of `chol_P0` says the same. They count from
-            their `m0`; the prior has no draws of them, so `simulate` starts them there.
+            says of them does not count. An infinite entry on the diagonal of `chol_P0` says the same, unless it is
+            computed inside of `jit`, where nobody sees it. They count from their `m0`; the prior has no draws of them,
+            so `simulate` starts them there.
 
     Raises:
         ValueError: a shape does not fit, a value is not finite, or `time_varying` names something else.
@@ -150,7 +151,7 @@ class LinearGaussianSSM:
                 )
             found[name] = array
         if n_state is not None:
-            diffuse, found["P0"] = split_diffuse(diffuse, found["P0"], n_state, covariance=True)
+            diffuse, found["P0"] = split_diffuse(diffuse, P0, found["P0"], n_state, covariance=True)
         factors = factors_from_covariances(found, as_float("C", C))
         renamed = tuple({"Q": "chol_Q", "R": "chol_R"}.get(name, name) for name in time_varying)
         factors = factors["P0"], A, factors["Q"], C, factors["R"]

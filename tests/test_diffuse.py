@@ -41,18 +41,18 @@ def exact(model):
     return model | {"chol_R": 0 * model["chol_R"]}
 
 
-GAPS = {"none": (), "start": (0, 1, 2), "second": (1,), "most": tuple(range(1, 24))}
+GAPS = {"none": (), "start": (0, 1, 2), "second": (1,), "most": tuple(range(1, 14))}
 CASES = {
     "level": (lambda: drawn(0, [True], p=1), 30),
-    "level without noise": (lambda: exact(drawn(0, [True], p=1)), 30),
+    "level without noise": (lambda: exact(drawn(0, [True], p=1)), 18),
     "trend": (trend, 30),
-    "trend that never moves": (lambda: trend(chol_Q=np.zeros((2, 1))), 30),
-    "slope alone": (lambda: trend(diffuse=[False, True]), 30),
+    "trend that never moves": (lambda: trend(chol_Q=np.zeros((2, 1))), 18),
+    "slope alone": (lambda: trend(diffuse=[False, True]), 18),
     "week": (weekly, 45),
     "week without noise": (lambda: exact(weekly()), 45),
     "two sensors": (lambda: drawn(1, [True, False, True], p=2), 40),
-    "more sensors than states": (lambda: drawn(2, [True, True], p=4), 25),
-    "twins": (lambda: drawn(3, [True, True], p=1) | {"C": np.ones((3, 1)) * [[1.0, 0.3]], "chol_R": np.eye(3)}, 25),
+    "more sensors than states": (lambda: drawn(2, [True, True], p=4), 18),
+    "twins": (lambda: drawn(3, [True, True], p=1) | {"C": np.ones((3, 1)) * [[1.0, 0.3]], "chol_R": np.eye(3)}, 18),
     "varying": (
         lambda: drawn(4, [True, True, False], p=2, m=2, steps=30, timed=("A", "C", "chol_Q", "d"), offsets=True),
         30,
@@ -111,7 +111,6 @@ def test_filtered_moments(name, x64):
         known = ~np.isnan(np.asarray(found.mean[t]))
         assert (np.isinf(np.diagonal(found.cov[t])) == ~known).all()
         assert known.all() or t <= n, t
-        assert t or not known.all()
         if known.any():
             np.testing.assert_allclose(found.mean[t][known], mean[known], atol=1e-8 * size)
             np.testing.assert_allclose(
@@ -297,7 +296,7 @@ def test_maximum_likelihood_of_a_users_model(x64):
 
     fit = pssm.infer.fit_ml(model, y, num_steps=100)
     np.testing.assert_allclose(fit.log_likelihood, -380.0077, atol=5e-5)
-    np.testing.assert_allclose(fit.values["s"] ** 2, [17889.6, 685.86], rtol=1e-3)
+    np.testing.assert_allclose(fit.params["s"] ** 2, [17889.6, 685.86], rtol=1e-3)
 
 
 def test_em(x64):
