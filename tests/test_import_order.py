@@ -25,6 +25,7 @@ ORDER = [
     "results",
     "fields",
     "ssm",
+    "correlated",
     "batch",
     "devices",
     "missing",
