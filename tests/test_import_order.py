@@ -24,6 +24,7 @@ ORDER = [
     "linalg",
     "results",
     "ssm",
+    "aggregation",
     "batch",
     "devices",
     "missing",
