@@ -81,17 +81,17 @@ def aggregate(
     places = places_of(every, start, rows, num_steps)
     n, k, timed = ssm.n_state, len(rows), ssm.time_varying
 
-    def part(name: str, pick: bool = False) -> Array | None:
-        """A field with a time axis, of length 1 where it does not vary; with `pick` its rows of sums and means."""
-        x = getattr(ssm, name)
-        if x is None:
+    def rows_of(name: str) -> Array | None:
+        """A field of the emission with a time axis, of length 1 where it does not vary; its rows of sums and means."""
+        if getattr(ssm, name) is None:
             return None
         x = ssm.with_time_axis(name)
-        axis = x.ndim - len(FIELDS[name])
-        return jnp.take(x, np.array(rows), axis=axis) if pick else x
+        return jnp.take(x, np.array(rows), axis=x.ndim - len(FIELDS[name]))
 
-    C, b, B, A, chol_Q = part("C", True), part("b"), part("B"), part("A"), part("chol_Q")
-    d, D = part("d", True), part("D", True)
+    C = jnp.take(ssm.with_time_axis("C"), np.array(rows), axis=-2)
+    A, chol_Q, d, D = ssm.with_time_axis("A"), ssm.with_time_axis("chol_Q"), rows_of("d"), rows_of("D")
+    b = None if ssm.b is None else ssm.with_time_axis("b")
+    B = None if ssm.B is None else ssm.with_time_axis("B")
     fields: dict[str, Any] = {}
     keep = jnp.asarray(places > 0, ssm.dtype)[..., None] * jnp.eye(k, dtype=ssm.dtype)
     right = jnp.concatenate([jnp.zeros((num_steps, n, k), ssm.dtype), keep], axis=-2)

@@ -1,4 +1,4 @@
-"""Sums and means over periods of the steps: the dense Gaussian of the steps, summed, is what the cumulator must give."""
+"""Sums and means over periods: the dense Gaussian of the steps, summed, is what the cumulator must give."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def system(seed=0, timed=(), inputs=False, offsets=True):
     q["chol_R"] = np.diag([0.0, 0.4, 0.3])
     q["time_varying"] = timed
     for name in timed:
-        q[name] = q[name] + 0.2 * rng.normal(size=(STEPS, *q[name].shape))
+        q[name] = q[name] + 0.2 * rng.normal(size=(STEPS, *np.shape(q[name])))
     return LinearGaussianSSM(**q)
 
 
@@ -85,9 +85,8 @@ def test_labels_and_columns_of_their_own(x64):
     signal = np.asarray(ssm.signal(smoothed.mean[:, :2]))
     np.testing.assert_allclose(signal[:, 0].reshape(4, 2).sum(1), 3.0, atol=1e-8)
     cumulated = np.asarray(smoothed.mean[:, 3])
-    np.testing.assert_allclose(
-        cumulated[[1, 5, 7]], [signal[a:b, 1].sum() for a, b in ((0, 2), (2, 6), (6, 8))], atol=1e-8
-    )
+    months = [signal[a:b, 1].sum() for a, b in ((0, 2), (2, 6), (6, 8))]
+    np.testing.assert_allclose(cumulated[[1, 5, 7]], months, atol=1e-8)
     np.testing.assert_array_equal(places_in_periods(labels, STEPS), [0, 1, 0, 1, 2, 3, 0, 1])
     np.testing.assert_array_equal(places_in_periods(3, 5, 2), [0, 0, 1, 2, 0])
 
