@@ -5,6 +5,7 @@ from pssm.models.deep import deep_markov, neural_ssm
 from pssm.models.dynamics import lorenz63_system, pendulum_system, ring_attractor_system, van_der_pol_system
 from pssm.models.factor import dynamic_factor
 from pssm.models.linear import lds, lds_prior, lds_start, lds_values
+from pssm.models.multivariate import multivariate_structural
 from pssm.models.nonlinear import (
     lorenz63,
     pendulum,
@@ -26,6 +27,7 @@ NAMES = (
     "local_level",
     "local_linear_trend",
     "lorenz63",
+    "multivariate_structural",
     "neural_ssm",
     "pendulum",
     "poisson_lds",
@@ -50,6 +52,7 @@ __all__ = [
     "local_linear_trend",
     "lorenz63",
     "lorenz63_system",
+    "multivariate_structural",
     "neural_ssm",
     "pendulum",
     "pendulum_system",
