@@ -14,6 +14,7 @@ from pssm.models.nonlinear import (
     stochastic_volatility,
     van_der_pol,
 )
+from pssm.models.panels import panel
 from pssm.models.structural import autoregression, local_level, local_linear_trend, seasonal, structural
 
 # The models themselves; `__all__` has their helpers too.
@@ -29,6 +30,7 @@ NAMES = (
     "lorenz63",
     "multivariate_structural",
     "neural_ssm",
+    "panel",
     "pendulum",
     "poisson_lds",
     "ring_attractor",
@@ -54,6 +56,7 @@ __all__ = [
     "lorenz63_system",
     "multivariate_structural",
     "neural_ssm",
+    "panel",
     "pendulum",
     "pendulum_system",
     "poisson_lds",

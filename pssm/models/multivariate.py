@@ -17,7 +17,7 @@ from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.models import components
 from pssm.models.components import Scale
 from pssm.models.patterns import patterns
-from pssm.models.periods import periods_of, series_names
+from pssm.models.periods import labels_of, periods_of, series_names
 from pssm.models.scales import located, moments, number
 from pssm.models.several import About, below_diagonal, look_at, observe_series, sample_path, triangular_loadings
 from pssm.models.single import STATES, marginal
@@ -163,7 +163,7 @@ def multivariate_structural(
     if periods is not None:
         ssm, state_names = periods.of(ssm, about), periods.names(state_names, own)
         above = None if above is None else np.pad(above, (0, ssm.n_state - len(above)))
-    _observe(ssm, about, states, {"state_names": state_names}, above)
+    _observe(ssm, about, states, labels_of(state_names, names), above)
 
 
 def sampled_scale(name: str, spread: Array) -> Array:

@@ -64,6 +64,11 @@ def series_names(names: Sequence[str] | None, y: ArrayLike | None, num_obs: int)
     return found
 
 
+def labels_of(states: tuple[str, ...], names: Sequence[str] | None) -> dict[str, Any]:
+    """What a site says of its axes: names of states, and of series where a user gives them (frames have their own)."""
+    return {"state_names": states} | ({} if names is None else {"coords": {"series": tuple(names)}})
+
+
 def periods_of(how: Any, every: Any, start: Any, names: tuple[str, ...], num_steps: int) -> Periods | None:
     """The periods that a user asks for, by names or numbers of columns; None for series of every step.
 
