@@ -26,6 +26,7 @@ ORDER = [
     "fields",
     "ssm",
     "correlated",
+    "aggregation",
     "batch",
     "devices",
     "missing",
