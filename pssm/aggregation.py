@@ -1,11 +1,12 @@
 """Series that are sums or means over periods of the steps: quarterly totals of a monthly state, by a cumulator state.
 
-The signal of such a series, `s_t = C_t z_t + d_t + D_t u_t`, adds up within a period and starts anew with the next:
+The signal of such a series, `C_t z_t + d_t + D_t u_t`, adds up within a period and starts anew with the next:
 
-    a_t = phi_t a_{t-1} + s_t,   phi_t = 0 at the first step of a period, 1 at the others
-    y_t = w_t a_t + v_t,         w_t = 1 (sum), or 1 / (steps of the period so far) (mean)
+    a_t = phi_t (a_{t-1} + C_{t-1} z_{t-1}) + d_t + D_t u_t,   phi_t = 0 at the first step of a period, 1 at the others
+    y_t = w_t (a_t + C_t z_t) + v_t,             w_t = 1 (sum), or 1 / (steps of the period so far) (mean)
 
-The state is `(z_t, a_t)`, the transition varies in time, and all of it is exact.
+The state is `(z_t, a_t)`, the transition varies in time, and all of it is exact. `a_1` is known, whatever the start of
+`z` is: a diffuse one too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,8 @@ def aggregate(
     that of its steps so far (figures of the year to date). `R` is the noise of the figure, not of each step; with
     `R = 0` the smoothed signal of the steps adds up to the figure exactly.
 
-    The state has one number more for each column with a sum or mean, behind the others: the sum of the period so far.
+    The state has one number more for each column with a sum or mean, behind the others: what the period's steps before
+    this one add up to.
 
     Args:
         ssm: the model of all series at every step; batch axes are welcome.
@@ -89,37 +91,36 @@ def aggregate(
         return jnp.take(x, np.array(rows), axis=x.ndim - len(FIELDS[name]))
 
     C = jnp.take(ssm.with_time_axis("C"), np.array(rows), axis=-2)
-    A, chol_Q, d, D = ssm.with_time_axis("A"), ssm.with_time_axis("chol_Q"), rows_of("d"), rows_of("D")
+    A, d, D = ssm.with_time_axis("A"), rows_of("d"), rows_of("D")
     b = None if ssm.b is None else ssm.with_time_axis("b")
     B = None if ssm.B is None else ssm.with_time_axis("B")
-    fields: dict[str, Any] = {}
-    keep = jnp.asarray(places > 0, ssm.dtype)[..., None] * jnp.eye(k, dtype=ssm.dtype)
-    right = jnp.concatenate([jnp.zeros((num_steps, n, k), ssm.dtype), keep], axis=-2)
-    fields["A"] = _beside(_over(A, C @ A), right)
-    fields["chol_Q"] = _over(chol_Q, C @ chol_Q)
-    drift = _plus(None if b is None else jnp.einsum("...ij,...j->...i", C, b), d)
-    if drift is not None:
+    keep = jnp.asarray(places > 0, ssm.dtype)[..., None]  # (time, column, 1)
+    before = C if C.shape[-3] == 1 else jnp.concatenate([C[..., :1, :, :], C[..., :-1, :, :]], axis=-3)
+    right = jnp.concatenate([jnp.zeros((num_steps, n, k), ssm.dtype), keep * jnp.eye(k, dtype=ssm.dtype)], axis=-2)
+    fields: dict[str, Any] = {"A": _beside(_over(A, keep * before), right)}
+    none = jnp.zeros((k, ssm.chol_Q.shape[-1]), ssm.dtype)
+    fields["chol_Q"] = _over(ssm.with_time_axis("chol_Q"), none)
+    if b is not None or d is not None:
         above = jnp.zeros((1, n), ssm.dtype) if b is None else b
-        fields["b"] = _over(above[..., None], drift[..., None])[..., 0]
-    effect = _plus(None if B is None else C @ B, D)
-    if effect is not None:
-        above = jnp.zeros((1, n, effect.shape[-1]), ssm.dtype) if B is None else B
-        fields["B"] = _over(above, effect)
+        below = jnp.zeros((1, k), ssm.dtype) if d is None else d
+        fields["b"] = _over(above[..., None], below[..., None])[..., 0]
+    if B is not None or D is not None:
+        above = jnp.zeros((1, n, ssm.n_input), ssm.dtype) if B is None else B
+        fields["B"] = _over(above, jnp.zeros((1, k, ssm.n_input), ssm.dtype) if D is None else D)
 
-    first = C[..., 0, :, :]
-    total = jnp.einsum("...ij,...j->...i", first, ssm.m0)
-    total = total if d is None else total + d[..., 0, :]
+    total = jnp.zeros(k, ssm.dtype) if d is None else d[..., 0, :]
     if D is not None:
         total = total + jnp.einsum("...ij,...j->...i", D[..., 0, :, :], _first_inputs(ssm, u))
     fields["m0"] = _over(ssm.m0[..., None], total[..., None])[..., 0]
-    fields["chol_P0"] = _beside(_over(ssm.chol_P0, first @ ssm.chol_P0), jnp.zeros((n + k, k), ssm.dtype))
+    fields["chol_P0"] = _beside(_over(ssm.chol_P0, jnp.zeros((k, n), ssm.dtype)), jnp.zeros((n + k, k), ssm.dtype))
 
     weight = np.where([kinds[i] == "mean" for i in rows], 1.0 / (places + 1.0), 1.0)
     weight = weight if (weight != weight[0]).any() else weight[:1]
     own = np.zeros((len(weight), ssm.n_obs, k))
     own[:, rows, np.arange(k)] = weight
     plain = np.array([i not in rows for i in range(ssm.n_obs)], float)[:, None]
-    fields["C"] = _beside(ssm.with_time_axis("C") * plain, jnp.asarray(own, ssm.dtype))
+    own = jnp.asarray(own, ssm.dtype)
+    fields["C"] = _beside(ssm.with_time_axis("C") * plain + own @ C, own)
     if ssm.d is not None:
         fields["d"] = ssm.with_time_axis("d") * plain[:, 0]
     if ssm.D is not None:
@@ -132,7 +133,8 @@ def aggregate(
         varies |= {name} if x.shape[axis] > 1 else set()
         whole = (*x.shape[:axis], num_steps, *x.shape[axis + 1 :])
         fields[name] = jnp.broadcast_to(x, whole) if name in varies else jnp.squeeze(x, axis)
-    return ssm.replace(**fields, time_varying=tuple(varies))
+    diffuse = (*ssm.diffuse, *(False,) * k) if ssm.diffuse else None
+    return ssm.replace(**fields, time_varying=tuple(varies), diffuse=diffuse)
 
 
 def kinds_of(how: How, n_obs: int) -> list[str | None]:
@@ -193,10 +195,6 @@ def _first_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None) -> Array:
     rows = jnp.asarray(u)
     inputs = check_inputs(ssm, rows, rows.shape[-2] if rows.ndim > 1 else len(rows))
     return jnp.asarray(inputs)[..., 0, :]
-
-
-def _plus(a: Array | None, b: Array | None) -> Array | None:
-    return b if a is None else a if b is None else a + b
 
 
 def _over(a: Array, b: Array) -> Array:

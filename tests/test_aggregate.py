@@ -84,7 +84,7 @@ def test_labels_and_columns_of_their_own(x64):
     smoothed = pssm.kalman_smoother(both, y)
     signal = np.asarray(ssm.signal(smoothed.mean[:, :2]))
     np.testing.assert_allclose(signal[:, 0].reshape(4, 2).sum(1), 3.0, atol=1e-8)
-    cumulated = np.asarray(smoothed.mean[:, 3])
+    cumulated = np.asarray(smoothed.mean[:, 3] + signal[:, 1] - ssm.d[1])  # the steps before, and this one
     months = [signal[a:b, 1].sum() for a, b in ((0, 2), (2, 6), (6, 8))]
     np.testing.assert_allclose(cumulated[[1, 5, 7]], months, atol=1e-8)
     np.testing.assert_array_equal(places_in_periods(labels, STEPS), [0, 1, 0, 1, 2, 3, 0, 1])
@@ -161,3 +161,19 @@ def test_what_does_not_fit_is_named(change, words):
 def test_nothing_to_sum_is_the_same_model():
     ssm = system()
     assert pssm.aggregate(ssm, STEPS, {0: "last"}, 3) is ssm
+
+
+def test_diffuse_starts(x64):
+    """A quarterly total alone, of a monthly trend with a diffuse start."""
+    A = np.array([[1.0, 1.0], [0.0, 1.0]])
+    trend = LinearGaussianSSM(
+        np.zeros(2), np.zeros((2, 2)), A, np.diag([0.5, 0.1]), np.eye(1, 2), np.eye(1), diffuse=[True, True]
+    )
+    y = np.full((24, 1), np.nan)
+    y[2::3, 0] = 3 * np.random.default_rng(0).normal(size=8).cumsum()
+    total = pssm.aggregate(trend, 24, {0: "sum"}, 3)
+    assert total.diffuse == (True, True, False)
+    wide = trend.replace(chol_P0=1e6 * np.eye(2), diffuse=None)
+    limit = pssm.log_likelihood(pssm.aggregate(wide, 24, {0: "sum"}, 3), y) + np.log(2 * np.pi * 1e12)
+    np.testing.assert_allclose(pssm.log_likelihood(total, y), limit, atol=1e-4)
+    np.testing.assert_allclose(pssm.log_likelihood(total, y), oracles.diffuse(total, y)[0], rtol=1e-9)
