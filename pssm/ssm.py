@@ -21,21 +21,11 @@ import numpy as np
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
-from pssm.fields import FIELDS, TIME_VARYING, TRANSITION, checked, split_diffuse
+from pssm.fields import FIELDS as FIELDS
+from pssm.fields import TRANSITION as TRANSITION
+from pssm.fields import checked, split_diffuse
 from pssm.linalg import factors_from_covariances, outer
 from pssm.linalg.small import along_time
-
-__all__ = [
-    "FIELDS",
-    "TIME_VARYING",
-    "TRANSITION",
-    "LinearGaussianSSM",
-    "check_inputs",
-    "check_model",
-    "check_num_steps",
-    "check_proper",
-    "rebuild",
-]
 
 
 @jax.tree_util.register_pytree_with_keys_class
