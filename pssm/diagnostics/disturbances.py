@@ -11,7 +11,7 @@ from pssm.diagnostics.analysis_plots import plot_disturbances
 from pssm.diagnostics.residuals import check_labels
 from pssm.filters.disturbances import smooth_disturbances
 from pssm.fitting.results import Fit
-from pssm.infer.predict import of_exact_series
+from pssm.infer.exact import of_exact_series
 from pssm.ssm import LinearGaussianSSM
 
 if TYPE_CHECKING:

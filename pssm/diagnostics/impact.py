@@ -20,7 +20,8 @@ from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import sample_states
 from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.results import trace_with
-from pssm.infer.predict import marginal_site, one_step
+from pssm.infer.exact import one_step
+from pssm.infer.task import marginal_site
 from pssm.linalg.random import standard_normal
 from pssm.ssm import LinearGaussianSSM
 

@@ -10,7 +10,7 @@ from pssm._checks import as_float, check_count, check_series
 from pssm._types import ArrayLike, KeyLike
 from pssm.diagnostics.analysis_plots import plot_residuals
 from pssm.fitting.results import Fit
-from pssm.infer.predict import innovations, one_step
+from pssm.infer.exact import innovations, one_step
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
 if TYPE_CHECKING:

@@ -17,7 +17,9 @@ from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.point import PointFit
 from pssm.fitting.results import flatten_draws, posterior_draws, trace_with
-from pssm.infer.predict import forecast, marginal_site, one_step
+from pssm.infer.exact import one_step
+from pssm.infer.predict import forecast
+from pssm.infer.task import marginal_site
 from pssm.inspection.axes import trace_model
 from pssm.times.labels import check_increasing, check_same_index, label_array
 

@@ -30,7 +30,7 @@ from pssm.infer import (
     resume,
     transport_reparam,
 )
-from pssm.infer.predict import marginal_site
+from pssm.infer.task import marginal_site
 from pssm.inspection.axes import trace_model
 from pssm.inspection.check import NO_PATH
 from pssm.inspection.forms import path_model, sampled_model
