@@ -89,9 +89,14 @@ def of_exact_series(
         return what(d.ssm, source.series(trace), d.u)
 
     trace = source.trace({name: x[0] for name, x in task.draws.items()})
+    return task.map(one), state_names_of(trace, source)
+
+
+def state_names_of(trace: dict[str, Any], source: Any) -> tuple[str, ...]:
+    """Names of the states that are integrated out: those that the model gives them, or numbers."""
     names = trace[source.site].get("infer", {}).get("state_names")
     n_state = source.fn(trace).ssm.n_state
-    return task.map(one), tuple(names) if names else tuple(f"state {i}" for i in range(n_state))
+    return tuple(names) if names else tuple(f"state {i}" for i in range(n_state))
 
 
 def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
