@@ -9,6 +9,7 @@ from pssm.diagnostics.decompose import Decomposition, decompose
 from pssm.diagnostics.disturbances import Disturbances, disturbances
 from pssm.diagnostics.gap import BoundGap, bound_gap
 from pssm.diagnostics.impact import Impact, impact
+from pssm.diagnostics.news import News, news
 from pssm.diagnostics.predictions import Predictions, predictions
 from pssm.diagnostics.residuals import Residuals, residuals
 from pssm.diagnostics.scores import scores
@@ -26,6 +27,7 @@ __all__ = [
     "Disturbances",
     "Evidence",
     "Impact",
+    "News",
     "Predictions",
     "Residuals",
     "backtest",
@@ -37,6 +39,7 @@ __all__ = [
     "leave_future_out",
     "load_tree",
     "log_evidence",
+    "news",
     "predictions",
     "residuals",
     "save_tree",

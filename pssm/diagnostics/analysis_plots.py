@@ -165,6 +165,41 @@ def plot_components(found: Any, *, series: str | None = None, title: str = "") -
     return figure
 
 
+def plot_news(found: Any, *, most: int = 12, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.News`."""
+    summary = found.summary.head(MOST_SERIES)
+    largest = []
+    for _, row in summary.iterrows():
+        own = found.table[
+            (found.table.target_time == row.target_time) & (found.table.target_series == row.target_series)
+        ]
+        order = own.impact.abs().sort_values(ascending=False).index[:most]
+        largest.append((row, own.loc[order[::-1]], own.impact.sum() - own.loc[order].impact.sum()))
+    figure = new_figure([0.9 + 0.28 * max(len(part) + (rest != 0), 1) for _, part, rest in largest], title)
+    axes = figure.subplots(len(largest), 1, squeeze=False)[:, 0]
+    for ax, (row, part, rest) in zip(axes, largest, strict=True):
+        names = [f"{shown_text(r.series)}, {_moment(r.time)} ({r.kind})" for r in part.itertuples()]
+        values = part.impact.tolist()
+        if len(part) == most and rest:
+            names, values = ["all others", *names], [rest, *values]
+        colors = [SIGNAL if x >= 0 else FORECAST for x in values]
+        ax.barh(range(len(values)), values, color=colors, height=0.7)
+        ax.set_yticks(range(len(values)), names)
+        ax.axvline(0, color=INK, lw=0.8)
+        ax.set_title(
+            f"{shown_text(row.target_series)}, {_moment(row.target_time)}: {row.before:.4g} to {row.after:.4g}",
+            loc="left", fontsize=11,
+        )  # fmt: skip
+        tidy(ax, False, grid=False)
+    axes[-1].set_xlabel("impact on the forecast", fontsize=11)
+    return figure
+
+
+def _moment(label: Any) -> str:
+    """A label of time, without a time of day where there is none."""
+    return str(label).removesuffix(" 00:00:00").removesuffix("T00:00:00.000000000")
+
+
 def plot_backtest(found: Any, *, title: str = "") -> Figure:
     """The figure of `pssm.diagnostics.Backtest`."""
     table, first = found.table, found.table["method"].iloc[0]

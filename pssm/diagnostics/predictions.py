@@ -12,7 +12,7 @@ from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.diagnostics.analysis_plots import plot_predictions
 from pssm.diagnostics.residuals import check_labels
 from pssm.fitting.results import Fit
-from pssm.infer.exact import one_step
+from pssm.infer.exact import one_step, whole_system
 from pssm.infer.mixtures import mixture, mixture_quantiles
 from pssm.infer.task import exact_task, steps_of
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_num_steps
@@ -178,17 +178,7 @@ def _of_fit(task: Any, first: int, horizon: int, u_future: Any) -> tuple[np.ndar
     ahead = steps_of(task, source.num_steps, horizon, u_future) if horizon else None
 
     def one(sample: dict[str, Array], key: Key) -> tuple[Array, Array]:
-        if ahead is None:
-            trace = source.trace(sample)
-            d, y = source.fn(trace), source.series(trace)
-            ssm, u = d.ssm, d.u
-        else:
-            ssm, y, u, u_next, _ = source.longer(sample, ahead)
-            u = (
-                u
-                if u is None
-                else jnp.concatenate([u, jnp.broadcast_to(u_next, (*u.shape[:-2], *u_next.shape[-2:]))], -2)
-            )
+        ssm, y, u, _ = whole_system(source, sample, ahead)
         mean, cov = one_step(ssm, _hidden(y, first, horizon), u)
         return mean, jnp.diagonal(cov, axis1=-2, axis2=-1)
 
@@ -225,10 +215,16 @@ def place_of(label: Any, labels: np.ndarray, words: str) -> int:
     if labels.dtype.kind == "M":
         import pandas as pd
 
-        try:
-            moment = label.start_time if isinstance(label, pd.Period) else pd.Timestamp(label)
-        except (ValueError, TypeError):
-            raise ValueError(words) from None
+        moment: Any = None
+        for kind in (pd.Period, pd.Timestamp) if isinstance(label, str) else (pd.Timestamp,):
+            try:
+                moment = kind(label) if not isinstance(label, pd.Period) else label
+            except (ValueError, TypeError):
+                continue
+            break
+        if moment is None or moment is pd.NaT:
+            raise ValueError(words)
+        moment = moment.start_time if isinstance(moment, pd.Period) else moment
         moment = moment if moment.tzinfo is None else moment.tz_convert("UTC").tz_localize(None)
         label = moment.to_datetime64()
     elif labels.dtype.kind in "iuf":

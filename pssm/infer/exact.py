@@ -1,7 +1,7 @@
 """One step ahead along a series, and other results of models that integrate their states out exactly, by draws."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from pssm._types import Array, KeyLike
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit
+from pssm.infer.horizon import Horizon
 from pssm.infer.task import exact_task
 from pssm.linalg import outer
 from pssm.ssm import LinearGaussianSSM
@@ -97,6 +98,35 @@ def state_names_of(trace: dict[str, Any], source: Any) -> tuple[str, ...]:
     names = trace[source.site].get("infer", {}).get("state_names")
     n_state = source.fn(trace).ssm.n_state
     return tuple(names) if names else tuple(f"state {i}" for i in range(n_state))
+
+
+class System(NamedTuple):
+    """The system of one draw over all steps of the data and of a forecast; all is counted from `origin`.
+
+    Attributes:
+        ssm: the model.
+        y: the data `(..., time, obs)`, without the steps of the forecast.
+        u: inputs of all steps, or None.
+        origin: what observations are counted from, or None.
+    """
+
+    ssm: LinearGaussianSSM
+    y: Array
+    u: Array | None
+    origin: Any
+
+
+def whole_system(source: Any, sample: dict[str, Array], ahead: Horizon | None) -> System:
+    """The system of a draw, over the steps of the data and, if any, of a forecast."""
+    trace = source.trace(sample)
+    d = source.fn(trace)
+    if ahead is None:
+        return System(d.ssm, source.series(trace), d.u, d.origin)
+    ssm, y, u, u_next, _ = source.longer(sample, ahead)
+    if u is not None and u_next is not None:
+        lead = jnp.broadcast_shapes(u.shape[:-2], u_next.shape[:-2])
+        u = jnp.concatenate([jnp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (u, u_next)], axis=-2)
+    return System(ssm, y, u, d.origin)
 
 
 def one_step(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array]:
