@@ -25,6 +25,7 @@ else:  # matplotlib is imported when a figure is drawn
     Figure = Any
 
 MOST_SERIES = 6
+MOST_PANELS = 12
 
 
 def plot_residuals(found: Any, *, title: str = "") -> Figure:
@@ -132,7 +133,7 @@ def plot_components(found: Any, *, series: str | None = None, title: str = "") -
     one = data.isel(series=0 if series is None else names.index(series))
     # A slope is no contribution, but what one looks for: it has a panel beside those that add up.
     slopes = [str(n) for n in data["state"].values if str(n) == "slope"]
-    panels = [*found.components, *slopes]
+    panels = [*found.components[:MOST_PANELS], *slopes]
     figure = new_figure([2.4] + [1.6] * len(panels), title)
     axes = figure.subplots(1 + len(panels), 1, squeeze=False, sharex=True)[:, 0]
     x, _, dates = positions(data["time"].values, data.sizes["time"], None, 0)
@@ -150,7 +151,7 @@ def plot_components(found: Any, *, series: str | None = None, title: str = "") -
         if name.startswith("irregular"):
             ax.vlines(x, 0, mean, color=SIGNAL, lw=1.0)
         else:
-            ax.fill_between(x, low, high, color=SIGNAL, alpha=0.2, lw=0, label=share)
+            ax.fill_between(x, low, high, color=SIGNAL, alpha=0.2, lw=0)
             ax.plot(x, mean, color=SIGNAL, lw=1.3)
             lows, highs = np.nanmin(mean), np.nanmax(mean)
             room = max(highs - lows, 4 * float(np.nanmedian(high - low)), 1e-12)
@@ -161,6 +162,7 @@ def plot_components(found: Any, *, series: str | None = None, title: str = "") -
     for ax in axes:
         limit_x(ax, x[0], x[-1])
         tidy(ax, dates)
+    axes[0].fill_between([], [], [], color=SIGNAL, alpha=0.2, lw=0, label=share)
     axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
     return figure
 

@@ -20,7 +20,7 @@ class MixtureMoments(NamedTuple):
 
 def mixture(mean: ArrayLike, variance: ArrayLike, origin: Any = 0) -> MixtureMoments:
     """Law of total variance over the leading axis; the means are counted from `origin`."""
-    mean, variance = np.asarray(mean), np.asarray(variance)
+    mean, variance = np.asarray(mean, float), np.asarray(variance, float)
     return MixtureMoments(mean.mean(0) + origin, np.sqrt(variance.mean(0) + mean.var(0)))
 
 
