@@ -11,9 +11,11 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM, infer, models
+from pssm.diagnostics import backtest, impact
 from pssm.distributions import LinearGaussianMarginal, StatePath, observe
 from pssm.filters.ahead import draw_future
 from pssm.infer.mixtures import mixture_quantiles
+from pssm.times.frames import rows_beside
 
 PAST, AHEAD = 7, 4
 forecast = jax.jit(pssm.forecast, static_argnums=2)
@@ -280,3 +282,23 @@ def test_quantiles_of_a_mixture():
     np.testing.assert_allclose(stats.norm.cdf(found[:, [0]], mean[:, 0], sd[:, 0]).mean(1), levels, atol=1e-10)
     np.testing.assert_allclose(found[:, 1], 1.0, atol=1e-12)
     np.testing.assert_allclose(mixture_quantiles(mean[:1], sd[:1] ** 2, levels)[:, 0], stats.norm.ppf(levels))
+
+
+def test_rows_beside_the_data_are_found_by_label():
+    """Regressors of a backtest and controls of an impact: more rows, in another order, or of other dates."""
+    assert rows_beside(ONE, "u", U.iloc[::-1]).equals(U)
+    longer = pd.concat([U, pd.DataFrame({"price": [1.0], "rain": [2.0]}, index=MONTHS[36:37])])
+    assert rows_beside(ONE, "u", longer).equals(U)
+    assert rows_beside(ONE.to_numpy(), "u", longer) is longer
+    counted = U.reset_index(drop=True)
+    assert rows_beside(ONE, "u", counted) is counted
+    for other in (U.iloc[1:], U.set_axis(U.index + pd.Timedelta(days=1), axis=0)):
+        with pytest.raises(ValueError, match="`u` and the data have different indices"):
+            rows_beside(ONE, "u", other)
+
+    options = {"horizon": 2, "origins": [30], "refit": False, "progress_bar": False}
+    plain = backtest(models.local_level, ONE, u=U, **options)
+    mixed = backtest(models.local_level, ONE, u=longer.iloc[::-1], **options)
+    np.testing.assert_array_equal(plain.table["mean"], mixed.table["mean"])
+    found = [impact(ONE, x, "2022-06-30", method="ml", placebo=False) for x in (U, longer.iloc[::-1])]
+    np.testing.assert_array_equal(found[0].effects.effect, found[1].effects.effect)

@@ -207,24 +207,23 @@ def _parts(
     """Moments, and a draw, of the contributions of one model."""
     states = (kalman_filter if filtered else kalman_smoother)(ssm, y, u)
     shape = (len(y), ssm.n_obs)
-    C = jnp.broadcast_to(ssm.with_time_axis("C"), (*shape, ssm.n_state))
-    masks = jnp.asarray([[i in group for i in range(ssm.n_state)] for group in groups.values()], ssm.dtype)
-    each = masks[:, None, None, :] * C
+    C = ssm.with_time_axis("C")
     offset = jnp.zeros(shape, ssm.dtype) if ssm.d is None else jnp.broadcast_to(ssm.with_time_axis("d"), shape)
     inputs = jnp.zeros((0, *shape), ssm.dtype)
     if ssm.D is not None and u is not None:
         inputs = jnp.moveaxis(ssm.with_time_axis("D") * u[:, None], -1, 0)
-    fixed = jnp.stack([offset, inputs.sum(0)])
+    fixed = [offset, inputs.sum(0)]
+    own = [np.array(group, int) for group in groups.values()]
 
-    def with_fixed(z: Array) -> Array:
-        return jnp.concatenate([jnp.einsum("ktpn,tn->ktp", each, z), fixed])
+    def contributions(z: Array) -> Array:
+        return jnp.stack([(C[..., i] @ z[:, i, None])[..., 0] for i in own] + fixed)
 
-    variance = jnp.concatenate([jnp.sum((each @ states.chol) ** 2, -1), jnp.zeros_like(fixed)])
+    spread = [jnp.sum((C[..., i] @ states.chol[:, i]) ** 2, -1) for i in own]
     path = sample_states(key, ssm, y, u) if drawn else states.mean
     return _Part(
-        with_fixed(states.mean),
-        variance,
-        with_fixed(path),
+        contributions(states.mean),
+        jnp.stack(spread + [jnp.zeros_like(x) for x in fixed]),
+        contributions(path),
         ssm.signal(states.mean, u),
         jnp.sum((C @ states.chol) ** 2, -1),
         states.mean,

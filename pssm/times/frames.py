@@ -8,7 +8,15 @@ import pandas as pd
 
 from pssm._checks import is_pandas, unmasked
 from pssm.times.grid import labels_after
-from pssm.times.labels import FrameLabels, as_labels, check_increasing, label_array, quoted, shown
+from pssm.times.labels import (
+    FrameLabels,
+    as_labels,
+    check_increasing,
+    check_same_index,
+    label_array,
+    quoted,
+    shown,
+)
 
 
 def steps_ahead(labels: FrameLabels | None, horizon: int) -> Any:
@@ -19,6 +27,20 @@ def steps_ahead(labels: FrameLabels | None, horizon: int) -> Any:
         return labels_after(labels.time, horizon)
     except ValueError:
         return None
+
+
+def rows_beside(y: Any, name: str, x: Any) -> Any:
+    """The rows of a frame at the labels of the data, in their order; what is no frame beside a frame is as it is.
+
+    Raises:
+        ValueError: a label of the data is not among its own.
+    """
+    if not (_is_frame(y) and _is_frame(x)) or y.index.equals(x.index):
+        return x
+    if x.index.is_unique and type(x.index) is type(y.index) and y.index.isin(x.index).all():
+        return x.loc[y.index]
+    check_same_index(y, name, x)  # which lets rows pass that are only counted
+    return x
 
 
 def inputs_of_steps(name: str, x: Any, steps: Any, num_steps: int, names: Sequence[str] | None, start: int = 0) -> Any:
