@@ -34,6 +34,10 @@ def test_fit(tmp_path, capsys):
     assert found.estimate["sigma_obs"] ** 2 == pytest.approx(15099, rel=1e-4)
     assert len(pd.read_csv(out / "forecast.csv")) == 4
     assert pd.read_csv(out / "residuals.csv").time.iloc[0] == 1871
+    components = pd.read_csv(out / "components.csv").pivot(index="time", columns="component", values="mean")
+    assert list(components) == ["irregular", "level"]
+    assert components.sum(axis=1)[1871] == pytest.approx(1120, abs=0.01)
+    assert (out / "components.png").stat().st_size > 5000
     page = page_of(out)
     for words in ("nile: local_level", "-640.8941", "no test finds anything wrong", "data:image/png"):
         assert words in page

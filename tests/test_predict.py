@@ -8,8 +8,9 @@ from scipy import stats
 
 from pssm import datasets, kalman_smoother, models
 from pssm import forecast as exact_forecast
-from pssm.infer import predict
-from pssm.infer.predict import QUANTILES, forecast, one_step_probabilities, sample_states, smoothed_states
+from pssm.infer.exact import one_step_probabilities
+from pssm.infer.predict import QUANTILES, forecast, sample_states, smoothed_states
+from pssm.infer.task import thin
 
 Y = datasets.load("nile").y[:60].copy()
 Y[[5, 20, 21, 22]] = np.nan
@@ -129,7 +130,7 @@ def test_paths_of_states_average_to_the_smoothed_mean():
 
 
 def test_draws_are_thinned_over_all_chains():
-    thinned = predict._thin({"a": np.arange(20.0).reshape(2, 10)}, 5)
+    thinned = thin({"a": np.arange(20.0).reshape(2, 10)}, 5)
     np.testing.assert_array_equal(thinned["a"], [0, 4, 9, 14, 19])
 
 

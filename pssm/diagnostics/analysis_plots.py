@@ -1,5 +1,6 @@
-"""Figures of residuals, backtests and impacts, in the look of `pssm.plots`."""
+"""Figures of residuals, predictions, backtests and impacts, in the look of `pssm.plots`."""
 
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ else:  # matplotlib is imported when a figure is drawn
     Figure = Any
 
 MOST_SERIES = 6
+MOST_PANELS = 12
 
 
 def plot_residuals(found: Any, *, title: str = "") -> Figure:
@@ -87,6 +89,117 @@ def plot_disturbances(found: Any, *, title: str = "") -> Figure:
         tidy(ax, dates)
     axes[0].set_title("auxiliary residuals", fontsize=11, loc="left")
     return figure
+
+
+def plot_predictions(found: Any, *, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Predictions`."""
+    shown = min(len(found.names), MOST_SERIES)
+    figure = new_figure([2.8] * shown, title)
+    axes = figure.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
+    x, _, dates = positions(found.time, len(found.time), None, 0)
+    skip = min(len(x) // 20 + 1, 5)  # where predictions rest on the first state alone
+    parts = [
+        ("one step", SIGNAL, "one step ahead"),
+        ("dynamic", FORECAST, "dynamic"),
+        ("forecast", FORECAST, "forecast"),
+    ]
+    for j, ax in enumerate(axes):
+        for kind, color, label in parts:
+            steps = np.flatnonzero(found.kind == kind)
+            steps = steps[steps >= skip] if kind == "one step" else steps
+            if len(steps):
+                band = f"{100 * found.level:g} % interval" if kind == "one step" else None
+                ax.fill_between(
+                    x[steps], found.low[steps, j], found.high[steps, j], color=color, alpha=0.2, lw=0, label=band
+                )
+                line = "--" if kind == "forecast" else "-"
+                ax.plot(x[steps], found.mean[steps, j], line, color=color, lw=1.4, label=label)
+                if kind != "one step":
+                    ax.axvline(x[steps[0]], color=GREY, lw=0.8, ls=":")
+        ax.plot(x, found.observed[:, j], color=INK, lw=1.0, label="data")
+        ax.set_ylabel(shown_text(found.names[j]), fontsize=11)
+        limit_x(ax, x[0], x[-1])
+        tidy(ax, dates)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, **LEGEND)
+    return figure
+
+
+def plot_components(found: Any, *, series: str | None = None, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.Decomposition`."""
+    data = found.data
+    names = [str(n) for n in data["series"].values]
+    if series is not None and series not in names:
+        raise ValueError(f"`series` must be one of {names}; got {series!r}.")
+    one = data.isel(series=0 if series is None else names.index(series))
+    # A slope is no contribution, but what one looks for: it has a panel beside those that add up.
+    slopes = [str(n) for n in data["state"].values if str(n) == "slope"]
+    panels = [*found.components[:MOST_PANELS], *slopes]
+    figure = new_figure([2.4] + [1.6] * len(panels), title)
+    axes = figure.subplots(1 + len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    x, _, dates = positions(data["time"].values, data.sizes["time"], None, 0)
+    axes[0].plot(x, one["observed"], color=INK, lw=1.0, label="data")
+    axes[0].plot(x, one["signal_mean"], color=SIGNAL, lw=1.4, label="signal")
+    axes[0].set_ylabel(shown_text(one["series"].item()), fontsize=11)
+    share = f"{100 * found.level:g} % interval"
+    z = float(NormalDist().inv_cdf((1 + found.level) / 2))
+    for ax, name in zip(axes[1:], panels, strict=True):
+        if name in slopes and name not in found.components:
+            mean, sd = data["state_mean"].sel(state=name).values, data["state_sd"].sel(state=name).values
+            low, high = mean - z * sd, mean + z * sd
+        else:
+            mean, low, high = (one[n].sel(component=name).values for n in ("mean", "low", "high"))
+        if name.startswith("irregular"):
+            ax.vlines(x, 0, mean, color=SIGNAL, lw=1.0)
+        else:
+            ax.fill_between(x, low, high, color=SIGNAL, alpha=0.2, lw=0)
+            ax.plot(x, mean, color=SIGNAL, lw=1.3)
+            lows, highs = np.nanmin(mean), np.nanmax(mean)
+            room = max(highs - lows, 4 * float(np.nanmedian(high - low)), 1e-12)
+            edges = max(float(np.nanmin(low)), lows - room), min(float(np.nanmax(high)), highs + room)
+            if edges[1] > edges[0]:  # a wide start must not flatten the rest
+                ax.set_ylim(edges[0] - 0.05 * (edges[1] - edges[0]), edges[1] + 0.05 * (edges[1] - edges[0]))
+        ax.set_ylabel(shown_text(name), fontsize=11)
+    for ax in axes:
+        limit_x(ax, x[0], x[-1])
+        tidy(ax, dates)
+    axes[0].fill_between([], [], [], color=SIGNAL, alpha=0.2, lw=0, label=share)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, **LEGEND)
+    return figure
+
+
+def plot_news(found: Any, *, most: int = 12, title: str = "") -> Figure:
+    """The figure of `pssm.diagnostics.News`."""
+    summary = found.summary.head(MOST_SERIES)
+    largest = []
+    for _, row in summary.iterrows():
+        own = found.table[
+            (found.table.target_time == row.target_time) & (found.table.target_series == row.target_series)
+        ]
+        order = own.impact.abs().sort_values(ascending=False).index[:most]
+        largest.append((row, own.loc[order[::-1]], own.impact.sum() - own.loc[order].impact.sum()))
+    figure = new_figure([0.9 + 0.28 * max(len(part) + (rest != 0), 1) for _, part, rest in largest], title)
+    axes = figure.subplots(len(largest), 1, squeeze=False)[:, 0]
+    for ax, (row, part, rest) in zip(axes, largest, strict=True):
+        names = [f"{shown_text(r.series)}, {_moment(r.time)} ({r.kind})" for r in part.itertuples()]
+        values = part.impact.tolist()
+        if len(part) == most and rest:
+            names, values = ["all others", *names], [rest, *values]
+        colors = [SIGNAL if x >= 0 else FORECAST for x in values]
+        ax.barh(range(len(values)), values, color=colors, height=0.7)
+        ax.set_yticks(range(len(values)), names)
+        ax.axvline(0, color=INK, lw=0.8)
+        ax.set_title(
+            f"{shown_text(row.target_series)}, {_moment(row.target_time)}: {row.before:.4g} to {row.after:.4g}",
+            loc="left", fontsize=11,
+        )  # fmt: skip
+        tidy(ax, False, grid=False)
+    axes[-1].set_xlabel("impact on the forecast", fontsize=11)
+    return figure
+
+
+def _moment(label: Any) -> str:
+    """A label of time, without a time of day where there is none."""
+    return str(label).removesuffix(" 00:00:00").removesuffix("T00:00:00.000000000")
 
 
 def plot_backtest(found: Any, *, title: str = "") -> Figure:

@@ -99,7 +99,8 @@ def backtest(
         options: of the fits: `num_starts`, `num_samples`, ...
         key: random key, or a whole number; the same key gives the same draws.
         progress_bar: show a progress bar.
-        kwargs: further arguments of the model; `u` and other arrays along time cover all steps.
+        kwargs: further arguments of the model; `u` and other arrays along time cover all steps. Of a frame beside a
+            frame `y` the rows with the same labels are taken.
 
     Returns:
         A `Backtest`: `.table`, `.scores`, `.overall`, `.origins`, `.plot()`. An origin that fails is a row of
@@ -121,7 +122,7 @@ def backtest(
     """
     import pandas as pd
 
-    data, labels = series_of(y, time, kwargs)
+    data, labels, kwargs = series_of(y, time, kwargs)
     num_steps = len(data)
     horizon = check_count("horizon", horizon)
     if period is not None:

@@ -10,8 +10,8 @@ from pssm._types import ArrayLike, KeyLike
 from pssm.diagnostics.analysis_plots import plot_disturbances
 from pssm.diagnostics.residuals import check_labels
 from pssm.filters.disturbances import smooth_disturbances
-from pssm.fitting.results import Fit
-from pssm.infer.predict import of_exact_series
+from pssm.fitting.results import Fit, record_of
+from pssm.infer.exact import of_exact_series
 from pssm.ssm import LinearGaussianSSM
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def disturbances(
         fit: a fit of a model that integrates its states out exactly; or a model, followed by its data.
         y: data `(time, obs)` of a `LinearGaussianSSM`, NaN where missing.
         u: its inputs `(time, input)`.
-        names: of the series.
+        names: of the series; by default those of the frame that was fitted.
         state_names: of the states; by default those of the model.
-        time: labels of the steps.
+        time: labels of the steps; by default the index of the frame that was fitted.
         site: the observed site, where there are several.
         level: of the test of each series and each state.
         most: number of draws to use.
@@ -102,6 +102,7 @@ def disturbances(
     Source:
         Harvey & Koopman 1992; Durbin & Koopman 2012, section 7.5.
     """
+    labels = None
     if isinstance(fit, LinearGaussianSSM):
         if y is None:
             raise ValueError("`y` is required: the data of a `LinearGaussianSSM`.")
@@ -110,13 +111,14 @@ def disturbances(
     else:
         if y is not None or u is not None:
             raise ValueError("`y` and `u` go with a `LinearGaussianSSM`; a fit has its own data.")
+        labels = record_of(fit).labels
         draws, states = of_exact_series(smooth_disturbances, fit, most=most, site=site, key=key)
         found = [np.asarray(x, float) for x in draws]
     if found[0].ndim != 3:
         raise ValueError(f"`fit` must have one path of states; its series stand in a plate of {found[0].shape[1:-2]}.")
     state, state_sd, obs, obs_sd = found
     aux_state, aux_obs = _standard(state, state_sd).mean(0), _standard(obs, obs_sd).mean(0)
-    series, labels = check_labels(names, time, *obs.shape[1:])
+    series, labels = check_labels(names, time, *obs.shape[1:], labels)
     states = states if state_names is None else tuple(state_names)
     if len(states) != state.shape[-1]:
         raise ValueError(f"`state_names` must have {state.shape[-1]} names; got {len(states)}.")

@@ -19,7 +19,7 @@ from pssm.fitting.results import SVIFit, elbo, posterior_draws, trace_with
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import POINT
 from pssm.infer.importance import importance_bound, log_weights
-from pssm.infer.predict import marginal_site
+from pssm.infer.task import marginal_site
 from pssm.modes.mode import DENSE
 
 EXACT, ESTIMATE, AT_LEAST = "exact", "estimate", "at least"

@@ -20,7 +20,8 @@ from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import sample_states
 from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.results import trace_with
-from pssm.infer.predict import marginal_site, one_step
+from pssm.infer.exact import one_step
+from pssm.infer.task import marginal_site
 from pssm.linalg.random import standard_normal
 from pssm.ssm import LinearGaussianSSM
 
@@ -127,7 +128,7 @@ def impact(
     Args:
         y: the series `(time,)`, NaN where missing. A `Series` gives its index as `time`.
         controls: series that the intervention does not touch, `(time, control)`, without gaps. A `DataFrame` gives
-            names.
+            names; beside a frame `y` its rows are found by their labels.
         start: the first step with the intervention: a label of `time` (a date), or its number where there are none.
         model: another model, `(y, u=controls)` or `(y)`, whose states are integrated out exactly, such as
             `functools.partial(pssm.models.structural, trend=True, seasonal=7)`.
@@ -160,14 +161,14 @@ def impact(
     """
     import pandas as pd
 
-    data, labels = series_of(y, time, {"controls": controls})
+    data, labels, beside = series_of(y, time, {"controls": controls})
     data = data[:, 0] if data.ndim == 2 and data.shape[1] == 1 else data
     if data.ndim != 1:
         raise ValueError(f"`y` must be one series of shape (time,); got {data.shape}.")
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1; got {level}.")
     check_count("num_draws", num_draws, least=2)
-    x, names = _controls(controls, len(data))
+    x, names = _controls(beside["controls"], len(data))
     first = _first_step(start, labels, data)
     before = data[:first]
     centre, scale = np.nanmean(before), np.nanstd(before)

@@ -9,8 +9,8 @@ import numpy as np
 from pssm._checks import as_float, check_count, check_series
 from pssm._types import ArrayLike, KeyLike
 from pssm.diagnostics.analysis_plots import plot_residuals
-from pssm.fitting.results import Fit
-from pssm.infer.predict import innovations, one_step
+from pssm.fitting.results import Fit, record_of
+from pssm.infer.exact import innovations, one_step
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def residuals(
         lags: of the Ljung-Box test; by default 10, or a fifth of the observations if that is less.
         skip: first observations of each series to leave out of the tests, where predictions rest on the first state
             alone; by default as many as there are states, at most a tenth of the series.
-        names: of the series.
-        time: labels of the steps.
+        names: of the series; by default those of the frame that was fitted.
+        time: labels of the steps, likewise.
         site: the observed site, where there are several.
         most: number of draws to use.
         key: random key, or a whole number, for the draws of a guide; the same key gives the same draws.
@@ -103,6 +103,7 @@ def residuals(
     Source:
         Harvey 1989, section 5.4; Durbin & Koopman 2012, section 2.12.
     """
+    labels = None
     if isinstance(fit, LinearGaussianSSM):
         if y is None:
             raise ValueError("`y` is required: the data of a `LinearGaussianSSM`.")
@@ -114,11 +115,12 @@ def residuals(
     else:
         if y is not None or u is not None:
             raise ValueError("`y` and `u` go with a `LinearGaussianSSM`; a fit has its own data.")
+        labels = record_of(fit).labels
         errors, covariances, n_state = innovations(fit, most=most, site=site, key=key)
     values = whiten(errors.astype(float), covariances.astype(float)).mean(0)
     values = np.moveaxis(values, -2, 0).reshape(values.shape[-2], -1)
     num_steps, count = values.shape
-    given, labels = check_labels(names, time, num_steps, count)
+    given, labels = check_labels(names, time, num_steps, count, labels)
     most_skipped = int((~np.isnan(values)).sum(0).min(initial=num_steps)) // 10
     skip = min(max(n_state, 1), most_skipped) if skip is None else check_count("skip", skip, least=0)
     fewest = int((~np.isnan(values)).sum(0).min(initial=num_steps)) - skip
@@ -127,16 +129,24 @@ def residuals(
 
 
 def check_labels(
-    names: tuple[str, ...] | None, time: ArrayLike | None, num_steps: int, count: int
+    names: tuple[str, ...] | None, time: ArrayLike | None, num_steps: int, count: int, labels: Any = None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the series and labels of the steps, by default plain ones."""
-    labels = np.arange(num_steps) if time is None else np.asarray(time)
+    """Names of the series and labels of the steps; by default those of the frame that was fitted, or plain ones."""
+    if names is None and labels is not None and len(labels.columns or ()) == count:
+        names = labels.columns
+    time = labels.time if time is None and labels is not None else time
+    if time is None:
+        steps = np.arange(num_steps)
+    else:
+        from pssm.times.labels import label_array  # pandas takes a second to import
+
+        steps = label_array("time", time)
     given = tuple(f"series {j}" if count > 1 else "y" for j in range(count)) if names is None else tuple(names)
-    if len(labels) != num_steps:
-        raise ValueError(f"`time` must have {num_steps} labels; got {len(labels)}.")
+    if len(steps) != num_steps:
+        raise ValueError(f"`time` must have {num_steps} labels; got {len(steps)}.")
     if len(given) != count:
         raise ValueError(f"`names` must have {count} names; got {len(given)}.")
-    return given, labels
+    return given, steps
 
 
 def whiten(errors: np.ndarray, covariances: np.ndarray) -> np.ndarray:

@@ -17,9 +17,12 @@ from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.point import PointFit
 from pssm.fitting.results import flatten_draws, posterior_draws, trace_with
-from pssm.infer.predict import forecast, marginal_site, one_step
+from pssm.infer.exact import one_step
+from pssm.infer.predict import forecast
+from pssm.infer.task import marginal_site
 from pssm.inspection.axes import trace_model
-from pssm.times.labels import check_increasing, check_same_index, label_array
+from pssm.times.frames import rows_beside
+from pssm.times.labels import check_increasing, label_array
 
 NAMES = ("ml", "map", "nuts")
 Draws = dict[str, np.ndarray]
@@ -186,25 +189,27 @@ class Roller:
         return Ahead(mean, sd, found.draws.reshape(len(found.draws), self.horizon, -1), density, fit)
 
 
-def series_of(y: Any, time: Any, beside: Mapping[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Data as floats, NaN where missing, and the labels of their steps: given, or the index of a frame, or 0, 1, ...
+def series_of(
+    y: Any, time: Any, beside: Mapping[str, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Data as floats, NaN where missing, the labels of their steps, and what stands beside them.
 
-    Periods are labelled by their start, times with a zone in UTC. Frames `beside` the data must have their index.
+    The labels are those given, or the index of a frame, or 0, 1, ...; periods are labelled by their start, times with a
+    zone in UTC. Of frames `beside` the data the rows with the same labels are taken.
     """
     if time is None and is_pandas(y):
         time = y.index
-    for name, x in (beside or {}).items():
-        check_same_index(y, name, x)
+    others = {name: rows_beside(y, name, x) for name, x in (beside or {}).items()}
     data = np.asarray(unmasked(y), float)
     if data.ndim not in (1, 2) or not len(data):
         raise ValueError(f"`y` must have shape (time,) or (time, obs), at least one step; got {data.shape}.")
     if time is None:
-        return data, np.arange(len(data))
+        return data, np.arange(len(data)), others
     labels = label_array("time", time)
     if len(labels) != len(data):
         raise ValueError(f"`time` must have {len(data)} labels; got {len(labels)}.")
     check_increasing("time", labels)
-    return data, labels
+    return data, labels, others
 
 
 def mixture(mean: np.ndarray, cov: np.ndarray, truth: np.ndarray, num_draws: int, key: Key) -> Ahead:

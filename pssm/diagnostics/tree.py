@@ -23,8 +23,9 @@ from pssm.diagnostics.groups import (
 from pssm.diagnostics.tree_files import load_tree, save_tree
 from pssm.fitting.results import Fit, FitRecord, posterior_draws, record_of
 from pssm.guides.plates import WholePlates
-from pssm.infer.predict import QUANTILES, marginal_site, smoothed_states, states_of
+from pssm.infer.predict import QUANTILES, smoothed_states
 from pssm.infer.predict import forecast as forecast_draws
+from pssm.infer.task import marginal_site, states_of
 from pssm.inspection.axes import Axes, find_axes, is_path_noise
 from pssm.storage.folder import data_digest
 from pssm.times.grid import future_labels

@@ -133,10 +133,18 @@ class LinearGaussianMarginal(dist.Distribution):
         path = sample_states(key, self.ssm, self.differences(value), self.u, sample_shape=sample_shape)
         return _above(path, self.state_origin)
 
-    def forecast(self, value: Array, num_steps: int, u_future: ArrayLike | None = None) -> ForecastResult:
-        """Moments of the `num_steps` steps after a series."""
+    def forecast(
+        self,
+        value: Array,
+        num_steps: int,
+        u_future: ArrayLike | None = None,
+        *,
+        y_future: ArrayLike | None = None,
+    ) -> ForecastResult:
+        """Moments of the `num_steps` steps after a series; given the known (not NaN) entries of `y_future`, if any."""
         ahead = None if u_future is None else from_origin(u_future, self.u_origin)
-        found = forecast(self.whole_ssm, self.differences(value), num_steps, self.u, ahead)
+        known = None if y_future is None else from_origin(y_future, self.origin)
+        found = forecast(self.whole_ssm, self.differences(value), num_steps, self.u, ahead, y_future=known)
         mean, state_mean = _above(found.mean, self.origin), _above(found.state_mean, self.state_origin)
         return found._replace(mean=mean, state_mean=state_mean)
 

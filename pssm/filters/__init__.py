@@ -1,8 +1,9 @@
 """Filters and smoothers: exact for linear-Gaussian models, approximate for others."""
 
+from pssm.filters.ahead import forecast
 from pssm.filters.disturbances import DisturbanceResult, smooth_disturbances
 from pssm.filters.gaussian import gaussian_filter, gaussian_smoother
-from pssm.filters.kalman import forecast, kalman_filter, log_likelihoods, simulate
+from pssm.filters.kalman import kalman_filter, log_likelihoods, simulate
 from pssm.filters.particle import particle_filter
 from pssm.filters.particle_smoother import conditional_smc, particle_smoother
 from pssm.filters.particle_sweep import ParticleResult

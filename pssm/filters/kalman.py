@@ -1,4 +1,4 @@
-"""The exact filter in square-root form, and what needs nothing but a forward pass: simulation and forecasts.
+"""The exact filter in square-root form, and simulation, which needs nothing but a forward pass.
 
 A plan is made first (`plan.py`). Covariances and gains come next (`covariance.py`) and do not see the data; the means
 follow (`means.py`), each step no more than a few products of a matrix and a vector (`step.py`).
@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pssm._checks import check_count, check_series
+from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.batch import apart, for_each, over_batches
@@ -20,12 +20,11 @@ from pssm.filters.parallel import parallel_filter
 from pssm.filters.passes import run
 from pssm.filters.plan import Plan, plan_for, prepare
 from pssm.filters.refused import possible
-from pssm.filters.step import common_dtype, emission_mean, predict_one, transition_mean
-from pssm.linalg import outer
+from pssm.filters.step import emission_mean, transition_mean
 from pssm.linalg.random import standard_normal
-from pssm.linalg.small import matmul, matvec
+from pssm.linalg.small import matvec
 from pssm.nonlinear import NonlinearSSM
-from pssm.results import FilterResult, ForecastResult
+from pssm.results import FilterResult
 from pssm.ssm import LinearGaussianSSM, check_inputs, check_model, check_num_steps
 
 
@@ -115,65 +114,6 @@ def simulate(
     return over_batches(_simulate, ssm, (inputs, 2), (state_noise, 2), (obs_noise, 2))
 
 
-def forecast(
-    ssm: LinearGaussianSSM,
-    y: ArrayLike,
-    num_steps: int,
-    u: ArrayLike | None = None,
-    u_future: ArrayLike | None = None,
-) -> ForecastResult:
-    """Exact moments of the `num_steps` steps that follow the series.
-
-    The first row is one full transition after the last observation: `A P A' + Q`, not `P`.
-
-    Args:
-        ssm: the model. Time-varying arrays must cover `time + num_steps` steps, or more.
-        y: observations `(time, obs)`; NaN entries are missing.
-        num_steps: the horizon, at least 1.
-        u: inputs of the observed steps `(time, input)`, where the model has `B` or `D`.
-        u_future: inputs of the future steps `(num_steps, input)`, likewise.
-
-    Returns:
-        A `ForecastResult` with `num_steps` rows.
-
-    Raises:
-        ValueError: a shape does not fit, or inputs for the future are absent.
-
-    Example:
-        >>> model = LinearGaussianSSM.from_covariances([0.0], [[1e7]], [[1.0]], [[1469.1]], [[1.0]], [[15099.0]])
-        >>> forecast(model, [1120.0, 1160.0, 963.0], 2).mean.shape
-        (2, 1)
-    """
-    check_model(ssm)
-    check_count("num_steps", num_steps)
-    series = check_series(y, ssm.n_obs)
-    length = series.shape[-2]
-    check_num_steps(ssm, length + num_steps, "`y` with the forecast horizon", or_more=True)
-    inputs = check_inputs(ssm, u, length)
-    future = check_inputs(ssm, u_future, num_steps, "u_future")
-    ssm, series, inputs, future = common_dtype(ssm, series, inputs, future)
-
-    def one(model: LinearGaussianSSM, y_one: Array, u_one: Array | None, u_next: Array | None) -> ForecastResult:
-        return _prior_moments(continuation(model, y_one, num_steps, u_one, u_next), num_steps, u_next)
-
-    return over_batches(one, ssm, (series, 2), (inputs, 2), (future, 2))
-
-
-def continuation(
-    ssm: LinearGaussianSSM, y: Array, num_steps: int, u: Array | None = None, u_future: Array | None = None
-) -> LinearGaussianSSM:
-    """The model of the `num_steps` steps after an unbatched series: its first state is the one-step prediction.
-
-    `simulate` on it draws future paths, its prior moments are the forecast. Arguments as in `forecast`.
-    """
-    length = y.shape[0]
-    past = ssm.steps(0, length)
-    kept = _filter(plan_for(past, y, u), past, y, u)
-    rest = ssm.steps(length, length + num_steps)
-    first = predict_one(rest.at_time(0), kept.mean[-1], kept.chol[-1], None if u_future is None else u_future[0])
-    return rest.starting_at(first.mean, first.chol)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -227,16 +167,3 @@ def _simulate(ssm: LinearGaussianSSM, u: Array | None, state_noise: Array, obs_n
     start = ssm.m0 + matvec(ssm.chol_P0, first)
     xs = state_noise, jnp.roll(later, -1, axis=0), obs_noise, u, shift(u), timed_fields(ssm, ahead=True)
     return jax.lax.scan(step, start, xs)[1]
-
-
-def _prior_moments(ssm: LinearGaussianSSM, num_steps: int, u: Array | None) -> ForecastResult:
-    """Moments before any observation: a filter that sees nothing, and the emission on top."""
-    nothing = jnp.full((num_steps, ssm.n_obs), jnp.nan, ssm.dtype)
-    prior = _filter(plan_for(ssm, nothing, u), ssm, nothing, u)
-
-    def emit(mean: Array, chol: Array, u_t: Array | None, timed: dict[str, Array]) -> tuple[Array, Array]:
-        now = ssm.at(timed)
-        return emission_mean(now, mean, u_t), outer(jnp.concatenate([matmul(now.C, chol), now.chol_R], axis=1))
-
-    mean, cov = jax.vmap(emit)(prior.predicted_mean, prior.predicted_chol, u, timed_fields(ssm, ahead=False))
-    return ForecastResult(mean, cov, prior.predicted_mean, prior.predicted_cov)

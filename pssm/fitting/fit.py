@@ -330,7 +330,7 @@ def _arguments(
 
     An option of NumPyro's classes among them is refused.
     """
-    labels = _labels_of(args, kwargs)
+    labels = _labels_of(model, args, kwargs)
     own = inspect.signature(model).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
         for kind in options:
@@ -364,19 +364,23 @@ def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = F
     return found
 
 
-def _labels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The labels that the first argument, the data, has as a frame of pandas; else None. Other frames must have them.
+def _labels_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The labels that data, the first argument, and inputs `u` have as frames of pandas; None where neither is one.
 
     Raises:
         ValueError: the index does not increase, or another frame has other rows.
     """
-    if not args or not is_pandas(args[0]):
+    try:
+        u = inspect.signature(model).bind_partial(*args, **kwargs).arguments.get("u")
+    except TypeError:  # which the model will say better
+        u = None
+    if not args or not (is_pandas(args[0]) or is_pandas(u)):
         return None
-    from pssm.times.labels import check_same_index, frame_labels  # pandas, which is there already
+    from pssm.times.labels import check_same_index, labels_beside  # pandas, which is there already
 
-    for name, x in kwargs.items():
+    for name, x in {**kwargs, "u": u}.items():
         check_same_index(args[0], name, x)
-    return frame_labels(args[0])
+    return labels_beside(args[0], u)
 
 
 def begin(

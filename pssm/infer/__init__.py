@@ -7,9 +7,10 @@ from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo
 from pssm.fitting.saved import load, resume, save
 from pssm.guides.transport import transport_reparam
 from pssm.infer.causal import causal_draws
+from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.nowcasts import NowcastDraws, nowcast
-from pssm.infer.predict import forecast, one_step_probabilities, sample_states, smoothed_states
+from pssm.infer.predict import forecast, sample_states, smoothed_states
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal

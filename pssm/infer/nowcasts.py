@@ -9,13 +9,13 @@ import numpy as np
 
 from pssm._checks import check_count
 from pssm._types import Array, ArrayLike, Key, KeyLike
-from pssm.filters import kalman_smoother
-from pssm.filters import sample_states as exact_sample_states
+from pssm.batch import over_batches
+from pssm.filters.ahead import draw_given_some, given_some
 from pssm.fitting.results import Fit
-from pssm.infer.predict import ForecastDraws, _mixture, _mixture_quantiles, _task
-from pssm.infer.sources import ExactSource, longer_arguments
-from pssm.linalg import outer
-from pssm.linalg.random import standard_normal
+from pssm.infer.mixtures import mixture, mixture_quantiles
+from pssm.infer.predict import QUANTILES, ForecastDraws
+from pssm.infer.task import exact_task, steps_of
+from pssm.ssm import LinearGaussianSSM
 
 
 class NowcastDraws(NamedTuple):
@@ -100,18 +100,9 @@ def nowcast(
         Durbin & Koopman 2012, section 4.10; Banbura, Giannone, Modugno & Reichlin 2013.
     """
     horizon = check_count("horizon", horizon, least=0)
-    task = _task(fit, draws, args, kwargs, most, key, site)
+    task = exact_task(fit, draws, args, kwargs, most=most, key=key, site=site)
     source = task.source
-    if not isinstance(source, ExactSource):
-        raise ValueError(
-            "`fit`: its model has no `LinearGaussianMarginal` site, so there is no exact nowcast. Use `forecast`."
-        )
-    ahead = None
-    if horizon:
-        try:
-            ahead = longer_arguments(source, source.num_steps, horizon, u_future, None)
-        except ValueError as error:
-            raise ValueError(f"`horizon`: {error}") from None
+    ahead = steps_of(task, source.num_steps, horizon, u_future, strict=True) if horizon else None
     first = {name: x[0] for name, x in task.draws.items()}
     trace = source.trace(first, ahead)
     value = np.asarray(trace[source.site]["value"])
@@ -128,39 +119,23 @@ def nowcast(
 
     mean, variance, paths = task.map(one, most if task.count == 1 else 1)
     start = task.origins[1]
-    moments = _mixture(mean, variance, start)
+    moments = mixture(mean, variance, start)
     known = np.where(seen, value, 0.0)
 
     def keep(x: np.ndarray) -> np.ndarray:
         return np.where(seen, known, x)
 
-    quantiles = _mixture_quantiles(mean, variance) + start
+    quantiles = mixture_quantiles(mean, variance, QUANTILES) + start
     return NowcastDraws(keep(moments.mean), np.where(seen, 0.0, moments.sd), keep(quantiles), keep(paths + start), last)
 
 
-def _predicted(key: Key, ssm: Any, y: Array, u: Array | None) -> tuple[Array, Array, Array]:
-    """Mean, variance and a draw of all values given those observed.
+def _predicted(key: Key, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, Array, Array]:
+    """Mean, variance and a draw of all values given those observed."""
 
-    With `K` the regression of the noise on that of the observed series of the same step, a missing value is that of
-    `(1 - K) (signal + noise) + K y`, with states and noise that know nothing of `y` at this step but through the
-    states (Matheron's rule).
-    """
-    state_key, noise_key = jax.random.split(key)
-    s = kalman_smoother(ssm, y, u)
-    seen = (~jnp.isnan(y))[..., None].astype(y.dtype)
-    chol_R = ssm.with_time_axis("chol_R")
-    R = outer(chol_R)
-    to_seen = R * jnp.swapaxes(seen, -1, -2)
-    K = to_seen @ jnp.linalg.pinv(seen * to_seen, hermitian=True)
-    rest = jnp.eye(y.shape[-1], dtype=y.dtype) - K
-    filled = jnp.einsum("...ij,...j->...i", K, jnp.where(jnp.isnan(y), 0.0, y))
+    def one(ssm: LinearGaussianSSM, key: Key, y: Array, u: Array | None) -> tuple[Array, Array, Array]:
+        found = given_some(ssm, y, u)
+        return found.mean, jnp.diagonal(found.cov, axis1=-2, axis2=-1), draw_given_some(key, ssm, y, u)
 
-    def given(x: Array) -> Array:
-        return jnp.einsum("...ij,...j->...i", rest, x) + filled
-
-    factor = rest @ ssm.with_time_axis("C") @ s.chol
-    variance = jnp.sum(factor**2, -1) + jnp.sum((rest @ chol_R) ** 2, -1)
-    path = exact_sample_states(state_key, ssm, y, u)
-    noise = standard_normal(noise_key, y.shape, y.dtype)
-    drawn = ssm.signal(path, u) + jnp.einsum("...ij,...j->...i", chol_R, noise)
-    return given(ssm.signal(s.mean, u)), variance, given(drawn)
+    batch = jnp.broadcast_shapes(ssm.batch_shape, y.shape[:-2])
+    keys = jax.random.split(key, batch) if batch else key
+    return over_batches(one, ssm, (keys, 0), (y, 2), (u, 2))

@@ -4,49 +4,30 @@ Each kind of source gives, for one posterior draw, moments of states and signal,
 All but the exact one is given by draws, so moments are averages over them.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.primitives import Messenger
 
 from pssm._types import Array, Key
-from pssm.batch import over_batches
 from pssm.distributions import GaussianFilterMarginal, HistoryMarginal, LinearGaussianMarginal, StatePath
 from pssm.distributions.in_units import counted, from_origin
 from pssm.distributions.unwrap import unwrap
 from pssm.filters import forecast as exact_forecast
-from pssm.filters import kalman_smoother, simulate
+from pssm.filters import kalman_smoother
 from pssm.filters import sample_states as exact_sample_states
-from pssm.filters.kalman import continuation
+from pssm.filters.ahead import draw_future
 from pssm.fitting.results import trace_with
-from pssm.inspection.axes import Axes, find_axes, holds, is_factor
+from pssm.infer.horizon import Horizon
+from pssm.inspection.axes import Axes, find_axes, is_factor
 from pssm.linalg.random import standard_normal
-from pssm.ssm import check_inputs
+from pssm.ssm import LinearGaussianSSM, check_inputs
 
 Moments = tuple[Array, Array, Array, Array]  # mean and variance of the state, mean and variance of the signal
 Future = tuple[Array, Array, Array]  # mean and variance of the observations, and one path of them
-
-
-class Horizon(NamedTuple):
-    """A forecast of `num_steps` steps from the first `known` observations, with the user's inputs `u_future`.
-
-    `args` and `kwargs` are the model's for all these steps or more, the data missing (NaN) from `known` on.
-    """
-
-    known: int
-    num_steps: int
-    u_future: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def rows(self, x: Array, axis: int) -> Array:
-        """The rows of the forecast along an axis of an array over all steps."""
-        return jax.lax.slice_in_dim(x, self.known, self.known + self.num_steps, axis=axis)
 
 
 class Source(NamedTuple):
@@ -95,6 +76,19 @@ class Source(NamedTuple):
         return tuple(0 if x is None else np.asarray(x) for x in (state, getattr(fn, "origin", None)))
 
 
+class Longer(NamedTuple):
+    """A system over known steps and those of a forecast, the known data, the inputs of both, and known future values.
+
+    All is counted from the model's origins.
+    """
+
+    ssm: LinearGaussianSSM
+    y: Array
+    u: Array | None
+    u_future: Array | None
+    y_future: Any
+
+
 class ExactSource(Source):
     """States that a `LinearGaussianMarginal` has integrated out."""
 
@@ -116,8 +110,8 @@ class ExactSource(Source):
         d = self.fn(trace)
         return exact_sample_states(key, d.ssm, self.series(trace), d.u)
 
-    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
-        """Exact moments, and a path from the predicted state on."""
+    def longer(self, sample: dict[str, Array], ahead: Horizon) -> Longer:
+        """The system of the known steps and of those of a forecast."""
         trace = self.trace(sample)
         d, y, known = self.fn(trace), self.series(trace)[..., : ahead.known, :], ahead.known
         ssm, u, u_future, stop = d.whole_ssm, d.u, ahead.u_future, known + ahead.num_steps
@@ -130,11 +124,14 @@ class ExactSource(Source):
             u_future = u[..., known:stop, :]
         u = None if u is None else u[..., :known, :]
         ssm = ssm if ssm.num_steps is None else ssm.steps(0, stop)
-        found = exact_forecast(ssm, y, ahead.num_steps, u, u_future)
-        inputs = check_inputs(ssm, u_future, ahead.num_steps, "u_future")
-        go_on = partial(continuation, num_steps=ahead.num_steps)
-        after = over_batches(lambda s, y, u, v: go_on(s, y, u=u, u_future=v), ssm, (y, 2), (u, 2), (inputs, 2))
-        path = simulate(key, after, ahead.num_steps, inputs)[1]
+        y_future = None if ahead.y_future is None else from_origin(ahead.y_future, d.origin)
+        return Longer(ssm, y, u, check_inputs(ssm, u_future, ahead.num_steps, "u_future"), y_future)
+
+    def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
+        """Exact moments, and a path from the predicted state on; given the known values of the future, if any."""
+        ssm, y, u, u_future, y_future = self.longer(sample, ahead)
+        found = exact_forecast(ssm, y, ahead.num_steps, u, u_future, y_future=y_future)
+        path = draw_future(key, ssm, y, ahead.num_steps, u, u_future, y_future)
         return found.mean, jnp.diagonal(found.cov, axis1=-2, axis2=-1), path
 
 
@@ -333,60 +330,3 @@ def source_of(
     if not kept:
         raise ValueError(f"`site` must be one of {named}, the observed sites with states; got {site!r}.")
     return kept[0]
-
-
-def longer_arguments(
-    source: Source, known: int, num_steps: int, u_future: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None
-) -> Horizon:
-    """The model's arguments for a series that goes on: data missing from `known` on, inputs with their future.
-
-    Raises:
-        ValueError: the data or inputs cannot be told.
-    """
-    if given is not None:
-        args, kwargs = given
-        return Horizon(known, num_steps, u_future, tuple(args), dict(kwargs))
-    stop = max(source.num_steps, known + num_steps)
-    more, lead = stop - source.num_steps, source.batch
-
-    def axis_of(given: Any) -> int | None:
-        return next((axis for axis, x in source.along.values() if holds(x, given)), None)
-
-    def data(given: Any) -> Any:
-        y = np.asarray(given)
-        axis = axis_of(given)
-        if axis is None and held and source.num_steps not in y.shape:
-            return given
-        if axis is None and not held:
-            axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
-        if axis is None or y.ndim <= axis or y.shape[axis] != source.num_steps:
-            why = "is not observed" if axis is None else f"has no axis of the {source.num_steps} steps of the path"
-            raise ValueError(
-                f"`future` is needed: an array of shape {y.shape} in the model's arguments {why}. Give "
-                "`future=(args, kwargs)`, the model's arguments with the steps of the forecast, their data NaN."
-            )
-        y = y if y.dtype.kind == "f" else y.astype(float)
-        y = np.concatenate([y, np.full((*y.shape[:axis], more, *y.shape[axis + 1 :]), np.nan, y.dtype)], axis)
-        y[(slice(None),) * axis + (slice(known, None),)] = np.nan
-        return jnp.asarray(y) if isinstance(given, jax.Array) else y
-
-    function: Any = source.model
-    while isinstance(function, Messenger):
-        function = function.fn
-    bound = inspect.signature(function).bind(*source.args, **source.kwargs)
-    first = next((n for n, x in bound.arguments.items() if x is not None), "y")
-    bound.apply_defaults()  # with what `functools.partial` holds
-    call = bound.arguments
-    held = [n for n, x in call.items() if n != "u" and any(axis_of(leaf) is not None for leaf in jax.tree.leaves(x))]
-    for name in held or [first]:
-        call[name] = jax.tree.map(data, call.get(name))
-    if call.get("num_steps") is not None:
-        call["num_steps"] = stop
-    if call.get("u") is not None and more:
-        u = np.asarray(call["u"])
-        if u_future is None:
-            raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
-        axis, after = max(u.ndim - 2, 0), np.asarray(u_future)
-        after = after.reshape(*after.shape, *(1,) * (u.ndim - after.ndim))
-        call["u"] = np.concatenate([u, np.flip(np.take(after, range(-1, -more - 1, -1), axis), axis)], axis)
-    return Horizon(known, num_steps, u_future, bound.args, bound.kwargs)

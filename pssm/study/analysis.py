@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pssm import plots
-from pssm.diagnostics import backtest, impact, residuals, to_datatree
+from pssm.diagnostics import backtest, decompose, impact, residuals, to_datatree
 from pssm.infer import fit_map, fit_ml
 from pssm.storage.files import write_whole
 from pssm.study.console import show_rows
@@ -72,6 +72,14 @@ def write_fit(
                          "intervals; the parameters are taken as known."))  # fmt: skip
         if horizon:
             files["forecast.csv"] = tree["forecast"].to_dataset().to_dataframe().reset_index().to_csv(index=False)
+    parts = _attempt(notes, "components", lambda: decompose(fit, names=tuple(names), time=time, draws=0))
+    if parts is not None:
+        files["components.csv"] = parts.table.to_csv(index=False)
+        caption = (
+            "The components of the series given all data, with their 90 % intervals. They add up to the signal; the "
+            "irregular is what is left of the data."
+        )
+        drawings.append(("components.png", parts.plot, "components", caption))
     if found is not None:
         files["residual_tests.csv"] = found.table.to_csv()
         files["residuals.csv"] = pd.DataFrame(found.values, index=pd.Index(time, name="time"), columns=names).to_csv()
@@ -83,7 +91,7 @@ def write_fit(
         ("Parameters", str(fit.num_parameters)),
         ("AIC, AICc, BIC", ", ".join(f"{x:,.2f}" for x in (fit.aic, fit.aicc, fit.bic))),
     ]
-    parts = [
+    sections = [
         (
             "verdicts",
             "In words",
@@ -92,7 +100,7 @@ def write_fit(
         ("parameters", "The estimates", table(records(estimates))),
         ("residuals", "Tests of the residuals", table(records(found.table)) if found is not None else ""),
     ]
-    return _write(out, title, facts, parts, notes, drawings, files)
+    return _write(out, title, facts, sections, notes, drawings, files)
 
 
 def write_backtest(

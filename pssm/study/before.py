@@ -18,9 +18,17 @@ from pssm.diagnostics.tree import no_time_axis, rehearse
 from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
-from pssm.study.methods import model_of_method
+from pssm.study.methods import POINTS, model_of_method
+from pssm.times.frames import inputs_of_steps, steps_ahead
 from pssm.times.grid import labels_after, uneven
-from pssm.times.labels import as_labels, check_increasing, check_same_index, frame_labels
+from pssm.times.labels import (
+    FrameLabels,
+    as_labels,
+    check_increasing,
+    check_same_index,
+    column_names,
+    frame_labels,
+)
 
 Dims = Mapping[str, Sequence[str]]
 
@@ -84,8 +92,8 @@ def prepare(
     horizon = horizon if has_states else 0
     given, ahead, notes = time_axis(time, future_time, len(series), horizon)
     labels = {"time": given, "future_time": ahead, "coords": coords, "dims": dict(check.axes.names)}
-    forms = {"nuts:states": "sampled", "nuts": "whole", "svi:mvn": "whole", "svi:normal": "whole"}
-    one_of_each = {forms.get(m, "path"): m for m in methods if not check.methods[m]}
+    forms = {"nuts:states": "sampled", **dict.fromkeys(("nuts", "svi:mvn", "svi:normal", *POINTS), "whole")}
+    one_of_each = {forms.get(m, "path"): m for m in methods if not check.methods.get(m, "")}
     for method in one_of_each.values():
         form = model_of_method(method, model, values)
         if form is not None:
@@ -161,6 +169,21 @@ def split_inputs(y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[s
     for name, x in options.items():
         check_same_index(y, name, x)
     return options, u_future
+
+
+def inputs_by_label(u_future: Any, y: Any, u: Any, horizon: int, time: Any, future_time: Any) -> Any:
+    """The inputs of the forecast from a frame: its rows by the labels of the steps, its columns by the names of `u`.
+
+    Raises:
+        ValueError: an input or a step is not in the frame.
+    """
+    if not horizon or not isinstance(u_future, pd.DataFrame | pd.Series):
+        return u_future
+    if future_time is not None:
+        steps = as_labels("future_time", future_time)[:horizon]
+    else:
+        steps = steps_ahead(FrameLabels(None if time is None else as_labels("time", time), None), horizon)
+    return inputs_of_steps("u_future", u_future, steps, horizon, column_names(u), np.shape(y)[0] if np.ndim(y) else 0)
 
 
 def of_frame(y: Any, time: Any, column: str | Sequence[str]) -> tuple[Any, str | Sequence[str]]:

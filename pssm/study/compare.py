@@ -1,8 +1,6 @@
 """One model, several inference methods, one table that says which to trust."""
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro
 import pandas as pd
 
 from pssm._checks import check_choice, unmasked_arguments
 from pssm._types import ArrayLike
-from pssm._version import __version__
 from pssm.diagnostics import log_evidence, save_tree
 from pssm.diagnostics.groups import sites_of
-from pssm.diagnostics.tree import data_digest
 from pssm.storage.files import write_whole
-from pssm.study.before import Dims, Task, as_model, first_argument, inputs_ahead, of_frame, prepare, split_inputs
-from pssm.study.methods import DEFAULT_METHODS, METHODS, OBJECTIVES, PATH_METHODS, MethodResult, Settings, run_method
+from pssm.study.before import (
+    Dims,
+    Task,
+    as_model,
+    first_argument,
+    inputs_ahead,
+    inputs_by_label,
+    of_frame,
+    prepare,
+    split_inputs,
+)
+from pssm.study.methods import (
+    DEFAULT_METHODS,
+    METHODS,
+    OBJECTIVES,
+    PATH_METHODS,
+    POINTS,
+    MethodResult,
+    Settings,
+    run_method,
+)
+from pssm.study.provenance import settings_of
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
 from pssm.times.labels import label_array
@@ -147,8 +161,9 @@ def compare(
             a series of pandas brings `time` (its index) and `column` (its names) along.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
             "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
-            "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate).
-            The first exact one is the reference.
+            "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate);
+            "ml" (maximum likelihood) and "map" (the mode of the posterior) give one point, and no uncertainty of the
+            parameters but standard errors. The first exact one is the reference.
         seed: fixes every random choice.
         num_warmup: NUTS adaptation steps per chain.
         num_samples: NUTS draws per chain.
@@ -161,7 +176,8 @@ def compare(
         time: labels of the time steps, as in `to_datatree`.
         future_time: labels of the forecast steps; by default those of `time` go on, by the calendar.
         u_future: inputs of the forecast steps `(horizon, input)`, for a model with inputs `u`; by default the rows of a
-            frame `u` behind those of a frame `y`. Without them there is no forecast.
+            frame `u` behind those of a frame `y`. Rows of a frame are found by the labels of the steps, its columns by
+            the names of `u`. Without inputs there is no forecast.
         name: what is studied, for the report.
         column: the series' name, or those of several.
         args: the model's further positional arguments.
@@ -187,6 +203,7 @@ def compare(
     """
     time, column = of_frame(y, time, column)
     model_options, u_future = split_inputs(y, model_options, u_future)
+    u_future = inputs_by_label(u_future, y, model_options.get("u"), horizon, time, future_time)
     (y, *args, u_future), model_options = unmasked_arguments((y, *args, u_future), model_options)
     function, model_name = as_model(model, y, args, model_options)
     methods = tuple(dict.fromkeys(methods))
@@ -239,8 +256,8 @@ def compare(
         say(f"[{position}/{len(methods)}] {method}")
         reached = None if folder is None else folder.checkpoint(method, fresh=fresh)
         try:
-            if task.check.methods[method]:
-                result = MethodResult(method, "skipped", task.check.methods[method], OBJECTIVES[method])
+            if why := task.check.methods.get(method, ""):
+                result = MethodResult(method, "skipped", why, OBJECTIVES[method])
             else:
                 result = run_method(method, function, task.y, settings, labels, reached)
             if leave_future_out and result.status == "done":
@@ -273,7 +290,7 @@ def compare(
         reference,
         table,
         parameters,
-        _settings(settings, task.y, model_name, model_options),
+        settings_of(settings, task.y, model_name, model_options),
         notes + _warnings(results, reference),
         interrupted,
     )
@@ -300,6 +317,8 @@ def _add_elpd(
     from pssm.diagnostics import leave_future_out as lfo
 
     groups = set() if result.tree is None else set(result.tree.children)
+    if result.name in POINTS:
+        return  # no draws to weigh: `pssm.diagnostics.backtest` refits points
     if result.fit is None or not groups & {"forecast", "smoothed_states"} or result.name in PATH_METHODS:
         return
     if settings.budget is not None and 3 * result.seconds_run > settings.budget:
@@ -329,43 +348,6 @@ def _evidence(
     if estimate.khat > 0.7 or not np.isfinite(estimate.log_evidence):
         return float("nan"), f"not estimated: importance weights too uneven (k-hat {estimate.khat:.2f})"
     return estimate.log_evidence, f"importance sampling, standard error {estimate.standard_error:.2g}"
-
-
-def _settings(settings: Settings, y: Any, model_name: str, options: dict[str, Any]) -> dict[str, Any]:
-    import arviz
-
-    return {
-        "model": model_name,
-        "model_options": {
-            k: v if isinstance(v, int | float | str | bool | None | tuple) else _in_words(v) for k, v in options.items()
-        },
-        "seed": settings.seed,
-        "num_warmup": settings.num_warmup,
-        "num_samples": settings.num_samples,
-        "num_chains": settings.num_chains,
-        "svi_steps": settings.svi_steps,
-        "horizon": settings.horizon,
-        "budget_seconds": settings.budget,
-        "data_sha256": data_digest({"y": np.asarray(y)} if not isinstance(y, Mapping) else _leaves(y)),
-        "pssm": __version__,
-        "numpyro": numpyro.__version__,
-        "jax": jax.__version__,
-        "arviz": arviz.__version__,
-        "python": platform.python_version(),
-        "backend": jax.default_backend(),
-        "dtype": str(jnp.result_type(float)),
-        "processors": os.cpu_count(),
-    }
-
-
-def _in_words(value: Any) -> str:
-    return f"array {np.shape(value)}" if isinstance(value, np.ndarray | jax.Array) else str(value)
-
-
-def _leaves(y: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of nested dicts by their paths."""
-    leaves = jax.tree_util.tree_flatten_with_path(dict(y))[0]
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves if isinstance(x, jax.Array)}
 
 
 def _warnings(results: dict[str, MethodResult], reference: str) -> list[str]:

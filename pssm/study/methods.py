@@ -17,11 +17,15 @@ from numpyro.infer.util import initialize_model
 
 from pssm.diagnostics.bound import elbo_and_khat
 from pssm.diagnostics.tree import build_tree
+from pssm.fitting.point import LIKELIHOOD, MODE
 from pssm.fitting.results import record_of
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
+    PointFit,
     SVIFit,
+    fit_map,
+    fit_ml,
     fit_nuts,
     fit_svi,
     load,
@@ -30,7 +34,7 @@ from pssm.infer import (
     resume,
     transport_reparam,
 )
-from pssm.infer.predict import marginal_site
+from pssm.infer.task import marginal_site
 from pssm.inspection.axes import trace_model
 from pssm.inspection.check import NO_PATH
 from pssm.inspection.forms import path_model, sampled_model
@@ -38,7 +42,8 @@ from pssm.storage.folder import MANIFEST, FitFolder
 
 PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
 GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES
-METHODS = ("nuts", "nuts:states", "nuts:transport", *GUIDE_NAMES)
+POINTS = ("ml", "map")  # one point, without uncertainty of the parameters
+METHODS = ("nuts", "nuts:states", "nuts:transport", *GUIDE_NAMES, *POINTS)
 PATH_METHODS = ("nuts:states", "nuts:transport", *PATH_GUIDES)  # the path is among their unknowns
 DEFAULT_METHODS = ("nuts", "nuts:states", "svi:mvn", "svi:normal")
 OBJECTIVES = (
@@ -47,7 +52,9 @@ OBJECTIVES = (
     | {"nuts:transport": "exact posterior (Markov chain), states sampled through the map of a fitted chain"}
     | dict.fromkeys(GUIDE_NAMES, BOUND)
     | {"svi:moment_matched": SURROGATE}
+    | {"ml": LIKELIHOOD, "map": MODE}
 )
+KNOWN = "Its forecast and its states take the parameters as known."
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class MethodResult:
     verdict: str = ""
     level: str = "check"
     diagnostics: dict[str, float] = field(default_factory=dict)
-    fit: MCMC | SVIFit | None = None
+    fit: MCMC | SVIFit | PointFit | None = None
 
     def add_note(self, text: str) -> None:
         """Adds a sentence to the note."""
@@ -159,8 +166,14 @@ def run_method(
         result.status = "skipped"
         return result
     start, clock = time.perf_counter(), CompileClock()
-    with clock:
-        fit = _fit(name, fitted_model, y, settings, checkpoint, **kwargs)
+    try:
+        with clock:
+            fit = _fit(name, fitted_model, y, settings, checkpoint, **kwargs)
+    except ValueError as error:
+        if name not in POINTS or not str(error).startswith("`model`"):
+            raise
+        result.status, result.note = "skipped", str(error)  # the model has no such maximum
+        return result
     result.fit = fit
     result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
     result.seconds_run = time.perf_counter() - start - result.seconds_compile
@@ -175,6 +188,12 @@ def run_method(
             result.add_note(f"Its objective ended at {ended:.2f}: no bound.")
         if not fit.converged:
             result.add_note(f"Not converged: {fit.message}")
+    elif isinstance(fit, PointFit):
+        names = ("log_likelihood", "log_joint", "aic", "bic", "converged")
+        result.diagnostics |= {n: float(getattr(fit, n)) for n in names}
+        result.add_note(" ".join([KNOWN, *(text[:1].upper() + text[1:] for text in fit.warnings)]))
+        if fit.at_boundary:
+            result.add_note(f"At the boundary of their support: {', '.join(fit.at_boundary)}.")
     else:
         result.diagnostics["divergences"] = float(np.sum(fit.get_extra_fields()["diverging"]))
     exact = marginal_site(trace_model(model, {}, (y,), kwargs)) is not None
@@ -195,10 +214,24 @@ def run_method(
             key=settings.seed,
         ),
     )
+    if isinstance(fit, PointFit) and result.tree is not None:
+        result.attempt("standard errors", lambda: _add_errors(result.tree, fit))
     if exact:
         coverage = result.attempt("coverage of the forecasts", lambda: _coverage(fit, model, y, kwargs))
         result.diagnostics["coverage90"] = float("nan") if coverage is None else coverage
     return result
+
+
+def _add_errors(tree: Any, fit: PointFit) -> None:
+    """The group `standard_errors` beside the one draw of a point estimate."""
+    posterior = tree["posterior"].to_dataset().isel(chain=0, draw=0, drop=True)
+    sites = {n: str(x.attrs.get("site", n)) for n, x in posterior.data_vars.items()}
+    errors = {
+        n: x.copy(data=np.reshape(fit.errors[sites[n]], x.shape))
+        for n, x in posterior.items()
+        if sites[n] in fit.errors
+    }
+    tree["standard_errors"] = xr.DataTree(xr.Dataset(errors))
 
 
 def _coverage(fit: Any, model: Callable[..., Any], y: Any, kwargs: dict[str, Any]) -> float:
@@ -222,7 +255,7 @@ def model_of_method(name: str, model: Callable[..., Any], y: Any, **kwargs: Any)
 
 def _fit(
     name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
-) -> MCMC | SVIFit:
+) -> MCMC | SVIFit | PointFit:
     """The fit; Ctrl-C, which the fits survive with what they have, ends the method."""
     fit = _run_fit(name, model, y, settings, checkpoint, **kwargs)
     if record_of(fit).ended == "interrupted":
@@ -232,7 +265,7 @@ def _fit(
 
 def _run_fit(
     name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
-) -> MCMC | SVIFit:
+) -> MCMC | SVIFit | PointFit:
     guide: Any = name.removeprefix("svi:") if name in GUIDE_NAMES else None
     given = {}
     if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
@@ -251,6 +284,10 @@ def _run_fit(
             return load(checkpoint, model, **options)
         return resume(checkpoint, model, progress_bar=settings.progress, **options)
     common = {"checkpoint": checkpoint, "key": settings.seed, "progress_bar": settings.progress, **kwargs}
+    if name in POINTS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they are in the note
+            return (fit_ml if name == "ml" else fit_map)(model, y, **common)
     if guide is not None:
         return fit_svi(model, y, guide=guide, num_steps=settings.svi_steps, **common)
     return fit_nuts(
@@ -271,9 +308,9 @@ def within_budget(
 
     The expectation is the measured time of one gradient times a typical number of gradients. With the path among
     NUTS's unknowns that number grows with its length, up to NUTS's limit (1023 for each draw), but not where the path
-    is sampled through a fitted chain.
+    is sampled through a fitted chain. A point estimate takes a few climbs and is never cut.
     """
-    if settings.budget is None:
+    if settings.budget is None or name in POINTS:
         return settings, "", True
     info = initialize_model(jax.random.key(0), model, model_args=(y,), model_kwargs=kwargs)
     gradient = jax.jit(jax.value_and_grad(info.potential_fn))

@@ -14,6 +14,7 @@ import numpy as np
 
 from pssm import plots
 from pssm.storage.files import write_whole
+from pssm.study.methods import POINTS
 from pssm.study.page import (
     bullet_list,
     cell_text,
@@ -240,7 +241,9 @@ def _figures(study: Any) -> Iterable[tuple[str, Callable[[], Figure], str, str]]
                 "forecast's outer band.",
             )
     drawn = {
-        name: tree for name, tree in trees.items() if "posterior" in tree.children and len(tree["posterior"].data_vars)
+        name: tree
+        for name, tree in trees.items()
+        if "posterior" in tree.children and len(tree["posterior"].data_vars) and name not in POINTS
     }
     if drawn:
         listed = list(dict.fromkeys(str(r["parameter"]) for r in records(study.parameters) if "parameter" in r))

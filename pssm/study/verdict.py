@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pssm.study.methods import GUIDE_NAMES, MethodResult
+from pssm.study.methods import GUIDE_NAMES, POINTS, MethodResult
 
 # Thresholds of the verdicts.
 RHAT_MAX, ESS_MIN = 1.01, 400.0
@@ -28,6 +28,8 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table = az.summary(posterior, kind="all", fmt="wide", round_to="none")
+        if name in POINTS:
+            table["sd"] = _errors(tree, parameters, len(table))
         for parameter, row in table.iterrows():
             is_chain = name.startswith("nuts")
             rows.append(
@@ -47,6 +49,20 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
     frame.insert(4, "error_in_sds", (frame["mean"] - mean) / sd)
     frame.insert(5, "sd_ratio", frame["sd"] / sd)
     return frame
+
+
+def _errors(tree: Any, parameters: list[str], count: int) -> np.ndarray:
+    """The standard errors of a point estimate, entry by entry."""
+    if "standard_errors" not in tree.children:
+        return np.full(count, np.nan)
+    errors, posterior = tree["standard_errors"].to_dataset(), tree["posterior"].to_dataset()
+    shapes = [posterior[n].shape[2:] for n in parameters]
+    return np.concatenate(
+        [
+            np.ravel(errors[n]) if n in errors else np.full(shape, np.nan).ravel()
+            for n, shape in zip(parameters, shapes, strict=True)
+        ]
+    )
 
 
 def _parameters(results: dict[str, MethodResult]) -> list[str]:
@@ -77,7 +93,9 @@ def judge(
             ess = float(own[["ess_bulk", "ess_tail"]].min().min()) if name.startswith("nuts") else np.nan
             rhat = float(own["r_hat"].max()) if name.startswith("nuts") else np.nan
             numbers |= {"ess_min": ess, "rhat_max": rhat}
-            if name in GUIDE_NAMES:
+            if name in POINTS:
+                result.level, result.verdict = _judge_point(name, own, numbers, reference)
+            elif name in GUIDE_NAMES:
                 result.level, result.verdict = _judge_guide(
                     GUIDE_NAMES[name], own, numbers, reference, result.objective
                 )
@@ -101,6 +119,9 @@ def judge(
                 "rhat_max": numbers.get("rhat_max", np.nan),
                 "divergences": numbers.get("divergences", np.nan),
                 "error_max_sds": float(errors.max()) if name != reference and len(errors) else np.nan,
+                "log_likelihood": numbers.get("log_likelihood", np.nan),
+                "aic": numbers.get("aic", np.nan),
+                "bic": numbers.get("bic", np.nan),
                 "elbo": bound,
                 "log_evidence": evidence[0],
                 "evidence_kind": evidence[1],
@@ -131,6 +152,21 @@ def _judge_chain(name: str, own: pd.DataFrame, numbers: dict[str, float], refere
     return (
         "good",
         f"Trust it: chains agree (R-hat {numbers['rhat_max']:.3f}, {numbers['ess_min']:.0f} effective draws); {role}.",
+    )
+
+
+def _judge_point(name: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
+    """A point is never the method to use for intervals: its forecasts leave out what the parameters do not say."""
+    what = "maximum likelihood" if name == "ml" else "the mode of the posterior"
+    if not numbers.get("converged", 0.0):
+        return "bad", f"Do not use: {what} was not reached, see the note."
+    against = ""
+    if reference and own["error_in_sds"].notna().any():
+        worst = own.loc[own["error_in_sds"].abs().idxmax()]
+        against = f" {worst['parameter']} is furthest from the reference's mean, {abs(worst['error_in_sds']):.2f} sds."
+    return "check", (
+        f"Check its intervals: one point ({what}, {numbers.get('log_likelihood', np.nan):.2f} nats of log-likelihood), "
+        f"whose forecasts take the parameters as known.{against}"
     )
 
 

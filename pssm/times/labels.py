@@ -16,10 +16,12 @@ class FrameLabels(NamedTuple):
     Attributes:
         time: labels of its rows; None where its index only counts them.
         columns: names of its columns; None where it has none.
+        inputs: names of the inputs beside it, the model's `u`, where these are a frame too.
     """
 
     time: Any
     columns: tuple[str, ...] | None
+    inputs: tuple[str, ...] | None = None
 
 
 def frame_labels(x: Any) -> FrameLabels | None:
@@ -34,8 +36,23 @@ def frame_labels(x: Any) -> FrameLabels | None:
     if not (isinstance(x.index, pd.RangeIndex) and x.index.start == 0 and x.index.step == 1):
         time = as_labels("the index of `y`", x.index)
         check_increasing("the index of `y`", time)
+    return FrameLabels(time, column_names(x))
+
+
+def column_names(x: Any) -> tuple[str, ...] | None:
+    """The names of a frame's columns, or of a series; None for what is neither, or has none."""
+    if not isinstance(x, pd.DataFrame | pd.Series):
+        return None
     names = list(x.columns) if isinstance(x, pd.DataFrame) else [x.name]
-    return FrameLabels(time, None if None in names else tuple(str(name) for name in names))
+    return None if None in names else tuple(str(name) for name in names)
+
+
+def labels_beside(y: Any, u: Any) -> FrameLabels | None:
+    """The labels of data and of their inputs; None where neither is a frame."""
+    found, inputs = frame_labels(y), column_names(u)
+    if inputs is None:
+        return found
+    return FrameLabels(None, None, inputs) if found is None else found._replace(inputs=inputs)
 
 
 def as_labels(name: str, labels: ArrayLike | Iterable[Any]) -> Any:
