@@ -1,13 +1,14 @@
 """Many series as one array, NaN where a series has no value: from a list, or from a table with a row for each value."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from pssm._checks import check_choice
-from pssm.times.grid import grid_of
+from pssm._checks import check_choice, is_pandas
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ALIGN = ("time", "start", "end")
 
@@ -57,6 +58,7 @@ def stack_series(
         ValueError: a column is absent, a series has two rows of one time, or times are uneven.
 
     Example:
+        >>> import pandas as pd
         >>> frame = pd.DataFrame({"series": ["a", "a", "b"], "time": [2001, 2002, 2002], "y": [1.0, 2.0, 5.0]})
         >>> stacked = stack_series(frame)
         >>> stacked.y.tolist(), stacked.names, stacked.time.tolist()
@@ -64,7 +66,7 @@ def stack_series(
         >>> stack_series([[1.0, 2.0, 3.0], [4.0]]).y.tolist()
         [[1.0, 2.0, 3.0], [4.0, nan, nan]]
     """
-    framed = isinstance(data, pd.DataFrame)
+    framed = is_pandas(data) and hasattr(data, "columns")
     align = ("time" if framed else "start") if align is None else align
     check_choice("align", align, ALIGN)
     if not framed:
@@ -92,10 +94,10 @@ def stack_series(
     absent = data[series].isna() | data[time].isna()
     if absent.any():
         raise ValueError(f"`data` has no series or no time in row {int(np.flatnonzero(absent)[0])}.")
-    steps = _steps(pd.Index(data[time].unique()), time)
+    steps = _steps(data.set_index(time).index.unique(), time)
     names = data[series].unique()
 
-    def wide(column: str) -> pd.DataFrame:
+    def wide(column: str) -> "pd.DataFrame":
         table = data.pivot(index=series, columns=time, values=column)
         return table.reindex(index=names, columns=steps).astype(float)
 
@@ -117,8 +119,12 @@ def _rolled(rows: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return np.stack([np.roll(row, k) for row, k in zip(rows, shift, strict=True)])
 
 
-def _steps(times: pd.Index, name: str) -> pd.Index:
+def _steps(times: "pd.Index", name: str) -> "pd.Index":
     """All steps from the first time to the last, absent ones too."""
+    import pandas as pd
+
+    from pssm.times.grid import grid_of
+
     times = times.sort_values()
     if len(times) < 2:
         return times
