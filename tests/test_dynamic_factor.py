@@ -92,7 +92,7 @@ def test_quarterly_figures_are_sums_of_months(states, x64):
     if states == "sampled":
         assert trace["z"]["infer"]["state_names"] == ("factor_1",)
         return
-    assert trace["y"]["infer"]["state_names"] == ("factor_1", "error[gdp]", "error[sales]", "total[gdp]")
+    assert trace["y"]["infer"]["state_names"] == ("factor_1", "error[gdp]", "error[sales]", "before[gdp]")
     smoothed = fn.smooth(y).mean
     months = trace["loadings"]["value"][0, 0] * smoothed[:, 0] + smoothed[:, 1] + trace["d"]["value"][0]
     np.testing.assert_allclose(months.reshape(3, 3).sum(1)[:2], y[[2, 5], 0], atol=1e-8)

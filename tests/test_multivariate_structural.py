@@ -111,6 +111,21 @@ def test_sampled_states_are_the_same_model(x64):
     assert found == pytest.approx(float(marginal["y"]["fn"].log_prob(Y[:4, :2])), abs=1e-7)
 
 
+@pytest.mark.parametrize("states", ["marginal", "sampled"])
+def test_sequences_are_scored_one_by_one(states, x64):
+    """Two sequences of one model, with totals; the second begins elsewhere."""
+    y = np.stack([Y[:6], 2 * Y[6:12] + 1])
+    model = partial(PATTERN, rank=1, aggregate={0: "sum"}, every=3, states=states, **ABOUT)
+    trace = traced(model, None, y)
+    values = {n: s["value"] for n, s in trace.items() if s["type"] == "sample" and n not in ("y", "sequences")}
+    found = trace["y"]["fn"].log_prob(y)
+    assert found.shape == (2,)
+    for i in range(2):
+        own = values | ({"z_base": values["z_base"][i]} if states == "sampled" else {})
+        alone = float(traced(model, own, y[i])["y"]["fn"].log_prob(y[i]))
+        assert float(found[i]) == pytest.approx(alone, abs=1e-8)
+
+
 @pytest.mark.parametrize("p", [2, 4])
 def test_correlations_are_those_of_numpyros_lkj(p, x64):
     """The density of the partial correlations is that of the factor, up to the Jacobian between them."""
@@ -152,7 +167,7 @@ def test_months_add_up_to_their_quarters(x64):
     values = {"sigma_obs": jnp.array([0.0, 0.3, 0.3])}
     trace = traced(model, values, frame)
     names = trace["y"]["infer"]["state_names"]
-    assert names == ("level[gdp]", "level[sales]", "level[stock]", "total[gdp]")
+    assert names == ("level[gdp]", "level[sales]", "level[stock]", "before[gdp]")
     smoothed = trace["y"]["fn"].smooth(frame.to_numpy()).mean
     np.testing.assert_allclose(smoothed[:, 0].reshape(-1, 3).sum(1), frame["gdp"][2::3], atol=1e-8)
     values = {n: s["value"][None, None] for n, s in trace.items() if s["type"] == "sample" and n != "y"}
@@ -218,7 +233,7 @@ def test_names_are_coordinates():
     frame = mixed()
     fit = infer.fit_map(partial(PATTERN, rank=1, **QUARTERLY), frame, num_starts=1, progress_bar=False)
     tree = to_datatree(fit, states=True, forecast=2)
-    assert list(tree["smoothed_states"]["state"].values) == ["level[gdp]", "level[sales]", "level[stock]", "total[gdp]"]
+    assert list(tree["smoothed_states"]["state"].values) == ["level[gdp]", "level[sales]", "level[stock]", "before[gdp]"]
     assert list(tree["posterior"]["sigma_obs"].coords["series"].values) == ["gdp", "sales", "stock"]
 
 

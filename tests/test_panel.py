@@ -11,6 +11,7 @@ import pytest
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
 from scipy.stats import multivariate_normal
+from test_scales import potential
 
 from pssm import datasets, infer, models
 from pssm.diagnostics import to_datatree
@@ -94,6 +95,23 @@ def test_sampled_states_are_the_same_model(x64):
         given = float(sampled["y"]["fn"].log_prob(y[..., None])[i])
         found = given + multivariate_normal(mean, cov).logpdf(z[i].ravel()) - posterior
         assert found == pytest.approx(float(fn.log_prob(y[..., None])[i]), abs=1e-7)
+
+
+def test_density_has_no_units_and_takes_traced_data():
+    """At the same point of the sampler's space: equal up to the Jacobian of the data's units; under jit, too."""
+    model = partial(models.panel, trend=True, ar=1, varying=True)
+    before, z = potential(model, Y, u=U)
+    seen = np.isfinite(Y).sum()
+    for unit in (1e-9, 1e13):
+        assert potential(model, unit * Y, z, u=U)[0] - seen * np.log(unit) == pytest.approx(before, rel=2e-5)
+    assert potential(model, Y + 1e7, u=U)[0] == pytest.approx(before, rel=2e-5)
+    assert potential(model, Y, z, u=1e5 * U - 3e7)[0] == pytest.approx(before, rel=2e-5)
+
+    def score(y):
+        fn = traced(model, None, y, u=U)["y"]["fn"]
+        return fn.log_prob(y[..., None])
+
+    np.testing.assert_allclose(jax.jit(score)(jnp.asarray(Y)), score(Y), rtol=2e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +222,12 @@ def test_a_long_table_becomes_one_array():
         datasets.stack_series(frame.assign(date=["x", "y", "z", "w"]), **options)
     periods = frame.assign(date=pd.PeriodIndex(frame["date"], freq="M"))
     np.testing.assert_array_equal(datasets.stack_series(periods, **options).y, found.y)
+
+
+def test_decimal_years_that_are_rounded_keep_their_rows():
+    times = np.round(1958 + np.array([0, 1, 2, 5, 6, 7]) / 12, 4)
+    found = datasets.stack_series(pd.DataFrame({"series": "a", "time": times, "y": np.arange(6.0)}))
+    np.testing.assert_array_equal(found.y[0], [0, 1, 2, np.nan, np.nan, 3, 4, 5])
 
 
 def test_lists_and_dicts_are_padded():

@@ -1,14 +1,11 @@
 """Many series as one array, NaN where a series has no value: from a list, or from a table with a row for each value."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pssm._checks import check_choice, is_pandas
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ALIGN = ("time", "start", "end")
 
@@ -81,64 +78,21 @@ def stack_series(
         y = np.full((len(rows), max(1, *(len(x) for x in rows))), np.nan)
         for i, x in enumerate(rows):
             y[i, : len(x)] = x
-        y = y if align == "start" else _rolled(y, np.array([y.shape[1] - len(x) for x in rows]))
+        y = y if align == "start" else rolled(y, np.array([y.shape[1] - len(x) for x in rows]))
         return StackedSeries(y, tuple(str(name) for name in named), np.arange(y.shape[1]))
-    for argument, column in (("series", series), ("time", time), ("value", value), *(("inputs", c) for c in inputs)):
-        if column not in data.columns:
-            raise ValueError(
-                f"`{argument}`: no column {column!r}; the columns are {', '.join(map(str, data.columns))}."
-            )
-    if (twice := data.duplicated([series, time])).any():
-        row = data[twice].iloc[0]
-        raise ValueError(f"`data` has two rows of series {row[series]!r} at {row[time]}; sum or drop one of them.")
-    absent = data[series].isna() | data[time].isna()
-    if absent.any():
-        raise ValueError(f"`data` has no series or no time in row {int(np.flatnonzero(absent)[0])}.")
-    steps = _steps(data.set_index(time).index.unique(), time)
-    names = data[series].unique()
+    from pssm.datasets.long_tables import wide_of  # pandas takes a second to import
 
-    def wide(column: str) -> "pd.DataFrame":
-        table = data.pivot(index=series, columns=time, values=column)
-        return table.reindex(index=names, columns=steps).astype(float)
-
-    y = wide(value).to_numpy()
-    own = {c: wide(c).ffill(axis=1).bfill(axis=1).to_numpy() for c in inputs}
-    u = np.stack(list(own.values()), axis=-1) if own else None
-    if align != "time":
-        there = ~np.isnan(y)
-        first, last = there.argmax(1), there.shape[1] - 1 - there[:, ::-1].argmax(1)
-        shift = -first if align == "start" else y.shape[1] - 1 - last
-        y = _rolled(y, shift)
-        u = None if u is None else np.stack([_rolled(x, shift) for x in np.moveaxis(u, -1, 0)], axis=-1)
-        return StackedSeries(y, tuple(map(str, names)), np.arange(y.shape[1]), u)
-    return StackedSeries(y, tuple(map(str, names)), steps, u)
+    names, steps, y, u = wide_of(data, series, time, value, inputs)
+    if align == "time":
+        return StackedSeries(y, names, steps, u)
+    there = ~np.isnan(y)
+    first, last = there.argmax(1), there.shape[1] - 1 - there[:, ::-1].argmax(1)
+    shift = -first if align == "start" else y.shape[1] - 1 - last
+    y = rolled(y, shift)
+    u = None if u is None else np.stack([rolled(x, shift) for x in np.moveaxis(u, -1, 0)], axis=-1)
+    return StackedSeries(y, names, np.arange(y.shape[1]), u)
 
 
-def _rolled(rows: np.ndarray, shift: np.ndarray) -> np.ndarray:
+def rolled(rows: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Each row moved to the right by its own number of steps, its end coming in again at the front."""
     return np.stack([np.roll(row, k) for row, k in zip(rows, shift, strict=True)])
-
-
-def _steps(times: "pd.Index", name: str) -> "pd.Index":
-    """All steps from the first time to the last, absent ones too."""
-    import pandas as pd
-
-    from pssm.times.grid import grid_of
-
-    times = times.sort_values()
-    if len(times) < 2:
-        return times
-    grid = grid_of(times if isinstance(times, pd.DatetimeIndex | pd.PeriodIndex) else times.to_numpy())
-    if grid is None:
-        raise ValueError(
-            f"`time`: column {name!r} is not evenly spaced over all series together, or its labels are words. Make "
-            "dates of them (`pandas.to_datetime`), or give series without times as a list."
-        )
-    if not grid.absent:
-        return times
-    if isinstance(times, pd.PeriodIndex):
-        return pd.period_range(times[0], times[-1], freq=times.freq)
-    if isinstance(times, pd.DatetimeIndex):
-        return pd.date_range(times[0], times[-1], freq=grid.step)
-    count = int(round((times[-1] - times[0]) / grid.step)) + 1
-    return pd.Index(times[0] + grid.step * np.arange(count)).astype(times.dtype)

@@ -91,7 +91,8 @@ def nowcast(
         >>> from pssm import models
         >>> y = np.random.default_rng(0).normal(size=(30, 2)).cumsum(0)
         >>> y[27:, 1] = np.nan  # three values are not published yet
-        >>> point = {"sigma_level": np.ones((1, 1, 2)), "sigma_obs": np.ones((1, 1, 2)), "partial_level": [[[0.5]]]}
+        >>> sigma = np.ones((1, 1, 2))
+        >>> point = {"sigma_level": sigma, "sigma_obs": sigma, "partial_level": np.zeros((1, 1, 1))}
         >>> found = nowcast(models.multivariate_structural, point, y, horizon=2)
         >>> found.mean.shape, found.last.tolist(), found.after_last(2).mean.shape
         ((32, 2), [29, 26], (2, 2))

@@ -134,6 +134,11 @@ def panel(
         location: centre of the prior of `level_mean`.
         scale: `s`; `S` is then at least that.
 
+    Sites:
+        `level_mean`, `level_sd`; of each standard deviation the population's median `sigma_obs`, the spread of
+        logarithms `tau_sigma_obs`, and `apart_sigma_obs` of each series; `sigma_obs_each` is deterministic. `beta`,
+        `beta_sd` with regressors.
+
     Raises:
         ValueError: a shape or a setting does not fit; the message names it.
 

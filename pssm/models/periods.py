@@ -50,7 +50,7 @@ class Periods(NamedTuple):
 
     def names(self, states: Sequence[str], series: Sequence[str]) -> tuple[str, ...]:
         """Names of the states of `of`."""
-        sums = (f"total[{name}]" for name, kind in zip(series, self.kinds, strict=True) if kind in ("sum", "mean"))
+        sums = (f"before[{name}]" for name, kind in zip(series, self.kinds, strict=True) if kind in ("sum", "mean"))
         return (*states, *sums)
 
 
