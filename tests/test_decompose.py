@@ -159,6 +159,16 @@ def test_draws_of_the_parameters_widen_the_bands():
     assert spread.data.sizes["draw"] == 60
 
 
+def test_a_posterior_without_regressors():
+    """Draws of a chain, more of them than of the components that are kept."""
+    values = {"sigma_level": np.linspace(0.2, 0.6, 70)[None], "sigma_obs": np.linspace(0.3, 0.5, 70)[None]}
+    fit = infer.FitRecord("given", models.local_level, (SALES.to_numpy(),), {}, Known(values), "none")
+    found = decompose(fit, draws=50)
+    assert found.components == ("level", "irregular")
+    assert found.data.sizes["draw"] == 50
+    adds_up(found, 1e-4)
+
+
 def test_far_from_zero_in_32_bits():
     """Heights near 1e7: the level has the height, and the sum is the data to a micrometre."""
     y = 1e7 + 0.01 * np.random.default_rng(0).normal(size=40).cumsum()
