@@ -159,6 +159,16 @@ def test_draws_of_the_parameters_widen_the_bands():
     assert spread.data.sizes["draw"] == 60
 
 
+def test_a_posterior_without_regressors():
+    """Draws of a chain, more of them than of the components that are kept."""
+    values = {"sigma_level": np.linspace(0.2, 0.6, 70)[None], "sigma_obs": np.linspace(0.3, 0.5, 70)[None]}
+    fit = infer.FitRecord("given", models.local_level, (SALES.to_numpy(),), {}, Known(values), "none")
+    found = decompose(fit, draws=50)
+    assert found.components == ("level", "irregular")
+    assert found.data.sizes["draw"] == 50
+    adds_up(found, 1e-4)
+
+
 def test_far_from_zero_in_32_bits():
     """Heights near 1e7: the level has the height, and the sum is the data to a micrometre."""
     y = 1e7 + 0.01 * np.random.default_rng(0).normal(size=40).cumsum()
@@ -195,6 +205,21 @@ def test_names_of_the_ready_models(options):
     groups = by_name(names)
     assert list(groups) == expected
     assert sorted(i for group in groups.values() for i in group) == list(range(len(names)))
+
+
+def test_states_of_several_series_are_one_component(x64):
+    """`level[gdp]` and `level[prices]` contribute to a series each."""
+    names = ("level[gdp]", "level[prices]", "slope[gdp]", "slope[prices]", "seasonal_4_1[gdp]", "seasonal_4_1[prices]")
+    assert by_name(names) == {"level": [0, 1, 2, 3], "seasonal_4": [4, 5]}
+    rng = np.random.default_rng(0)
+    A, C = np.kron([[1.0, 1.0], [0.0, 1.0]], np.eye(2)), np.kron([[1.0, 0.0]], np.eye(2))
+    ssm = LinearGaussianSSM(np.zeros(4), np.eye(4), A, 0.3 * np.eye(4), C, 0.5 * np.eye(2))
+    y = rng.normal(size=(12, 2))
+    found = decompose(ssm, y, state_names=names[:4], names=("gdp", "prices"))
+    assert found.components == ("level", "irregular")
+    adds_up(found, 1e-9)
+    labels = [ax.get_ylabel() for ax in found.plot(series="prices").axes]
+    assert labels == ["prices", "level", "irregular", "slope[prices]"]
 
 
 @pytest.mark.parametrize(

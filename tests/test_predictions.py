@@ -152,6 +152,30 @@ def test_refusals(options, words):
         predictions(fitted(), **options)
 
 
+def test_series_of_a_plate_stand_side_by_side():
+    """Two series of one model, each as it would be alone."""
+    y = np.stack([NILE[:20], NILE[20:40]])
+
+    def both(y):
+        s = numpyro.sample("s", dist.HalfNormal(100.0))
+        ssm = LinearGaussianSSM([1000.0], 300 * np.eye(1), np.eye(1), s * np.eye(1), np.eye(1), 120 * np.eye(1))
+        with numpyro.plate("series", 2):
+            numpyro.sample("y", LinearGaussianMarginal(ssm, 20), obs=y)
+
+    class Fixed:
+        def __call__(self, num_samples, key, args, kwargs):
+            return {"s": np.array([[40.0]])}
+
+    found = predictions(infer.FitRecord("one", both, (y,), {}, Fixed(), "none"), dynamic=15, horizon=2)
+    ssm = LinearGaussianSSM([1000.0], [[300.0]], [[1.0]], [[40.0]], [[1.0]], [[120.0]])
+    for k in range(2):
+        alone = predictions(ssm, y[k], dynamic=15, horizon=2)
+        np.testing.assert_allclose(found.mean[:, k], alone.mean[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(found.high[:, k], alone.high[:, 0], rtol=1e-5)
+    assert found.names == ("series 0", "series 1")
+    assert len(found.plot().axes) == 2
+
+
 def test_labels_that_are_numbers_are_labels(x64):
     found = predictions(SSM, NILE, time=YEARS, dynamic=1960)
     assert found.time[found.kind == "dynamic"][0] == 1960

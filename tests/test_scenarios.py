@@ -11,7 +11,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM, infer, models
-from pssm.diagnostics import backtest, impact
+from pssm.diagnostics import backtest, impact, to_datatree
 from pssm.distributions import LinearGaussianMarginal, StatePath, observe
 from pssm.filters.ahead import draw_future
 from pssm.infer.mixtures import mixture_quantiles
@@ -212,6 +212,9 @@ def test_regressors_by_date_and_name(regression):
     plain = infer.forecast(regression, 3, u_future=ahead[["price", "rain"]].to_numpy()[:3])
     mixed = ahead.iloc[[3, 1, 0, 2]].assign(other=9.0)
     np.testing.assert_array_equal(infer.forecast(regression, 3, u_future=mixed).mean, plain.mean)
+    tree = to_datatree(regression, forecast=3, u_future=mixed, log_likelihood=False)
+    np.testing.assert_allclose(tree["forecast"]["mean"], plain.mean, rtol=1e-6)
+    assert tree["forecast"]["horizon"].values[0] == MONTHS[36].to_datetime64()
     early = infer.forecast(regression, 2, origin=30, u_future=U)  # the steps after the 30th, by their dates
     np.testing.assert_array_equal(early.mean, infer.forecast(regression, 2, origin=30, u_future=U.iloc[30:32]).mean)
     counted = ahead.reset_index(drop=True)

@@ -132,7 +132,8 @@ def plot_components(found: Any, *, series: str | None = None, title: str = "") -
         raise ValueError(f"`series` must be one of {names}; got {series!r}.")
     one = data.isel(series=0 if series is None else names.index(series))
     # A slope is no contribution, but what one looks for: it has a panel beside those that add up.
-    slopes = [str(n) for n in data["state"].values if str(n) == "slope"]
+    own = ("slope", f"slope[{one['series'].item()}]")
+    slopes = [str(n) for n in data["state"].values if str(n) in own]
     panels = [*found.components[:MOST_PANELS], *slopes]
     figure = new_figure([2.4] + [1.6] * len(panels), title)
     axes = figure.subplots(1 + len(panels), 1, squeeze=False, sharex=True)[:, 0]

@@ -11,6 +11,7 @@ from pssm._checks import check_choice
 # What stands behind the name of a component in those of its further states: `ar_lag1`, `cycle_phase`, `matern_slope`.
 _FURTHER = re.compile(r"(_lag\d+|_phase(_\d+)?|_slope|_curvature)$")
 _LABELLED = re.compile(r"^seasonal_([^_]+)_(?:lag|phase_)?\d+$")  # one of several patterns: `seasonal_24_1`
+_SERIES = re.compile(r"\[[^\]]*\]$")  # of which series a state is
 REST = "other"
 
 
@@ -18,16 +19,18 @@ def by_name(names: Sequence[str]) -> dict[str, list[int]]:
     """The states of each component, by their names, in the order of the states.
 
     A slope belongs to its level, a lag or a phase to what it is a lag or a phase of, and all waves of a seasonal
-    pattern are one component; of several patterns (`seasonal_24_1`) each is one.
+    pattern are one component; of several patterns (`seasonal_24_1`) each is one. The states of several series
+    (`level[gdp]`, `level[prices]`) are one component, which contributes to each.
 
     Example:
         >>> by_name(("level", "slope", "seasonal_1", "seasonal_phase_1", "seasonal_2", "ar", "ar_lag1"))
         {'level': [0, 1], 'seasonal': [2, 3, 4], 'ar': [5, 6]}
     """
-    labels = {found[1] for name in names if (found := _LABELLED.match(name)) and found[1] not in ("phase",)}
+    plain = [_SERIES.sub("", name) for name in names]
+    labels = {found[1] for name in plain if (found := _LABELLED.match(name)) and found[1] != "phase"}
     result: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        result.setdefault(_component(name, names, labels), []).append(i)
+    for i, name in enumerate(plain):
+        result.setdefault(_component(name, plain, labels), []).append(i)
     return result
 
 

@@ -77,7 +77,7 @@ class _Part(NamedTuple):
     signal_variance: Array
     state: Array
     state_variance: Array
-    inputs: Array
+    inputs: Array | None
     seen: Array
 
 
@@ -187,7 +187,7 @@ def decompose(
         found = jax.tree.map(lambda x: x[:1], found)
     above = _counted_from(groups, np.asarray(ssm.with_time_axis("C"), float), *origins, observed.shape)
     coords = {"time": steps, "series": list(series), "state": list(states)}
-    if found.inputs.shape[1]:
+    if found.inputs is not None:
         given = labels and labels.inputs
         coords["input"] = list(given) if len(given or ()) == found.inputs.shape[1] else np.arange(found.inputs.shape[1])
     return Decomposition(_dataset(found, paths, groups, above, observed, origins, coords, level), level, filtered)
@@ -209,10 +209,10 @@ def _parts(
     shape = (len(y), ssm.n_obs)
     C = ssm.with_time_axis("C")
     offset = jnp.zeros(shape, ssm.dtype) if ssm.d is None else jnp.broadcast_to(ssm.with_time_axis("d"), shape)
-    inputs = jnp.zeros((0, *shape), ssm.dtype)
+    inputs = None  # and no array without entries, which a map over draws cannot hold
     if ssm.D is not None and u is not None:
         inputs = jnp.moveaxis(ssm.with_time_axis("D") * u[:, None], -1, 0)
-    fixed = [offset, inputs.sum(0)]
+    fixed = [offset, jnp.zeros_like(offset) if inputs is None else inputs.sum(0)]
     own = [np.array(group, int) for group in groups.values()]
 
     def contributions(z: Array) -> Array:
@@ -252,7 +252,7 @@ def _dataset(
     tails = (1 - level) / 2, (1 + level) / 2
     reaches = found.seen.any(0)
     kept = [bool(reaches[group].any()) for group in groups.values()]
-    kept += [bool(found.mean[:, -2].any() or above[-2].any()), found.inputs.shape[1] > 0]
+    kept += [bool(found.mean[:, -2].any() or above[-2].any()), found.inputs is not None]
     names: list[str] = list(groups)
     names += [free_name(CONSTANT, names), free_name(REGRESSION, names)]
     names = [*(n for n, k in zip(names, kept, strict=True) if k), free_name(IRREGULAR, names)]
@@ -280,7 +280,7 @@ def _dataset(
         data["draws"] = ("draw", "component", "time", "series"), np.concatenate([joint, rest[:, None]], axis=1)
     state = mixture(found.state, found.state_variance, origins[0])
     data |= {"state_mean": (("state", "time"), state.mean.T), "state_sd": (("state", "time"), state.sd.T)}
-    if "input" in coords:
+    if found.inputs is not None:
         data["input_mean"] = ("input", "time", "series"), found.inputs.mean(0)
         data["input_sd"] = ("input", "time", "series"), found.inputs.std(0)
     return xr.Dataset(data, {"component": names, **coords})

@@ -149,8 +149,9 @@ def predictions(
     mean, variance = (
         np.moveaxis(x, -2, 1).reshape(len(x), steps + horizon, -1).astype(float) for x in (mean, variance)
     )
-    low, high = mixture_quantiles(mean, variance, ((1 - level) / 2, (1 + level) / 2)) + np.ravel(origin)
-    moments = mixture(mean, variance, np.ravel(origin))
+    above = np.tile(np.ravel(origin), flat.shape[1] // np.size(origin))  # of series side by side
+    low, high = mixture_quantiles(mean, variance, ((1 - level) / 2, (1 + level) / 2)) + above
+    moments = mixture(mean, variance, above)
     kind = np.where(np.arange(steps + horizon) < first, ONE_STEP, DYNAMIC).astype("<U8")
     kind[steps:] = AHEAD
     observed = np.concatenate([flat.astype(float), np.full((horizon, flat.shape[1]), np.nan)])

@@ -147,6 +147,8 @@ def forecast(
         task = task.given_past(known) if known < steps else task
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
+    if task.count == 1 and isinstance(source, ExactSource):  # the moments of a point do not depend on the key
+        mean, variance = mean[:1], variance[:1]
     moments, paths = mixture(mean, variance, start), paths + start
     if isinstance(source, ExactSource):
         found = moments.mean, moments.sd, mixture_quantiles(mean, variance, QUANTILES) + start, paths
