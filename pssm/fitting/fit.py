@@ -365,18 +365,19 @@ def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = F
 
 
 def _labels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The labels that the first argument, the data, has as a frame of pandas; else None. Other frames must have them.
+    """The labels of the first argument, the data, and of the inputs `u`, as frames of pandas; None where they are none.
 
     Raises:
-        ValueError: the index does not increase, or another frame has other rows.
+        ValueError: the index does not increase, or another frame has other rows than the data.
     """
-    if not args or not is_pandas(args[0]):
+    u = kwargs.get("u")
+    if not args or not (is_pandas(args[0]) or is_pandas(u)):
         return None
-    from pssm.times.labels import check_same_index, frame_labels  # pandas, which is there already
+    from pssm.times.labels import FrameLabels, check_same_index, column_names, frame_labels  # pandas is there already
 
     for name, x in kwargs.items():
         check_same_index(args[0], name, x)
-    return frame_labels(args[0])
+    return (frame_labels(args[0]) or FrameLabels(None, None))._replace(inputs=column_names(u))
 
 
 def begin(

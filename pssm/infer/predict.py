@@ -16,7 +16,8 @@ from pssm.distributions.unwrap import unwrap
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
-from pssm.infer.sources import CodesSource, ExactSource, PathSource, longer_arguments, source_of, sources_of
+from pssm.infer.longer import Horizon, longer_arguments
+from pssm.infer.sources import CodesSource, ExactSource, PathSource, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
 from pssm.linalg import outer
 from pssm.ssm import LinearGaussianSSM
@@ -152,15 +153,17 @@ def forecast(
         raise ValueError(f"`origin` must be from 1 to {steps}, the steps of the series; got {origin}.")
     try:
         ahead = longer_arguments(source, known, horizon, u_future, future)
-    except ValueError:
+    except ValueError as error:
         if not isinstance(source, ExactSource):
             raise
-        ahead = longer_arguments(source, known, horizon, u_future, (source.args, source.kwargs))
+        ahead = Horizon(known, horizon, u_future, source.args, source.kwargs, str(error))
     start = task.origins[1]
     if isinstance(source, CodesSource):
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
+    elif known < steps and (drawn := [*source.paths, *dict(source.steps)]):
+        raise ValueError(f"`origin`: the draws of {drawn} know the whole series. Fit the beginning of the series.")
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
     moments, paths = _mixture(mean, variance, start), paths + start

@@ -4,7 +4,6 @@ Each kind of source gives, for one posterior draw, moments of states and signal,
 All but the exact one is given by draws, so moments are averages over them.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.primitives import Messenger
 
 from pssm._types import Array, Key
 from pssm.batch import over_batches
@@ -24,7 +22,8 @@ from pssm.filters import kalman_smoother, simulate
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.kalman import continuation
 from pssm.fitting.results import trace_with
-from pssm.inspection.axes import Axes, find_axes, holds, is_factor
+from pssm.infer.longer import Horizon
+from pssm.inspection.axes import Axes, find_axes, is_factor, is_path_noise
 from pssm.linalg.random import standard_normal
 from pssm.ssm import check_inputs
 
@@ -32,29 +31,13 @@ Moments = tuple[Array, Array, Array, Array]  # mean and variance of the state, m
 Future = tuple[Array, Array, Array]  # mean and variance of the observations, and one path of them
 
 
-class Horizon(NamedTuple):
-    """A forecast of `num_steps` steps from the first `known` observations, with the user's inputs `u_future`.
-
-    `args` and `kwargs` are the model's for all these steps or more, the data missing (NaN) from `known` on.
-    """
-
-    known: int
-    num_steps: int
-    u_future: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def rows(self, x: Array, axis: int) -> Array:
-        """The rows of the forecast along an axis of an array over all steps."""
-        return jax.lax.slice_in_dim(x, self.known, self.known + self.num_steps, axis=axis)
-
-
 class Source(NamedTuple):
     """A model, its arguments, and the sites that matter: learned parameters are fitted, paths are plain sites.
 
     `site` is observed, over `num_steps` steps; `path` is the latent site, of batch shape `batch`, or None where the
     states are integrated out. `along` has the time axis and the value of every observed site over these steps, and
-    `paths` are all sampled paths over them; `latent` are the sites that are drawn.
+    `paths` are all sampled paths over them; `latent` are the sites that are drawn, and `steps` those of them that have
+    independent numbers for each step, with how many the first step has: the noise that drives a path, for one.
     """
 
     model: Callable[..., Any]
@@ -67,6 +50,7 @@ class Source(NamedTuple):
     along: dict[str, tuple[int, Any]]
     paths: tuple[str, ...]
     latent: tuple[str, ...]
+    steps: tuple[tuple[str, int], ...] = ()
 
     @property
     def holder(self) -> str:
@@ -80,6 +64,32 @@ class Source(NamedTuple):
         drawn = {n: x for n, x in sample.items() if n in self.latent}  # deterministic sites follow, in their own length
         return trace_with(self.model, drawn, *longer.args, **longer.kwargs)
 
+    def longer(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> dict[str, Array]:
+        """A draw for longer arguments: paths and numbers of each step go on from the known ones, by their priors.
+
+        Raises:
+            ValueError: a path does not become longer with the data.
+        """
+        first = dict(self.steps)
+        grow = (*self.paths, *first)
+        values = {name: x for name, x in sample.items() if name not in grow}
+        for name in (n for n in self.latent if n in grow):  # in the order of the model: one may depend on those before
+            site_key, key = jax.random.split(key)
+            trace = self.trace(values, ahead)
+            if name in first:
+                new = trace[name]["fn"].sample(site_key)
+                values[name] = _drawn_on(sample[name], new, first[name], self.num_steps, ahead.known)
+                continue
+            prior = self.fn(trace, name)
+            if prior.num_steps < ahead.known + ahead.num_steps:
+                raise ValueError(
+                    f"`future`: the path `{name}` has {prior.num_steps} steps also where the data have "
+                    f"{ahead.known + ahead.num_steps}. Let its length follow the data in the model, or give "
+                    "`future=(args, kwargs)`."
+                )
+            values[name] = prior.continued(site_key, sample[name][..., : ahead.known, :])
+        return values
+
     def fn(self, trace: dict[str, Any], name: str | None = None) -> Any:
         """The distribution of a site, unwrapped."""
         return unwrap(trace[name or self.site]["fn"])[0]
@@ -91,7 +101,9 @@ class Source(NamedTuple):
         """
         trace = self.trace(sample)
         fn = self.fn(trace)
-        state = getattr(fn, "state_origin", None) if self.path is None else trace[self.path]["infer"].get("origin")
+        infer = [trace[n].get("infer") or {} for n in (self.path, f"{self.path}_base") if n in trace]
+        origins = [x["origin"] for x in infer if "origin" in x]
+        state = getattr(fn, "state_origin", None) if self.path is None else next(iter(origins), None)
         return tuple(0 if x is None else np.asarray(x) for x in (state, getattr(fn, "origin", None)))
 
 
@@ -121,9 +133,14 @@ class ExactSource(Source):
         trace = self.trace(sample)
         d, y, known = self.fn(trace), self.series(trace)[..., : ahead.known, :], ahead.known
         ssm, u, u_future, stop = d.whole_ssm, d.u, ahead.u_future, known + ahead.num_steps
-        if ssm.num_steps is not None and ssm.num_steps < stop:
-            longer = self.fn(self.trace(sample, ahead))
+        if ssm.num_steps is not None and (ssm.num_steps < stop or u_future is not None or self.steps or self.paths):
+            draw_key, key = jax.random.split(key)
+            longer = self.fn(self.trace(self.longer(sample, draw_key, ahead), ahead))
             ssm, u = longer.whole_ssm, longer.u
+            if ahead.why and ssm.num_steps < stop:
+                raise ValueError(ahead.why)
+            if longer.num_steps >= stop:  # the future inputs are among the arguments, and may be in other places
+                u_future = None
         if u_future is not None:
             u_future = from_origin(u_future, d.u_origin)
         elif u is not None and u.shape[-2] >= stop:
@@ -153,18 +170,17 @@ class PathSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The model's own transition and emission from the last known state on."""
-        values = {name: x for name, x in sample.items() if name not in self.paths}
-        for name in self.paths:  # in the order of the model: a path may depend on those before
-            path_key, key = jax.random.split(key)
-            prior = self.fn(self.trace(values, ahead), name)
-            if prior.num_steps < ahead.known + ahead.num_steps:
-                raise ValueError(
-                    f"`future`: the path `{name}` has {prior.num_steps} steps also where the data have "
-                    f"{ahead.known + ahead.num_steps}. Let its length follow the data in the model, or give "
-                    "`future=(args, kwargs)`."
-                )
-            values[name] = prior.continued(path_key, sample[name][..., : ahead.known, :])
+        path_key, key = jax.random.split(key)
+        values = self.longer(sample, path_key, ahead)
         return _observed(self.trace(values, ahead)[self.site], key, ahead, self.along[self.site][0])
+
+
+class NoiseSource(PathSource):
+    """States that are a path driven by a site of noise (`NonCenteredPath`): the path follows from the draws."""
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """The path of the draw's own noise."""
+        return self.trace({n: x for n, x in sample.items() if n in self.latent})[self.holder]["value"]
 
 
 class FilterSource(Source):
@@ -211,6 +227,13 @@ class CodesSource(Source):
         return _observed(self.trace(sample, ahead)[self.site], key, ahead, self.along[self.site][0])
 
 
+def _drawn_on(x: Array, new: Array, first: int, steps: int, known: int) -> Array:
+    """Numbers of which the first `known` steps are those of `x`, and new ones behind; the first step has `first`."""
+    each = (x.shape[-1] - first) // max(steps - 1, 1)
+    kept = first + (known - 1) * each
+    return jnp.concatenate([x[..., :kept], new[..., kept:]], axis=-1)
+
+
 def _mean_of(site: dict[str, Any]) -> Array:
     try:
         return counted(site["fn"]).mean
@@ -252,7 +275,10 @@ def sources_of(
     filtered = [n for n in observed if issubclass(kinds[n], GaussianFilterMarginal)]
     paths = [n for n in latent if issubclass(kinds[n], StatePath)]
     paths += [n for n in latent if issubclass(kinds[n], HistoryMarginal)]
-    if not (exact or filtered or paths):
+    steps = tuple((n, s["infer"]["first"]) for n, s in latent.items() if "first" in (s.get("infer") or {}))
+    driven = [n.removesuffix("_base") for n, _ in steps if is_path_noise(latent[n]) and n.endswith("_base")]
+    driven = [] if exact or filtered or paths else [n for n in driven if n in trace]
+    if not (exact or filtered or paths or driven):
         raise ValueError(
             "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; "
             f"its latent sites are {', '.join(latent) or '(none)'}."
@@ -265,7 +291,9 @@ def sources_of(
 
     def of(kind: type[Source], site: str, path: str | None, lead: tuple[int, ...]) -> Source:
         together = [n for n in paths if kinds[n] is StatePath and sampled[n]["fn"].event_shape[0] == lead[-1]]
-        return kind(model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together), tuple(latent))
+        return kind(
+            model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together), tuple(latent), steps
+        )
 
     result = []
     for kind, names in ((ExactSource, exact), (FilterSource, filtered)):
@@ -284,6 +312,9 @@ def sources_of(
             ]
         kind = CodesSource if issubclass(kinds[path], HistoryMarginal) else PathSource
         result += [of(kind, name, path, lead) for name in follow]
+    for path in driven:
+        lead = np.shape(trace[path]["value"])[:-1]
+        result += [of(NoiseSource, name, path, lead) for name in along(lead)]
     return result
 
 
@@ -333,60 +364,3 @@ def source_of(
     if not kept:
         raise ValueError(f"`site` must be one of {named}, the observed sites with states; got {site!r}.")
     return kept[0]
-
-
-def longer_arguments(
-    source: Source, known: int, num_steps: int, u_future: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None
-) -> Horizon:
-    """The model's arguments for a series that goes on: data missing from `known` on, inputs with their future.
-
-    Raises:
-        ValueError: the data or inputs cannot be told.
-    """
-    if given is not None:
-        args, kwargs = given
-        return Horizon(known, num_steps, u_future, tuple(args), dict(kwargs))
-    stop = max(source.num_steps, known + num_steps)
-    more, lead = stop - source.num_steps, source.batch
-
-    def axis_of(given: Any) -> int | None:
-        return next((axis for axis, x in source.along.values() if holds(x, given)), None)
-
-    def data(given: Any) -> Any:
-        y = np.asarray(given)
-        axis = axis_of(given)
-        if axis is None and held and source.num_steps not in y.shape:
-            return given
-        if axis is None and not held:
-            axis = len(lead) if y.shape[: len(lead) + 1] == (*lead, source.num_steps) else 0
-        if axis is None or y.ndim <= axis or y.shape[axis] != source.num_steps:
-            why = "is not observed" if axis is None else f"has no axis of the {source.num_steps} steps of the path"
-            raise ValueError(
-                f"`future` is needed: an array of shape {y.shape} in the model's arguments {why}. Give "
-                "`future=(args, kwargs)`, the model's arguments with the steps of the forecast, their data NaN."
-            )
-        y = y if y.dtype.kind == "f" else y.astype(float)
-        y = np.concatenate([y, np.full((*y.shape[:axis], more, *y.shape[axis + 1 :]), np.nan, y.dtype)], axis)
-        y[(slice(None),) * axis + (slice(known, None),)] = np.nan
-        return jnp.asarray(y) if isinstance(given, jax.Array) else y
-
-    function: Any = source.model
-    while isinstance(function, Messenger):
-        function = function.fn
-    bound = inspect.signature(function).bind(*source.args, **source.kwargs)
-    first = next((n for n, x in bound.arguments.items() if x is not None), "y")
-    bound.apply_defaults()  # with what `functools.partial` holds
-    call = bound.arguments
-    held = [n for n, x in call.items() if n != "u" and any(axis_of(leaf) is not None for leaf in jax.tree.leaves(x))]
-    for name in held or [first]:
-        call[name] = jax.tree.map(data, call.get(name))
-    if call.get("num_steps") is not None:
-        call["num_steps"] = stop
-    if call.get("u") is not None and more:
-        u = np.asarray(call["u"])
-        if u_future is None:
-            raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
-        axis, after = max(u.ndim - 2, 0), np.asarray(u_future)
-        after = after.reshape(*after.shape, *(1,) * (u.ndim - after.ndim))
-        call["u"] = np.concatenate([u, np.flip(np.take(after, range(-1, -more - 1, -1), axis), axis)], axis)
-    return Horizon(known, num_steps, u_future, bound.args, bound.kwargs)

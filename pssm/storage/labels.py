@@ -57,12 +57,13 @@ def pack_frame(labels: FrameLabels | None, arrays: dict[str, np.ndarray]) -> Any
     """The labels of a frame."""
     if labels is None:
         return None
-    return {"time": pack_labels(labels.time, arrays), "columns": labels.columns and list(labels.columns)}
+    names = {name: x and list(x) for name, x in (("columns", labels.columns), ("inputs", labels.inputs))}
+    return {"time": pack_labels(labels.time, arrays), **names}
 
 
 def unpack_frame(entry: Any, arrays: dict[str, np.ndarray]) -> FrameLabels | None:
     """What `pack_frame` was given."""
     if not isinstance(entry, dict):
         return None
-    columns = entry.get("columns")
-    return FrameLabels(unpack_labels(entry.get("time"), arrays), tuple(map(str, columns)) if columns else None)
+    names = [tuple(map(str, x)) if (x := entry.get(name)) else None for name in ("columns", "inputs")]
+    return FrameLabels(unpack_labels(entry.get("time"), arrays), *names)

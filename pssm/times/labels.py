@@ -16,10 +16,12 @@ class FrameLabels(NamedTuple):
     Attributes:
         time: labels of its rows; None where its index only counts them.
         columns: names of its columns; None where it has none.
+        inputs: names of the columns of the inputs `u` that came as a frame beside it; None where there are none.
     """
 
     time: Any
     columns: tuple[str, ...] | None
+    inputs: tuple[str, ...] | None = None
 
 
 def frame_labels(x: Any) -> FrameLabels | None:
@@ -34,8 +36,15 @@ def frame_labels(x: Any) -> FrameLabels | None:
     if not (isinstance(x.index, pd.RangeIndex) and x.index.start == 0 and x.index.step == 1):
         time = as_labels("the index of `y`", x.index)
         check_increasing("the index of `y`", time)
+    return FrameLabels(time, column_names(x))
+
+
+def column_names(x: Any) -> tuple[str, ...] | None:
+    """What a frame or a series calls its columns; None where it has no names, or is neither."""
+    if not isinstance(x, pd.DataFrame | pd.Series):
+        return None
     names = list(x.columns) if isinstance(x, pd.DataFrame) else [x.name]
-    return FrameLabels(time, None if None in names else tuple(str(name) for name in names))
+    return None if None in names else tuple(str(name) for name in names)
 
 
 def as_labels(name: str, labels: ArrayLike | Iterable[Any]) -> Any:
