@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from numpyro import handlers
 
-from pssm import infer, models
+from pssm import compare, infer, models
 from pssm.cli import main
 from pssm.diagnostics import to_datatree
 
@@ -38,15 +38,11 @@ def draws_of(model, y, **options):
     return {n: np.broadcast_to(VALUES.get(n, x), np.shape(x)).astype(float)[None, None] for n, x in sites.items()}
 
 
-@pytest.mark.parametrize("frames", [True, False])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "frames"), [*((name, True) for name in CASES), ("all", False)])
 def test_a_forecast_is_the_filter_over_missing_rows(name, frames, x64):
     """The posterior of the rows behind the data, from a model of the whole length whose last rows are missing."""
-    u = U if frames or name != "all" else U.to_numpy()
-    given = CASES[name] if frames else {**CASES[name]}
-    if not frames:
-        u = U.to_numpy()
-        given["moving"] = {"heat": 1, "price": [0]}.get(given.get("moving", False), given.get("moving", False))
+    u = U if frames else U.to_numpy()
+    given = CASES[name] if frames else {**CASES[name], "moving": 1}
     model = partial(models.structural, **given)
     known, future = u[:STEPS], u[STEPS:]
     draws = draws_of(partial(model, u=known), Y)
@@ -120,6 +116,17 @@ def test_gradients_and_batches_of_models(x64):
     np.testing.assert_allclose(slopes[0, 0], change, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compare_keeps_the_names():
+    options = {"u": U, "moving": "heat", "interventions": {"law": ("step", 12)}, "horizon": AHEAD}
+    study = compare("structural", Y, ["svi:mvn"], svi_steps=20, leave_future_out=False, progress=False, **options)
+    tree = study.results["svi:mvn"].tree
+    assert tree["posterior"]["input"].values.tolist() == ["price"]
+    assert tree["posterior"]["intervention"].values.tolist() == ["law"]
+    assert tree["smoothed_states"]["state"].values.tolist() == ["level", "beta_heat"]
+    assert tree["forecast"].sizes["horizon"] == AHEAD
+
+
 def test_from_the_command_line(tmp_path, capsys):
     """A step of known size in a file with dates, a regressor that goes on, and what does not go together."""
     rng = np.random.default_rng(1)
@@ -137,7 +144,7 @@ def test_from_the_command_line(tmp_path, capsys):
     assert np.abs(forecast - (14 + 2 * U.price[STEPS:].to_numpy())).max() < 0.5
     refused = {
         ("--model", "local_level", "--damped"): "goes with `--model structural`",
-        ("--model", "structural", "--moving", "heat"): "must name columns among",
+        ("--model", "structural", "--moving", "heat"): "`moving` must name columns",
         ("--model", "structural", "--intervention", "law"): "NAME=KIND,TIME",
         ("--model", "structural", "--intervention", "law=step,1999-01-31"): "lies outside of `time`",
     }

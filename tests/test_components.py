@@ -178,6 +178,10 @@ def test_columns_by_name_and_number(x64):
         trace_of(partial(models.structural, u=U, moving="heat"))
     with pytest.raises(ValueError, match="`moving` is given without `u`"):
         trace_of(partial(models.structural, moving=True))
+    named = trace_of(partial(models.structural, u=U, u_names=["price", "heat"], moving="heat"))
+    assert named["y"]["infer"]["state_names"] == ("level", "beta_heat")
+    with pytest.raises(ValueError, match="`u_names` must have 2 different names"):
+        trace_of(partial(models.structural, u=U, u_names=["price", "price"]))
 
 
 def test_where_regressors_count_from(x64):

@@ -32,6 +32,7 @@ def regression(
     found: Series | None = None,
     moving: bool | int | str | Sequence[int | str] = False,
     origin: ArrayLike | None = None,
+    names: Sequence[str] | None = None,
 ) -> Regression:
     """Draws the coefficients of regressors `u` `(time, input)`: the site `beta`, and states for those that move.
 
@@ -46,18 +47,21 @@ def regression(
             that rows appended for a forecast do not change it.
         moving: all of them (True), or the columns meant, by number or by the name that a frame gives them.
         origin: what regressors count from, one number or one for each; by default their first row.
+        names: of the columns; by default those of a frame.
 
     Raises:
         ValueError: there is no such column, or a shape does not fit.
     """
     if u is None:
-        if moving is not False:
-            raise ValueError("`moving` is given without `u`, the regressors whose coefficients are to move.")
-        if origin is not None:
-            raise ValueError("`u_origin` is given without `u`, the regressors that are to count from it.")
+        for name, given in (("moving", moving or None), ("u_origin", origin), ("u_names", names)):
+            if given is not None:
+                raise ValueError(f"`{name}` is given without `u`, the regressors that it is about.")
         return Regression()
-    inputs, names = regressors(u, (length,)), _column_names(u)
+    inputs = regressors(u, (length,))
+    names = _column_names(u) if names is None else [str(name) for name in names]
     size = inputs.u.shape[-1]
+    if names is not None and not len(names) == len(set(names)) == size:
+        raise ValueError(f"`u_names` must have {size} different names, one for each column of `u`; got {names}.")
     if origin is not None:
         inputs = inputs._replace(origin=_one_for_each(origin, size))
     moves = _columns(moving, size, names)
@@ -135,8 +139,8 @@ def _columns(moving: Any, size: int, names: list[str] | None) -> list[int]:
         if isinstance(which, str):
             if names is None:
                 raise ValueError(
-                    f"`moving` names {which!r}, but `u` has no names. Give the number of the column, or `u` as a frame "
-                    "of pandas: `functools.partial(structural, u=frame)`."
+                    f"`moving` names {which!r}, but `u` has no names. Give the number of the column, or names of all "
+                    "columns as `u_names`."
                 )
             if which not in names:
                 raise ValueError(f"`moving` must name columns of `u`, which are {names}; got {which!r}.")

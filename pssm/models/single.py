@@ -35,6 +35,7 @@ def fit(
     constant=False,
     moving=False,
     u_origin=None,
+    u_names=None,
     interventions=None,
     noise="normal",
 ) -> None:
@@ -50,7 +51,9 @@ def fit(
     offset = None
     if constant:
         offset = located("mean", Normal(about.location, 10 * about.spread, unit=about.spread), origin)[None]
-    effect, inputs, coefficients = regression(u, length, about, found=found, moving=moving, origin=u_origin)
+    effect, inputs, coefficients = regression(
+        u, length, about, found=found, moving=moving, origin=u_origin, names=u_names
+    )
     shift = intervention_effects(interventions, t, length, about)
     offset = shift if offset is None or shift is None else offset + shift
     blocks += [extra for extra in (coefficients, v.block) if extra is not None]

@@ -165,6 +165,7 @@ def structural(
     matern: float | None = None,
     moving: bool | int | str | Sequence[int | str] = False,
     u_origin: ArrayLike | None = None,
+    u_names: Sequence[str] | None = None,
     interventions: Mapping[str, Sequence[Any]] | None = None,
     noise: str = "normal",
     states: str = "marginal",
@@ -192,11 +193,12 @@ def structural(
         cycle: a damped stochastic cycle; True, or bounds `(shortest, longest)` of its period in time steps.
         ar: order of a stationary autoregression, 0 for none; not with `t` (`matern=0.5` is the one of order 1).
         matern: smoothness of a stationary Gaussian process, 0.5, 1.5 or 2.5 (`pssm.sde.matern`); None for none.
-        moving: which coefficients of `u` are random walks: all (True), or columns by number, or by name where `u` is a
-            frame of pandas. They are states, `beta_<column>`, with `sigma_beta ~ HalfNormal(0.1 scale / sd(u))`.
+        moving: which coefficients of `u` are random walks: all (True), or columns by number or name. They are states,
+            `beta_<column>`, with `sigma_beta ~ HalfNormal(0.1 scale / sd(u))`.
         u_origin: what regressors count from, a number or one for each, by default their first row. For a moving
             coefficient it matters: the level is that at these values, and does not move with the coefficient. Take 0
             where zero means none (holidays, trading days).
+        u_names: names of the columns of `u`, for states and coordinates; by default those of a frame of pandas.
         interventions: events at known times, by name: `{"law": ("step", 60)}` is 1 from step 60 on, `("pulse", 30)` at
             step 30 alone, `("pulse", 30, 32)` from 30 to 32, `("slope", 80)` bends the trend after 80, `("ramp", 40,
             52)` goes from 0 at 40 to 1 at 52. Steps count from 0; with `t` they are times. For dates see
@@ -278,6 +280,7 @@ def structural(
         constant=not (level or trend),
         moving=moving,
         u_origin=u_origin,
+        u_names=u_names,
         interventions=interventions,
         noise=noise,
     )

@@ -84,8 +84,13 @@ def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
     if given and a.model != "structural":
         raise ValueError(f"`--{next(iter(given))}` goes with `--model structural`; got {a.model!r}.")
     options = {name: given[name] for name in ("damped", "pattern", "noise") if name in given}
+    inputs = names_in(a.inputs)
+    if a.model == "structural" and inputs:
+        options["u_names"] = tuple(inputs)
     if "moving" in given:
-        options["moving"] = _moving(given["moving"], names_in(a.inputs))
+        if not inputs:
+            raise ValueError("`--moving` needs `--inputs`, the columns of the regressors.")
+        options["moving"] = given["moving"] == "all" or tuple(names_in([given["moving"]]))
     if "intervention" in given:
         table: dict[str, Any] = {}
         for text in given["intervention"]:
@@ -96,18 +101,6 @@ def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
         times = series.time if series.future_time is None else np.concatenate([series.time, series.future_time])
         options["interventions"] = datasets.interventions(times, table)
     return options
-
-
-def _moving(text: str, inputs: list[str]) -> bool | list[int]:
-    """The places of the inputs whose coefficients move."""
-    if not inputs:
-        raise ValueError("`--moving` needs `--inputs`, the columns of the regressors.")
-    if text == "all":
-        return True
-    wanted = names_in([text])
-    if absent := [name for name in wanted if name not in inputs]:
-        raise ValueError(f"`--moving` must name columns among `--inputs`, which are {inputs}; got {absent}.")
-    return [inputs.index(name) for name in wanted]
 
 
 def _numbers(kind: type) -> Callable[[str], Any]:
