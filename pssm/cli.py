@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pssm",
         description="State-space models in NumPyro: compare inference methods on a time series, or learn a video.",
     )
-    from pssm.study.series_arguments import add_seasons, add_series
+    from pssm.study.series_arguments import add_components, add_seasons, add_series
 
     commands = parser.add_subparsers(required=True, metavar="command")
     compare = commands.add_parser(
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
     compare.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
     add_seasons(compare)
+    add_components(compare)
     compare.add_argument("--order", type=int, help="order of the autoregression")
     compare.add_argument(
         "--states", type=int, help="size of the state, factors of dynamic_factor, rank of trends; default the model's"
@@ -281,7 +282,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
     """The options a model takes, from the command line and from what is known of the series."""
-    from pssm.study.series_arguments import series_options
+    from pssm.study.series_arguments import component_options, series_options
 
     takes = TAKES.get(a.model, {})
     options: dict[str, Any] = {}
@@ -300,7 +301,7 @@ def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
         options["trend"] = a.model != "panel"
         if "seasonal" not in options and "harmonics" in options:
             raise UsageError("`--harmonics` needs `--period`: the number of time steps in a season is not known.")
-    return options
+    return {**options, **component_options(a, series)}
 
 
 def _texture(a: argparse.Namespace) -> int:

@@ -233,7 +233,12 @@ def test_names_are_coordinates():
     frame = mixed()
     fit = infer.fit_map(partial(PATTERN, rank=1, **QUARTERLY), frame, num_starts=1, progress_bar=False)
     tree = to_datatree(fit, states=True, forecast=2)
-    assert list(tree["smoothed_states"]["state"].values) == ["level[gdp]", "level[sales]", "level[stock]", "before[gdp]"]
+    assert list(tree["smoothed_states"]["state"].values) == [
+        "level[gdp]",
+        "level[sales]",
+        "level[stock]",
+        "before[gdp]",
+    ]
     assert list(tree["posterior"]["sigma_obs"].coords["series"].values) == ["gdp", "sales", "stock"]
 
 

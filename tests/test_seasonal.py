@@ -40,7 +40,7 @@ def test_which_waves(seasonal, harmonics, found):
         (12, 7, "at most half the period"),
         (12, 0, "`harmonics` must be at least 1"),
         ((24, 24), None, "different periods"),
-        ((24, 168), (1, 2, 3), "a number for each of 2 periods; got 3"),
+        ((24, 168), (1, 2, 3), "a value for each of 2 periods; got 3"),
         ((6, 18), (3, 0), "`harmonics` must be at least 1"),
     ],
 )
@@ -54,6 +54,55 @@ def system(model, values, y, **options):
     seeded = handlers.seed(handlers.substitute(model, values), 0)
     fn = handlers.trace(seeded).get_trace(y, location=0.0, scale=1.0, **options)["y"]["fn"]
     return fn.ssm, fn.log_prob(y)
+
+
+@pytest.mark.parametrize(
+    ("seasonal", "form", "harmonics", "found"),
+    [
+        (12, "dummy", None, [Pattern(12, None)]),
+        (4, "trigonometric", None, [Pattern(4, (1, 2))]),
+        (7, "trigonometric", None, [Pattern(7, (1, 2, 3))]),
+        (12, "trigonometric", 2, [Pattern(12, (1, 2))]),
+        (365.25, "trigonometric", None, [Pattern(365.25, (1, 2, 3))]),
+        ((7, 12), ("trigonometric", "dummy"), None, [Pattern(7, (1, 2, 3), "_7"), Pattern(12, None, "_12")]),
+    ],
+)
+def test_forms_of_patterns(seasonal, form, harmonics, found):
+    assert patterns(seasonal, harmonics, form, uneven=False) == found
+
+
+@pytest.mark.parametrize(
+    ("seasonal", "form", "harmonics", "uneven", "words"),
+    [
+        (None, "dummy", None, False, "`pattern` is given without `seasonal`"),
+        (12, "wave", None, False, "`pattern` must be"),
+        (6.5, "dummy", None, False, "a whole period, not 6.5"),
+        (12, "dummy", 3, False, "`harmonics` are of waves"),
+        (12, "dummy", None, True, "does not go with `t`"),
+        ((7, 12), ("dummy",), None, False, "a value for each of 2 periods; got 1"),
+    ],
+)
+def test_forms_that_are_refused(seasonal, form, harmonics, uneven, words):
+    with pytest.raises(ValueError, match=words):
+        patterns(seasonal, harmonics, form, uneven=uneven)
+
+
+@pytest.mark.parametrize("form", ["dummy", "trigonometric"])
+def test_both_forms_are_those_of_statsmodels(form, x64):
+    import statsmodels.api as sm
+
+    y = np.random.default_rng(1).normal(size=60).cumsum()
+    y[20:23] = np.nan
+    values = {"sigma_level": 0.2, "sigma_seasonal": 0.1, "sigma_obs": 0.3}
+    ssm, found = system(models.seasonal, values, y[:, None], period=12, pattern=form)
+    kind = {"seasonal": 12} if form == "dummy" else {"freq_seasonal": [{"period": 12, "harmonics": 6}]}
+    truth = sm.tsa.UnobservedComponents(y, "llevel", **kind)
+    truth.ssm.loglikelihood_burn = 0
+    size = truth.k_states
+    truth.ssm.initialize_known(np.zeros(size), np.diag([100.0] + [1.0] * (size - 1)))
+    truth.update(np.array([0.3**2, 0.2**2, 0.1**2]))
+    assert (ssm.n_state, size) == (12, 12 if form == "dummy" else 13)  # its wave of half the period has a phase, unseen
+    np.testing.assert_allclose(found, truth.ssm.loglike(), rtol=1e-9)
 
 
 def test_a_full_pattern_has_every_shape(x64):

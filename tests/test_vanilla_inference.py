@@ -48,6 +48,11 @@ VARIANTS = {
     "autoregression inputs": partial(models.autoregression, order=1, u=U),
     "structural everything": partial(models.structural, trend=True, seasonal=4, cycle=True, ar=2, u=U),
     "structural stationary": partial(models.structural, level=False, cycle=(3.0, 12.0)),
+    "structural moving": partial(
+        models.structural, trend=True, damped=True, u=U, moving=True, interventions={"law": ("step", 12)}
+    ),
+    "structural student_t": partial(models.structural, noise="student_t", seasonal=4, pattern="dummy"),
+    "structural volatility": partial(models.structural, noise="stochastic_volatility"),
     "lds inputs": partial(models.lds, num_states=2, u=U),
     "multivariate everything": partial(
         models.multivariate_structural, trend=True, seasonal=4, cycle=True, rank=1, noise="correlated", u=U

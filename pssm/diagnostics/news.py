@@ -171,7 +171,7 @@ def news(
         ahead = steps_of(task, known, length - known, u_future) if length > known else None
 
         def one(sample: dict[str, Array], k: Key) -> _Impacts:
-            system = whole_system(task.source, sample, ahead)
+            system = whole_system(task.source, sample, k, ahead)
             return _impacts(system.ssm, system.u, changes, system.origin)
 
         found = jax.tree.map(lambda x: np.asarray(x, float), task.map(one))

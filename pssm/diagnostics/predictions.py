@@ -179,7 +179,7 @@ def _of_fit(task: Any, first: int, horizon: int, u_future: Any) -> tuple[np.ndar
     ahead = steps_of(task, source.num_steps, horizon, u_future) if horizon else None
 
     def one(sample: dict[str, Array], key: Key) -> tuple[Array, Array]:
-        ssm, y, u, _ = whole_system(source, sample, ahead)
+        ssm, y, u, _ = whole_system(source, sample, key, ahead)
         mean, cov = one_step(ssm, _hidden(y, first, horizon), u)
         return mean, jnp.diagonal(cov, axis1=-2, axis2=-1)
 

@@ -242,7 +242,8 @@ def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | N
         if "state_names" in (site.get("infer") or {}) and axes.states.get(holder) not in (None, *labels):
             labels[axes.states[holder]] = np.asarray(site["infer"]["state_names"])
         for axis, own in ((site.get("infer") or {}).get("coords") or {}).items():
-            labels.setdefault(axis, np.asarray(own))
+            if axis in axes.names[name]:
+                labels.setdefault(axis, label_array(f"coords[{axis!r}]", own))
     labels |= {name: label_array(f"coords[{name!r}]", x) for name, x in (coords or {}).items()}
     if time is not None:
         if axes.time is None:
@@ -254,13 +255,20 @@ def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | N
 
 
 def _columns(axes: Axes, labels: Any) -> dict[str, np.ndarray]:
-    """The names of a frame's columns as labels of the axis of the series in the data."""
-    if labels is None or labels.columns is None or not axes.data:
+    """The names of frames' columns as labels of the axis of the series in the data, and of that of the inputs."""
+    if labels is None or not axes.data:
         return {}
+    found = {}
+    if labels.inputs is not None:
+        every = [dict(zip(names, np.shape(axes.trace[n]["value"]), strict=True)) for n, names in axes.names.items()]
+        if any(sizes.get("input") == len(labels.inputs) for sizes in every):
+            found["input"] = np.asarray(labels.inputs)
+    if labels.columns is None:
+        return found
     site = axes.data[0]
     sizes = dict(zip(axes.names[site], np.shape(axes.trace[site]["value"]), strict=True))
     fitting = (a for a in ("series", f"{site}_series") if sizes.get(a) == len(labels.columns))
-    return {axis: np.asarray(labels.columns) for axis in list(fitting)[:1]}
+    return found | {axis: np.asarray(labels.columns) for axis in list(fitting)[:1]}
 
 
 def no_time_axis(axes: Axes) -> str:

@@ -358,6 +358,6 @@ class NonCenteredPath(Reparam):
         if not isinstance(path, StatePath):
             raise TypeError(f"`{name}` must be a StatePath to be non-centred; got {type(path).__name__}.")
         base = dist.Normal(jnp.zeros(path.noise_size, path.m0.dtype), 1.0).to_event(1).expand(shape)
-        noise = numpyro.sample(f"{name}_base", base, infer={"path_noise": True})
+        noise = numpyro.sample(f"{name}_base", base, infer={"path_noise": True, "first": path.n_state})
         check_steps(f"{name}_base", noise, base, path.num_steps)
         return None, path.path_from_noise(noise)

@@ -368,7 +368,7 @@ def _labels_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """The labels that data, the first argument, and inputs `u` have as frames of pandas; None where neither is one.
 
     Raises:
-        ValueError: the index does not increase, or another frame has other rows.
+        ValueError: the index does not increase, or another frame has other rows than the data.
     """
     try:
         u = inspect.signature(model).bind_partial(*args, **kwargs).arguments.get("u")

@@ -206,7 +206,7 @@ def _latent(axes: Axes, joint: bool) -> tuple[str, ...]:
         if path or is_path_noise(s) or name in axes.times:
             raise ValueError(
                 f"`model` samples its states (site `{name}`): they grow in number with the series, and a maximum over "
-                'them is no estimate of the parameters. Integrate them out: states="marginal" in pssm\'s models, a '
-                "`LinearGaussianMarginal` or `GaussianFilterMarginal` in your own."
+                'them is no estimate of the parameters. Integrate them out: states="marginal" and noise="normal" in '
+                "pssm's models, a `LinearGaussianMarginal` or `GaussianFilterMarginal` in your own. Or use `fit_nuts`."
             )
     return tuple(latent)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pssm._types import Array, KeyLike
+from pssm._types import Array, Key, KeyLike
 from pssm.filters import kalman_filter
 from pssm.fitting.results import Fit
 from pssm.infer.horizon import Horizon
@@ -116,13 +116,13 @@ class System(NamedTuple):
     origin: Any
 
 
-def whole_system(source: Any, sample: dict[str, Array], ahead: Horizon | None) -> System:
-    """The system of a draw, over the steps of the data and, if any, of a forecast."""
+def whole_system(source: Any, sample: dict[str, Array], key: Key, ahead: Horizon | None) -> System:
+    """The system of a draw, over the steps of the data and, if any, of a forecast; `key` is for numbers of its steps."""
     trace = source.trace(sample)
     d = source.fn(trace)
     if ahead is None:
         return System(d.ssm, source.series(trace), d.u, d.origin)
-    ssm, y, u, u_next, _ = source.longer(sample, ahead)
+    ssm, y, u, u_next, _ = source.longer(sample, key, ahead)
     if u is not None and u_next is not None:
         lead = jnp.broadcast_shapes(u.shape[:-2], u_next.shape[:-2])
         u = jnp.concatenate([jnp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (u, u_next)], axis=-2)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
+from pssm._checks import is_pandas
 from pssm._types import Array
 from pssm.inspection.axes import holds
 
@@ -15,8 +16,9 @@ from pssm.inspection.axes import holds
 class Horizon(NamedTuple):
     """A forecast of `num_steps` steps from the first `known` observations, with the user's inputs `u_future`.
 
-    `args` and `kwargs` are the model's for all these steps or more, the data missing (NaN) from `known` on. `y_future`
-    are values of these steps that are known, NaN where they are not; None where none is.
+    `args` and `kwargs` are the model's for all these steps or more, the data missing (NaN) from `known` on; or, where
+    these could not be told, its own, and `why` says so. `y_future` are values of these steps that are known, NaN where
+    they are not; None where none is.
     """
 
     known: int
@@ -25,6 +27,7 @@ class Horizon(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     y_future: Any = None
+    why: str = ""
 
     def rows(self, x: Array, axis: int) -> Array:
         """The rows of the forecast along an axis of an array over all steps."""
@@ -78,11 +81,28 @@ def longer_arguments(
         call[name] = jax.tree.map(data, call.get(name))
     if call.get("num_steps") is not None:
         call["num_steps"] = stop
-    if call.get("u") is not None and more:
-        u = np.asarray(call["u"])
+    if call.get("u") is not None and (more or u_future is not None):
         if u_future is None:
             raise ValueError(f"`u_future` is required, the inputs of the {num_steps} steps of the forecast.")
-        axis, after = max(u.ndim - 2, 0), np.asarray(u_future)
-        after = after.reshape(*after.shape, *(1,) * (u.ndim - after.ndim))
-        call["u"] = np.concatenate([u, np.flip(np.take(after, range(-1, -more - 1, -1), axis), axis)], axis)
+        call["u"] = inputs_with_future(call["u"], u_future, known, num_steps)
     return Horizon(known, num_steps, u_future, bound.args, bound.kwargs)
+
+
+def inputs_with_future(u: Any, u_future: Any, known: int, num_steps: int) -> Any:
+    """Inputs of which the `num_steps` rows behind the first `known` are those of the future; a frame stays one.
+
+    Raises:
+        ValueError: there are other columns or rows in the future.
+    """
+    frames = is_pandas(u) and is_pandas(u_future) and hasattr(u, "columns") and hasattr(u_future, "columns")
+    if frames and list(u.columns) != list(u_future.columns):
+        raise ValueError(f"`u_future` must have the columns of `u`, {list(u.columns)}; got {list(u_future.columns)}.")
+    now, after = np.asarray(u), np.asarray(u_future)
+    axis = max(now.ndim - 2, 0)
+    after = after.reshape(*after.shape, *(1,) * (now.ndim - after.ndim))
+    if after.shape[axis] != num_steps or after.shape[axis + 1 :] != now.shape[axis + 1 :]:
+        expected = (num_steps, *now.shape[axis + 1 :])
+        raise ValueError(f"`u_future` must have shape {expected} (time, input); got {np.shape(u_future)}.")
+    begin, end = (np.take(now, range(*ends), axis) for ends in ((0, known), (known + num_steps, now.shape[axis])))
+    whole = np.concatenate([begin, after, end], axis)
+    return type(u)(whole, columns=u.columns) if is_pandas(u) and hasattr(u, "columns") else whole

@@ -145,6 +145,8 @@ def forecast(
         task = task.redrawn(ahead.args, ahead.kwargs)
     elif isinstance(source, PathSource):
         task = task.given_past(known) if known < steps else task
+    elif known < steps and (drawn := [*source.paths, *dict(source.steps)]):
+        raise ValueError(f"`origin`: the draws of {drawn} know the whole series. Fit the beginning of the series.")
     times = most if task.count == 1 else 1 if isinstance(source, ExactSource) else FUTURES
     mean, variance, paths = task.map(lambda sample, key: source.future(sample, key, ahead), times)
     if task.count == 1 and isinstance(source, ExactSource):  # the moments of a point do not depend on the key

@@ -22,7 +22,7 @@ from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.ahead import draw_future
 from pssm.fitting.results import trace_with
 from pssm.infer.horizon import Horizon
-from pssm.inspection.axes import Axes, find_axes, is_factor
+from pssm.inspection.axes import Axes, find_axes, is_factor, is_path_noise
 from pssm.linalg.random import standard_normal
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
@@ -35,7 +35,8 @@ class Source(NamedTuple):
 
     `site` is observed, over `num_steps` steps; `path` is the latent site, of batch shape `batch`, or None where the
     states are integrated out. `along` has the time axis and the value of every observed site over these steps, and
-    `paths` are all sampled paths over them; `latent` are the sites that are drawn.
+    `paths` are all sampled paths over them; `latent` are the sites that are drawn, and `steps` those of them that have
+    independent numbers for each step, with how many the first step has: the noise that drives a path, for one.
     """
 
     model: Callable[..., Any]
@@ -48,6 +49,7 @@ class Source(NamedTuple):
     along: dict[str, tuple[int, Any]]
     paths: tuple[str, ...]
     latent: tuple[str, ...]
+    steps: tuple[tuple[str, int], ...] = ()
 
     @property
     def holder(self) -> str:
@@ -61,6 +63,32 @@ class Source(NamedTuple):
         drawn = {n: x for n, x in sample.items() if n in self.latent}  # deterministic sites follow, in their own length
         return trace_with(self.model, drawn, *longer.args, **longer.kwargs)
 
+    def drawn_on(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> dict[str, Array]:
+        """A draw for longer arguments: paths and numbers of each step go on from the known ones, by their priors.
+
+        Raises:
+            ValueError: a path does not become longer with the data.
+        """
+        first = dict(self.steps)
+        grow = (*self.paths, *first)
+        values = {name: x for name, x in sample.items() if name not in grow}
+        for name in (n for n in self.latent if n in grow):  # in the order of the model: one may depend on those before
+            site_key, key = jax.random.split(key)
+            trace = self.trace(values, ahead)
+            if name in first:
+                new = trace[name]["fn"].sample(site_key)
+                values[name] = _with_new(sample[name], new, first[name], self.num_steps, ahead.known)
+                continue
+            prior = self.fn(trace, name)
+            if prior.num_steps < ahead.known + ahead.num_steps:
+                raise ValueError(
+                    f"`future`: the path `{name}` has {prior.num_steps} steps also where the data have "
+                    f"{ahead.known + ahead.num_steps}. Let its length follow the data in the model, or give "
+                    "`future=(args, kwargs)`."
+                )
+            values[name] = prior.continued(site_key, sample[name][..., : ahead.known, :])
+        return values
+
     def fn(self, trace: dict[str, Any], name: str | None = None) -> Any:
         """The distribution of a site, unwrapped."""
         return unwrap(trace[name or self.site]["fn"])[0]
@@ -72,7 +100,9 @@ class Source(NamedTuple):
         """
         trace = self.trace(sample)
         fn = self.fn(trace)
-        state = getattr(fn, "state_origin", None) if self.path is None else trace[self.path]["infer"].get("origin")
+        infer = [trace[n].get("infer") or {} for n in (self.path, f"{self.path}_base") if n in trace]
+        origins = [x["origin"] for x in infer if "origin" in x]
+        state = getattr(fn, "state_origin", None) if self.path is None else next(iter(origins), None)
         return tuple(0 if x is None else np.asarray(x) for x in (state, getattr(fn, "origin", None)))
 
 
@@ -110,14 +140,18 @@ class ExactSource(Source):
         d = self.fn(trace)
         return exact_sample_states(key, d.ssm, self.series(trace), d.u)
 
-    def longer(self, sample: dict[str, Array], ahead: Horizon) -> Longer:
+    def longer(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Longer:
         """The system of the known steps and of those of a forecast."""
         trace = self.trace(sample)
         d, y, known = self.fn(trace), self.series(trace)[..., : ahead.known, :], ahead.known
         ssm, u, u_future, stop = d.whole_ssm, d.u, ahead.u_future, known + ahead.num_steps
-        if ssm.num_steps is not None and ssm.num_steps < stop:
-            longer = self.fn(self.trace(sample, ahead))
+        if ssm.num_steps is not None and (ssm.num_steps < stop or u_future is not None or self.steps or self.paths):
+            longer = self.fn(self.trace(self.drawn_on(sample, key, ahead), ahead))
             ssm, u = longer.whole_ssm, longer.u
+            if ahead.why and ssm.num_steps < stop:
+                raise ValueError(ahead.why)
+            if longer.num_steps >= stop:  # the future inputs are among the arguments, and may be in other places
+                u_future = None
         if u_future is not None:
             u_future = from_origin(u_future, d.u_origin)
         elif u is not None and u.shape[-2] >= stop:
@@ -129,7 +163,8 @@ class ExactSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """Exact moments, and a path from the predicted state on; given the known values of the future, if any."""
-        ssm, y, u, u_future, y_future = self.longer(sample, ahead)
+        draw_key, key = jax.random.split(key)
+        ssm, y, u, u_future, y_future = self.longer(sample, draw_key, ahead)
         found = exact_forecast(ssm, y, ahead.num_steps, u, u_future, y_future=y_future)
         path = draw_future(key, ssm, y, ahead.num_steps, u, u_future, y_future)
         return found.mean, jnp.diagonal(found.cov, axis1=-2, axis2=-1), path
@@ -150,18 +185,17 @@ class PathSource(Source):
 
     def future(self, sample: dict[str, Array], key: Key, ahead: Horizon) -> Future:
         """The model's own transition and emission from the last known state on."""
-        values = {name: x for name, x in sample.items() if name not in self.paths}
-        for name in self.paths:  # in the order of the model: a path may depend on those before
-            path_key, key = jax.random.split(key)
-            prior = self.fn(self.trace(values, ahead), name)
-            if prior.num_steps < ahead.known + ahead.num_steps:
-                raise ValueError(
-                    f"`future`: the path `{name}` has {prior.num_steps} steps also where the data have "
-                    f"{ahead.known + ahead.num_steps}. Let its length follow the data in the model, or give "
-                    "`future=(args, kwargs)`."
-                )
-            values[name] = prior.continued(path_key, sample[name][..., : ahead.known, :])
+        path_key, key = jax.random.split(key)
+        values = self.drawn_on(sample, path_key, ahead)
         return _observed(self.trace(values, ahead)[self.site], key, ahead, self.along[self.site][0])
+
+
+class NoiseSource(PathSource):
+    """States that are a path driven by a site of noise (`NonCenteredPath`): the path follows from the draws."""
+
+    def draw(self, sample: dict[str, Array], key: Key) -> Array:
+        """The path of the draw's own noise."""
+        return self.trace({n: x for n, x in sample.items() if n in self.latent})[self.holder]["value"]
 
 
 class FilterSource(Source):
@@ -208,6 +242,13 @@ class CodesSource(Source):
         return _observed(self.trace(sample, ahead)[self.site], key, ahead, self.along[self.site][0])
 
 
+def _with_new(x: Array, new: Array, first: int, steps: int, known: int) -> Array:
+    """Numbers of which the first `known` steps are those of `x`, and new ones behind; the first step has `first`."""
+    each = (x.shape[-1] - first) // max(steps - 1, 1)
+    kept = first + (known - 1) * each
+    return jnp.concatenate([x[..., :kept], new[..., kept:]], axis=-1)
+
+
 def _mean_of(site: dict[str, Any]) -> Array:
     try:
         return counted(site["fn"]).mean
@@ -249,7 +290,10 @@ def sources_of(
     filtered = [n for n in observed if issubclass(kinds[n], GaussianFilterMarginal)]
     paths = [n for n in latent if issubclass(kinds[n], StatePath)]
     paths += [n for n in latent if issubclass(kinds[n], HistoryMarginal)]
-    if not (exact or filtered or paths):
+    steps = tuple((n, s["infer"]["first"]) for n, s in latent.items() if "first" in (s.get("infer") or {}))
+    driven = [n.removesuffix("_base") for n, _ in steps if is_path_noise(latent[n]) and n.endswith("_base")]
+    driven = [] if exact or filtered or paths else [n for n in driven if n in trace]
+    if not (exact or filtered or paths or driven):
         raise ValueError(
             "`fit`: its model has neither a `LinearGaussianMarginal` nor a `StatePath` site, so there are no states; "
             f"its latent sites are {', '.join(latent) or '(none)'}."
@@ -262,7 +306,9 @@ def sources_of(
 
     def of(kind: type[Source], site: str, path: str | None, lead: tuple[int, ...]) -> Source:
         together = [n for n in paths if kinds[n] is StatePath and sampled[n]["fn"].event_shape[0] == lead[-1]]
-        return kind(model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together), tuple(latent))
+        return kind(
+            model, args, kwargs, site, path, lead[-1], lead[:-1], along(lead), tuple(together), tuple(latent), steps
+        )
 
     result = []
     for kind, names in ((ExactSource, exact), (FilterSource, filtered)):
@@ -281,6 +327,9 @@ def sources_of(
             ]
         kind = CodesSource if issubclass(kinds[path], HistoryMarginal) else PathSource
         result += [of(kind, name, path, lead) for name in follow]
+    for path in driven:
+        lead = np.shape(trace[path]["value"])[:-1]
+        result += [of(NoiseSource, name, path, lead) for name in along(lead)]
     return result
 
 

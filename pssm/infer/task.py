@@ -128,10 +128,10 @@ def steps_of(
         y_future = known_of_steps("y_future", y_future, steps, horizon, columns, known)
     try:
         ahead = longer_arguments(source, known, horizon, u_future, future)
-    except ValueError:
+    except ValueError as error:
         if strict or not isinstance(source, ExactSource):
             raise
-        ahead = longer_arguments(source, known, horizon, u_future, (source.args, source.kwargs))
+        ahead = Horizon(known, horizon, u_future, source.args, source.kwargs, why=str(error))
     return ahead._replace(y_future=None if y_future is None else unmasked(y_future, "y_future"))
 
 

@@ -236,7 +236,7 @@ def _declared(
         if is_path_noise(trace.get(f"{name}_base")):
             axes[-2:] = path
     if own and ndim >= len(own) and not any(axes):
-        axes[ndim - len(own) :] = [("named", a) for a in own]
+        axes[ndim - len(own) :] = [TIME if a == "time" else ("named", a) for a in own]
         event_dim = max(event_dim, len(own))
     for dim, frame in frames.items():
         place = ndim - event_dim + dim

@@ -9,7 +9,7 @@ import numpyro
 from numpyro import handlers
 
 from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath
-from pssm.inspection.axes import innermost, trace_model
+from pssm.inspection.axes import innermost, is_factor, trace_model
 
 
 def sampled_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
@@ -62,5 +62,8 @@ def integrated(
         trace = trace_model(exact, first, args, rest)
     except (ValueError, TypeError):  # a model that has no such form
         return None
-    sites = [s for s in trace.values() if s["type"] == "sample" and s["is_observed"]]
+    samples = {n: s for n, s in trace.items() if s["type"] == "sample"}
+    if any(n not in first for n, s in samples.items() if not s["is_observed"] and not is_factor(s)):
+        return None  # it has unknowns that were not drawn
+    sites = [s for s in samples.values() if s["is_observed"]]
     return (exact, rest) if any(isinstance(innermost(s["fn"]), LinearGaussianMarginal) for s in sites) else None

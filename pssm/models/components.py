@@ -5,7 +5,7 @@ Scales are relative to `Scale`: the location and spread of the data, so that one
 river flows and interest rates alike.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Scale(NamedTuple):
 class Block(NamedTuple):
     """One component: `m0 (n,)`, `chol_P0 (n, n)`, `A (n, n)`, `chol_Q (n, q)`, `C (1, n)` and names of its states.
 
-    With uneven times `A` and `chol_Q` may have a time axis in front.
+    `A`, `chol_Q` and `C` may have a time axis in front: with uneven times, or with regressors. `unit` `(n,)` is the
+    size of the states where it is not the spread of the data.
     """
 
     m0: Array
@@ -52,6 +53,7 @@ class Block(NamedTuple):
     chol_Q: Array
     C: Array
     names: tuple[str, ...]
+    unit: Any = None
 
 
 def stack(blocks: list[Block]) -> Block:
@@ -61,7 +63,7 @@ def stack(blocks: list[Block]) -> Block:
         jsl.block_diag(*[b.chol_P0 for b in blocks]),
         _block_diagonal([b.A for b in blocks]),
         _block_diagonal([b.chol_Q for b in blocks]),
-        jnp.concatenate([b.C for b in blocks], axis=1),
+        _beside([b.C for b in blocks]),
         tuple(name for b in blocks for name in b.names),
     )
 
@@ -72,6 +74,13 @@ def _block_diagonal(parts: list[Array]) -> Array:
     if not timed:
         return jsl.block_diag(*parts)
     return jax.vmap(jsl.block_diag)(*[jnp.broadcast_to(part, (timed[0], *part.shape[-2:])) for part in parts])
+
+
+def _beside(parts: list[Array]) -> Array:
+    """Emissions side by side, at every time where one of them has a time axis."""
+    timed = [len(part) for part in parts if part.ndim == 3]
+    parts = [jnp.broadcast_to(part, (timed[0], *part.shape[-2:])) for part in parts] if timed else parts
+    return jnp.concatenate(parts, axis=-1)
 
 
 def level_block(scale: Scale) -> Block:
@@ -96,6 +105,34 @@ def trend_block(scale: Scale) -> Block:
         rows = sigma_slope * gap / 3**0.5, sigma_slope * (none + 0.75**0.5), none + 0.5 * sigma_slope
         columns = jnp.stack([none + sigma_level, rows[0], none, none, rows[1], rows[2]], axis=1)
         chol_Q = jnp.sqrt(gap)[:, None, None] * columns.reshape(-1, 2, 3)
+    return Block(
+        jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
+        jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),
+        A,
+        chol_Q,
+        jnp.array([[1.0, 0.0]]),
+        ("level", "slope"),
+    )
+
+
+def damped_trend_block(scale: Scale) -> Block:
+    """A level with a slope that dies out, `slope_t = phi slope_{t-1} + v_t`; the level is as in `trend_block`.
+
+    Priors as in `trend_block`, and `trend_damping` (`phi`) `~ Beta(18, 2)`. Between uneven times the slope is an
+    Ornstein-Uhlenbeck process that carries the level along, at a rate by which a step of one is the one above; the
+    slope's own noise then moves the level within the steps too.
+    """
+    sigma_level = jnp.asarray(numpyro.sample("sigma_level", HalfNormal(scale.spread)))
+    sigma_slope = jnp.asarray(numpyro.sample("sigma_slope", HalfNormal(0.1 * scale.spread)))
+    phi = jnp.asarray(numpyro.sample("trend_damping", dist.Beta(18.0, 2.0)))
+    zero, one = jnp.zeros_like(phi), jnp.ones_like(phi)
+    if scale.gaps is None:
+        A, chol_Q = jnp.array([[one, one], [zero, phi]]), jnp.diag(jnp.stack([sigma_level, sigma_slope]))
+    else:
+        decay = -jnp.log(phi)
+        F = jnp.array([[zero, decay / (1 - phi)], [zero, -decay]])
+        L = jnp.diag(jnp.stack([sigma_level, sigma_slope * jnp.sqrt(2 * decay / (1 - phi**2))]))
+        A, chol_Q = jax.vmap(lambda gap: discretise(F, L, gap))(scale.gaps)
     return Block(
         jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
         jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),

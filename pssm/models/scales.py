@@ -65,6 +65,11 @@ class Regressors(NamedTuple):
         """Inputs counted from their origin."""
         return jnp.asarray(from_origin(self.u, self.origin), jnp.result_type(float))
 
+    def columns(self, which: list[int]) -> "Regressors":
+        """Some of them, by their numbers."""
+        kept = np.asarray(which, int)  # JAX takes no lists
+        return Regressors(self.u[..., kept], self.origin[..., kept], self.spread[..., kept])
+
 
 def number(x: Any) -> np.ndarray:
     """A scale or location, in the precision of JAX, as a NumPy array where it is known: a constant inside of `jit`."""

@@ -5,49 +5,63 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 
-from pssm._checks import as_float, check_choice, check_count, check_shape
-from pssm._types import Array, ArrayLike
+from pssm._checks import as_float, check_choice, check_count, check_shape, is_traced
+from pssm._types import ArrayLike
 from pssm.distributions import LinearGaussianMarginal, NonCenteredPath, StatePath
-from pssm.distributions.in_units import HalfNormal, Normal
+from pssm.distributions.in_units import Normal
 from pssm.distributions.state_path import path_site
 from pssm.models import components
-from pssm.models.components import Scale
-from pssm.models.scales import (
-    Regressors,
-    Series,
-    known,
-    located,
-    moments,
-    number,
-    observe_from,
-    regressors,
-    series,
-    warn_of_few,
-)
+from pssm.models.components import Block, Scale
+from pssm.models.effects import intervention_effects, regression
+from pssm.models.noise import NOISES, observation_noise
+from pssm.models.scales import Regressors, Series, known, located, moments, number, observe_from, series, warn_of_few
 from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
 
 STATES = ("marginal", "sampled")
 
 
-def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=False) -> None:
+def fit(
+    y,
+    num_steps,
+    t,
+    u,
+    states,
+    location,
+    scale,
+    make_blocks,
+    *,
+    constant=False,
+    moving=False,
+    u_origin=None,
+    u_names=None,
+    interventions=None,
+    noise="normal",
+) -> None:
     """The common body: scale the priors, stack the blocks, and score or sample."""
     check_choice("states", states, STATES)
+    check_choice("noise", noise, NOISES)
     found, length = one_series(y, num_steps, t)
     gaps = None if t is None else gaps_between(t)
     about = scale_of(found, location, scale)._replace(gaps=gaps)
     origin = None if found is None else found.origin
-    block = components.stack(make_blocks(about))
-    warn_of_few(found, len(block.names))
-    sigma_obs = numpyro.sample("sigma_obs", HalfNormal(about.spread))
+    blocks = make_blocks(about)
+    v = observation_noise(noise, about, length, sampled=states == "sampled")
     offset = None
     if constant:
         offset = located("mean", Normal(about.location, 10 * about.spread, unit=about.spread), origin)[None]
-    effect, inputs = regression(u, length, about)
-    timed = tuple(name for name in ("A", "chol_Q") if getattr(block, name).ndim == 3)
-    ssm = LinearGaussianSSM(*block[:5], sigma_obs * jnp.ones((1, 1)), d=offset, D=effect, time_varying=timed)
+    effect, inputs, coefficients = regression(
+        u, length, about, found=found, moving=moving, origin=u_origin, names=u_names
+    )
+    shift = intervention_effects(interventions, t, length, about)
+    offset = shift if offset is None or shift is None else offset + shift
+    blocks += [extra for extra in (coefficients, v.block) if extra is not None]
+    block = components.stack(blocks)
+    warn_of_few(found, len(block.names))
+    timed = tuple(name for name in ("A", "chol_Q", "C") if getattr(block, name).ndim == 3)
+    timed += ("chol_R",) * (v.chol_R.ndim == 3) + ("d",) * (shift is not None)
+    ssm = LinearGaussianSSM(*block[:5], v.chol_R, d=offset, D=effect, time_varying=timed)
     named: dict[str, Any] = {"state_names": block.names}  # for the axes of results, see `pssm.diagnostics.to_datatree`
     above = None if origin is None or constant else origin * np.eye(len(block.names))[0]  # the level is the first state
     if states == "marginal":
@@ -61,9 +75,19 @@ def fit(y, num_steps, t, u, states, location, scale, make_blocks, *, constant=Fa
         with numpyro.handlers.infer_config(config_fn=lambda site: named):
             z = numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
     else:
-        z = path_site("z", path.in_units(block.m0, about.spread), infer=named)
+        z = path_site("z", path.in_units(block.m0, _units(blocks, about.spread)), infer=named)
+    z = jnp.asarray(z)
     signal = ssm.signal(z, None if inputs is None else inputs.differences)
-    observe_from("y", dist.Normal(signal, sigma_obs), found)
+    observe_from("y", v.around(signal, z), found)
+
+
+def _units(blocks: list[Block], spread: Any) -> Any:
+    """Sizes of the states, in which a sampler moves."""
+    units = [spread if block.unit is None else block.unit for block in blocks]
+    if all(block.unit is None for block in blocks):
+        return spread
+    xp: Any = jnp if any(is_traced(unit) for unit in units) else np
+    return xp.concatenate([xp.broadcast_to(x, (len(b.names),)) for x, b in zip(units, blocks, strict=True)])
 
 
 def marginal(
@@ -114,13 +138,3 @@ def scale_of(found: Series | None, location: float | None, scale: float | None, 
     if scale is not None:
         spread = scale
     return Scale(number(0.0 if first is None else first), number(1.0 if spread is None else spread))
-
-
-def regression(u: ArrayLike | None, length: int, about: Scale) -> tuple[Array | None, Regressors | None]:
-    """Effect `(1, input)` of the regressors and the regressors themselves, or None twice."""
-    if u is None:
-        return None, None
-    inputs = regressors(u, (length,))
-    width = 2.5 * about.spread / inputs.spread
-    beta = numpyro.sample("beta", Normal(0.0, width).to_event(1), infer={"dims": {"beta": ("input",)}})
-    return jnp.asarray(beta)[None], inputs

@@ -18,7 +18,8 @@ With `states="marginal"` (the default) the states are integrated out exactly: th
 `LinearGaussianMarginal`, and only its parameters are sampled. With `states="sampled"` the path is the site `z`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,10 @@ from pssm.distributions.in_units import Normal
 from pssm.distributions.state_path import check_steps
 from pssm.models import components
 from pssm.models.components import Block, Scale
+from pssm.models.effects import regression
 from pssm.models.patterns import patterns
 from pssm.models.scales import Series, located, observe_from, warn_of_few
-from pssm.models.single import STATES, fit, marginal, one_series, regression, scale_of
+from pssm.models.single import STATES, fit, marginal, one_series, scale_of
 from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
 
@@ -102,6 +104,7 @@ def seasonal(
     *,
     period: float | Sequence[float],
     harmonics: int | Sequence[int | None] | None = None,
+    pattern: str | Sequence[str | None] | None = None,
     num_steps: int | None = None,
     t: ArrayLike | None = None,
     u: ArrayLike | None = None,
@@ -118,6 +121,8 @@ def seasonal(
         harmonics: number of sine waves of the pattern, at most half the period: then it is full (`period - 1` states).
             By default the pattern is free: one effect for every step of a whole period (`period - 1` states, singular
             `Q`) up to 7 steps, three waves beyond that. With several periods, one number or one for each.
+        pattern: "dummy", free effects for any whole period, or "trigonometric", waves (all of a whole period's without
+            `harmonics`); one, or one for each period. None for the default above.
         num_steps: number of steps, needed where `y` is None.
         t: times of the observations, see the module's head.
         u: regressors `(time, input)`.
@@ -136,6 +141,7 @@ def seasonal(
         level=True,
         seasonal=period,
         harmonics=harmonics,
+        pattern=pattern,
         states=states,
         location=location,
         scale=scale,
@@ -150,16 +156,26 @@ def structural(
     u: ArrayLike | None = None,
     level: bool = True,
     trend: bool = False,
+    damped: bool = False,
     seasonal: float | Sequence[float] | None = None,
     harmonics: int | Sequence[int | None] | None = None,
+    pattern: str | Sequence[str | None] | None = None,
     cycle: bool | tuple[float, float] = False,
     ar: int = 0,
     matern: float | None = None,
+    moving: bool | int | str | Sequence[int | str] = False,
+    u_origin: ArrayLike | None = None,
+    u_names: Sequence[str] | None = None,
+    interventions: Mapping[str, Sequence[Any]] | None = None,
+    noise: str = "normal",
     states: str = "marginal",
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
-    """Any sum of level, trend, seasonal, cycle, autoregression and regression on inputs, observed with noise.
+    """Any sum of level, trend, seasonal, cycle, autoregression, regression and interventions, observed with noise.
+
+    `y_t = level_t + seasonal_t + cycle_t + ar_t + beta_t' (u_t - u_1) + effect' x_t + v_t`, of which each part is there
+    on demand. The components' parameters and priors are in `pssm.models.components`.
 
     Args:
         y: data `(time,)` or `(time, 1)`, NaN where missing; None to predict.
@@ -168,12 +184,30 @@ def structural(
         u: regressors `(time, input)`; adds `beta' (u_t - u_1)` with `beta ~ Normal(0, 2.5 scale / sd(u))`.
         level: a random-walk level. Without level and trend there is a constant `mean ~ Normal(location, 10 scale)`.
         trend: a level with a slope (includes the level).
+        damped: the slope of the trend dies out, `slope_t = trend_damping slope_{t-1} + w_t`, so that forecasts level
+            off; `trend_damping ~ Beta(18, 2)`.
         seasonal: number of time steps in a season, or several for patterns that add up, `(24, 168)`: their sites and
             states are then called `sigma_seasonal_24`, `seasonal_24_1`, ... None for no season.
         harmonics: waves of the seasonal pattern, one number or one for each pattern, see `seasonal`.
+        pattern: "dummy" or "trigonometric", one or one for each seasonal pattern, see `seasonal`.
         cycle: a damped stochastic cycle; True, or bounds `(shortest, longest)` of its period in time steps.
         ar: order of a stationary autoregression, 0 for none; not with `t` (`matern=0.5` is the one of order 1).
         matern: smoothness of a stationary Gaussian process, 0.5, 1.5 or 2.5 (`pssm.sde.matern`); None for none.
+        moving: which coefficients of `u` are random walks: all (True), or columns by number or name. They are states,
+            `beta_<column>`, with `sigma_beta ~ HalfNormal(0.1 scale / sd(u))`.
+        u_origin: what regressors count from, a number or one for each, by default their first row. For a moving
+            coefficient it matters: the level is that at these values, and does not move with the coefficient. Take 0
+            where zero means none (holidays, trading days).
+        u_names: names of the columns of `u`, for states and coordinates; by default those of a frame of pandas.
+        interventions: events at known times, by name: `{"law": ("step", 60)}` is 1 from step 60 on, `("pulse", 30)` at
+            step 30 alone, `("pulse", 30, 32)` from 30 to 32, `("slope", 80)` bends the trend after 80, `("ramp", 40,
+            52)` goes from 0 at 40 to 1 at 52. Steps count from 0; with `t` they are times. For dates see
+            `pssm.datasets.interventions`. The site `effect` has the coefficients, `~ Normal(0, 5 scale)`, of a slope
+            (per unit of time) `~ Normal(0, scale)`. They go on in forecasts.
+        noise: of the observations: "normal"; "student_t", with `nu_obs` degrees of freedom, for outliers; or
+            "stochastic_volatility", whose log variance is an autoregression. With these, and states integrated out,
+            each step has a number of its own that is sampled (`weight_obs`, `log_variance`); with `states="sampled"`
+            the log variance is the last state.
         states: "marginal" or "sampled".
         location: as in `local_level`.
         scale: as in `local_level`.
@@ -188,14 +222,19 @@ def structural(
         >>> trace = handlers.trace(handlers.seed(weekly, 0)).get_trace(num_steps=104)
         >>> trace["y"]["fn"].ssm.n_state
         6
+        >>> law = partial(structural, interventions={"law": ("step", 28)}, noise="student_t")
+        >>> trace = handlers.trace(handlers.seed(law, 0)).get_trace(num_steps=50)
+        >>> trace["effect"]["value"].shape, trace["weight_obs"]["value"].shape
+        ((1,), (50,))
 
     Source:
-        Harvey 1989, chapter 2; Durbin & Koopman 2012, chapter 3.
+        Harvey 1989, chapters 2 and 7; Durbin & Koopman 2012, chapter 3. Damping: Gardner & McKenzie 1985.
     """
     check_count("ar", ar, least=0)
-    if not (level or trend or seasonal is not None or cycle or ar or matern):
+    if not (level or trend or seasonal is not None or cycle or ar or matern or _any(moving)):
         raise ValueError(
-            "`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle`, `ar` or `matern`."
+            "`structural` needs at least one component: `level`, `trend`, `seasonal`, `cycle`, `ar`, `matern` or "
+            "`moving` coefficients."
         )
     if ar and t is not None:
         raise ValueError("`ar` counts steps and does not go with `t`; `matern=0.5` is its like of order 1 in time.")
@@ -203,14 +242,17 @@ def structural(
     if isinstance(cycle, tuple | list) and not least <= cycle[0] < cycle[1]:
         bound = "2 <=" if t is None else "0 <"
         raise ValueError(f"`cycle` must be bounds with {bound} shortest < longest; got {cycle}.")
-    seasons = patterns(seasonal, harmonics, uneven=t is not None)
+    if damped and not trend:
+        raise ValueError("`damped` is of a trend: add `trend=True`.")
+    seasons = patterns(seasonal, harmonics, pattern, uneven=t is not None)
     span = None if t is None else jnp.sum(gaps_between(t)) + 1.0
 
     def blocks(s: Scale, length: int) -> list[Block]:
         longest = max(float(length), 6.0) if span is None else jnp.maximum(span, 6.0)
         parts = []
         if trend or level:
-            parts.append(components.trend_block(s) if trend else components.level_block(s))
+            make = components.damped_trend_block if damped else components.trend_block
+            parts.append(make(s) if trend else components.level_block(s))
         for period, waves, label in seasons:
             parts.append(
                 components.dummy_seasonal_block(s, int(period), label)
@@ -226,7 +268,27 @@ def structural(
         return parts
 
     _, length = one_series(y, num_steps, t)
-    fit(y, num_steps, t, u, states, location, scale, lambda s: blocks(s, length), constant=not (level or trend))
+    fit(
+        y,
+        num_steps,
+        t,
+        u,
+        states,
+        location,
+        scale,
+        lambda s: blocks(s, length),
+        constant=not (level or trend),
+        moving=moving,
+        u_origin=u_origin,
+        u_names=u_names,
+        interventions=interventions,
+        noise=noise,
+    )
+
+
+def _any(moving: Any) -> bool:
+    """Whether some coefficients move."""
+    return moving if isinstance(moving, bool) else not isinstance(moving, Sequence) or len(moving) > 0
 
 
 def autoregression(
@@ -266,7 +328,7 @@ def autoregression(
     mean = located("mean", Normal(about.location, about.spread), None if found is None else found.origin)
     block = components.autoregressive_block(about, order)
     warn_of_few(found, order)
-    effect, inputs = regression(u, length, about)
+    effect, inputs, _ = regression(u, length, about)
     if states == "marginal":
         ssm = LinearGaussianSSM(*block[:5], jnp.zeros((1, 1)), d=mean[None], D=effect)
         marginal(ssm, length, inputs, found, {"state_names": block.names})

@@ -57,7 +57,7 @@ def pack_frame(labels: FrameLabels | None, arrays: dict[str, np.ndarray]) -> Any
     """The labels of a frame."""
     if labels is None:
         return None
-    names = {n: x and list(x) for n, x in (("columns", labels.columns), ("inputs", labels.inputs))}
+    names = {name: x and list(x) for name, x in (("columns", labels.columns), ("inputs", labels.inputs))}
     return {"time": pack_labels(labels.time, arrays), **names}
 
 
@@ -65,5 +65,5 @@ def unpack_frame(entry: Any, arrays: dict[str, np.ndarray]) -> FrameLabels | Non
     """What `pack_frame` was given."""
     if not isinstance(entry, dict):
         return None
-    names = [tuple(map(str, found)) if found else None for found in (entry.get("columns"), entry.get("inputs"))]
+    names = [tuple(map(str, x)) if (x := entry.get(name)) else None for name in ("columns", "inputs")]
     return FrameLabels(unpack_labels(entry.get("time"), arrays), *names)

@@ -155,8 +155,10 @@ def inputs_ahead(u: Any, u_future: Any, horizon: int) -> tuple[int, Any, tuple[s
     return horizon, ahead[:horizon], ()
 
 
-def split_inputs(y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[str, Any], Any]:
+def split_inputs(model: Any, y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[str, Any], Any]:
     """Inputs in a frame that goes on behind the data: the rows of the data, and those of the forecast.
+
+    The names of its columns become the option `u_names` of a model that has it.
 
     Raises:
         ValueError: a frame among the options has other rows than the data.
@@ -168,6 +170,9 @@ def split_inputs(y: Any, options: dict[str, Any], u_future: Any) -> tuple[dict[s
             options, u_future = {**options, "u": u.iloc[: len(y)]}, u.iloc[len(y) :]
     for name, x in options.items():
         check_same_index(y, name, x)
+    function = getattr(models, model, None) if isinstance(model, str) else model
+    if callable(function) and "u_names" in inspect.signature(function).parameters and column_names(u) is not None:
+        options = {"u_names": column_names(u), **options}
     return options, u_future
 
 

@@ -56,10 +56,11 @@ def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools
 
 
 def _model_flags(parser: Any) -> None:
-    from pssm.study.series_arguments import add_seasons
+    from pssm.study.series_arguments import add_components, add_seasons
 
     parser.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
     add_seasons(parser)
+    add_components(parser)
     parser.add_argument("--order", type=int, help="order of the autoregression")
     parser.add_argument("--states", type=int, help="size of the state; default the model's")
 

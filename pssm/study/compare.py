@@ -202,7 +202,7 @@ def compare(
         ['svi:mvn']
     """
     time, column = of_frame(y, time, column)
-    model_options, u_future = split_inputs(y, model_options, u_future)
+    model_options, u_future = split_inputs(model, y, model_options, u_future)
     u_future = inputs_by_label(u_future, y, model_options.get("u"), horizon, time, future_time)
     (y, *args, u_future), model_options = unmasked_arguments((y, *args, u_future), model_options)
     function, model_name = as_model(model, y, args, model_options)

@@ -13,6 +13,10 @@ import numpy as np
 from pssm import datasets, models
 from pssm.datasets.embedded import NAMES
 from pssm.datasets.series import Series
+from pssm.models.noise import NOISES
+from pssm.models.patterns import FORMS
+
+COMPONENTS = ("damped", "pattern", "moving", "noise", "intervention")  # of the structural model
 
 # How a file is read, by the name of the argument of `read_table`.
 _READING = ("time", "inputs", "missing", "decimal", "thousands", "dayfirst", "timezone", "sheet")
@@ -60,6 +64,50 @@ def add_seasons(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--every", type=int, help="steps in a period of --aggregate: 3 for quarters of months")
     parser.add_argument("--start", type=int, help="place of the first row in its period, 0 (the default) for its first")
+
+
+def add_components(parser: argparse.ArgumentParser) -> None:
+    """The arguments for further components of the structural model."""
+    add = parser.add_argument
+    add("--damped", action="store_true", help="structural: the slope of the trend dies out")
+    add("--pattern", choices=FORMS, help="structural: the form of seasonal patterns")
+    add("--moving", help="structural: columns among the inputs whose coefficients move, comma-separated, or all")
+    add("--noise", choices=NOISES, help="structural: noise of the observations; default normal")
+    add(
+        "--intervention",
+        action="append",
+        metavar="NAME=KIND,TIME",
+        help="structural: law=step,1983-01-31; strike=pulse,FROM,TO; kink=slope,TIME; phase=ramp,FROM,TO; repeatable",
+    )
+
+
+def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
+    """Options of the structural model for the components that the arguments name.
+
+    Raises:
+        ValueError: another model is meant, or a column or a time is not there.
+    """
+    given = {name: x for name in COMPONENTS if (x := getattr(a, name, None))}
+    if given and a.model != "structural":
+        raise ValueError(f"`--{next(iter(given))}` goes with `--model structural`; got {a.model!r}.")
+    options = {name: given[name] for name in ("damped", "pattern", "noise") if name in given}
+    inputs = names_in(a.inputs)
+    if a.model == "structural" and inputs:
+        options["u_names"] = tuple(inputs)
+    if "moving" in given:
+        if not inputs:
+            raise ValueError("`--moving` needs `--inputs`, the columns of the regressors.")
+        options["moving"] = given["moving"] == "all" or tuple(names_in([given["moving"]]))
+    if "intervention" in given:
+        table: dict[str, Any] = {}
+        for text in given["intervention"]:
+            name, equals, spec = text.partition("=")
+            if not (name and equals and "," in spec):
+                raise ValueError(f"`--intervention` must be NAME=KIND,TIME such as law=step,1983-01-31; got {text!r}.")
+            table[name.strip()] = tuple(part.strip() for part in spec.split(","))
+        times = series.time if series.future_time is None else np.concatenate([series.time, series.future_time])
+        options["interventions"] = datasets.interventions(times, table)
+    return options
 
 
 def _numbers(kind: type) -> Callable[[str], Any]:
