@@ -117,7 +117,7 @@ class System(NamedTuple):
 
 
 def whole_system(source: Any, sample: dict[str, Array], key: Key, ahead: Horizon | None) -> System:
-    """The system of a draw, over the steps of the data and, if any, of a forecast; `key` is for numbers of its steps."""
+    """The system of a draw, over the steps of the data and, if any, of a forecast; `key` draws numbers of its steps."""
     trace = source.trace(sample)
     d = source.fn(trace)
     if ahead is None:
