@@ -13,6 +13,7 @@ from pssm.models.nonlinear import (
     stochastic_volatility,
     van_der_pol,
 )
+from pssm.models.sarimax import sarimax
 from pssm.models.structural import autoregression, local_level, local_linear_trend, seasonal, structural
 
 # The models themselves; `__all__` has their helpers too.
@@ -30,6 +31,7 @@ NAMES = (
     "pendulum",
     "poisson_lds",
     "ring_attractor",
+    "sarimax",
     "seasonal",
     "stochastic_volatility",
     "structural",
@@ -56,6 +58,7 @@ __all__ = [
     "poisson_lds",
     "ring_attractor",
     "ring_attractor_system",
+    "sarimax",
     "seasonal",
     "stochastic_volatility",
     "structural",
