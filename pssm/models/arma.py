@@ -63,9 +63,7 @@ def differences(orders: Orders) -> np.ndarray:
     return -poly[1:]
 
 
-def times_seasonal(
-    near: Float[Array, "near"], far: Float[Array, "far"], s: int, sign: float
-) -> Float[Array, "lags"]:
+def times_seasonal(near: Float[Array, "near"], far: Float[Array, "far"], s: int, sign: float) -> Float[Array, "lags"]:
     """Coefficients of `(1 + sign sum_i near_i L^i)(1 + sign sum_j far_j L^(s j))`, without the one and the sign."""
     if not len(far):
         return near

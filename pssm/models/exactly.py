@@ -2,9 +2,9 @@
 
 What these models share: `y_t = C z_t + d + D u_t` without noise, a transition whose noise reaches every series at once
 (`C chol_Q` has full rank), and states whose start is diffuse. With the states integrated out nothing is special. With
-`states="sampled"` a path cannot be sampled freely, since almost none meets the data; so the noise of each step is drawn,
-and then moved to what the step's observed entries say (Matheron's rule): the site `y` has the density of the observed
-entries given the states before, and the states are deterministic.
+`states="sampled"` a path cannot be sampled freely, since almost none meets the data; so the noise of each step is
+drawn, and then moved to what the step's observed entries say (Matheron's rule): the site `y` has the density of the
+observed entries given the states before, and the states are deterministic.
 """
 
 from typing import NamedTuple

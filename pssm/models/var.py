@@ -137,7 +137,7 @@ def var(
     B = None
     if about.inputs is not None:
         width = 2.5 * jnp.asarray(size)[:, None] / about.input_scale
-        effect = numpyro.sample("B", Normal(jnp.zeros(width.shape, chol.dtype), width).to_event(2))
+        effect = jnp.asarray(numpyro.sample("B", Normal(jnp.zeros(width.shape, chol.dtype), width).to_event(2)))
         B = jnp.zeros((n, effect.shape[1]), chol.dtype).at[:k].set(effect)
     factor = jnp.zeros((n, n), chol.dtype) if factor is None else factor
     diffuse = np.full(n, not stationary)

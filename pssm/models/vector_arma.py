@@ -38,7 +38,9 @@ def observable_form(
     k = chol.shape[0]
     blocks = max(len(ar), len(ma) + 1)
     ar = jnp.concatenate([ar, jnp.zeros((blocks - len(ar), k, k), chol.dtype)])
-    spread = jnp.concatenate([jnp.eye(k, dtype=chol.dtype)[None], ma, jnp.zeros((blocks - 1 - len(ma), k, k), chol.dtype)])
+    spread = jnp.concatenate(
+        [jnp.eye(k, dtype=chol.dtype)[None], ma, jnp.zeros((blocks - 1 - len(ma), k, k), chol.dtype)]
+    )
     A = jnp.eye(blocks * k, k=k, dtype=chol.dtype).at[:, :k].set(ar.reshape(blocks * k, k))
     return A, (spread @ chol).reshape(blocks * k, k), jnp.eye(k, blocks * k, dtype=chol.dtype)
 
