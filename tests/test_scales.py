@@ -35,6 +35,9 @@ WITH_U = {
     "structural": (partial(models.structural, level=False, cycle=True, ar=1), Y),
     "lds": (partial(models.lds, num_states=2), Y3),
     "dynamic_factor": (partial(models.dynamic_factor, error_order=1), Y3),
+    "sarimax": (partial(models.sarimax, order=(1, 0, 1)), Y),
+    "ets": (partial(models.ets, trend="add", initial="sampled"), Y),
+    "var": (partial(models.var, order=2, stationary=True), Y3),
 }
 WITHOUT = {
     "local_linear_trend": (models.local_linear_trend, Y),

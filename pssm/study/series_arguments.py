@@ -49,13 +49,13 @@ def add_seasons(parser: argparse.ArgumentParser) -> None:
     """The arguments that name seasonal patterns: one number, or several with commas between them."""
     parser.add_argument(
         "--period",
-        type=_numbers(float),
+        type=numbers_of(float),
         help="time steps in a season, or several: 24,168; known for the embedded data",
     )
-    parser.add_argument("--harmonics", type=_numbers(int), help="sine waves of the seasonal pattern, or of each: 6,3")
+    parser.add_argument("--harmonics", type=numbers_of(int), help="sine waves of the seasonal pattern, or of each: 6,3")
 
 
-def _numbers(kind: type) -> Callable[[str], Any]:
+def numbers_of(kind: type) -> Callable[[str], Any]:
     """Reads one number, or a tuple of numbers with commas between them."""
 
     def read(text: str) -> Any:
