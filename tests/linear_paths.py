@@ -4,8 +4,6 @@ import jax
 import numpy as np
 from numpyro import handlers
 
-from pssm.models.exactly import VAGUE
-
 
 def evidence(path, num_flat, num_noise, y):
     """`log` of the integral of the density of the observed entries over all starts, the limit of a diffuse one.
@@ -50,17 +48,9 @@ def numbers(found):
     return {n: np.asarray(s["value"], float) for n, s in found.items() if n != "y" and "value" in s}
 
 
-def flat(found, y):
-    """What a likelihood with a wide start lacks to that with a diffuse one."""
-    ssm = found["y"]["fn"].ssm
-    wide = np.diagonal(np.asarray(ssm.chol_P0, float))
-    wide = wide[wide > 0.9 * VAGUE[str(ssm.dtype)] * np.nanstd(y)]
-    return np.log(wide).sum() + 0.5 * len(wide) * np.log(2 * np.pi)
-
-
 def log_likelihood(found, y):
     """Of a trace."""
-    return float(found["y"]["fn"].log_prob(y)) + flat(found, y)
+    return float(found["y"]["fn"].log_prob(y))
 
 
 def integrated(model, y, values, **options):

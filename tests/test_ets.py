@@ -97,7 +97,7 @@ def test_gaps_and_a_diffuse_start_are_those_of_the_definition(kind, x64):
     v = numbers(found)
     path, count, steps = definition(v, m, len(y))
     expected = linear_paths.evidence(path, count, steps, y[:, None])
-    assert linear_paths.log_likelihood(found, y[:, None]) == pytest.approx(expected, abs=1e-7)
+    assert linear_paths.log_likelihood(found, y[:, None]) == pytest.approx(expected, abs=1e-8)
     # and with the start as parameters
     found = trace(models.ets, y, {"sigma": 1.2}, initial="sampled", **KINDS[kind])
     v = numbers(found)
@@ -112,7 +112,7 @@ def test_without_trend_and_season_it_is_an_integrated_moving_average(x64):
     theta = numbers(found)["smoothing_level"] - 1
     other = trace(models.sarimax, GAPS, {"sigma": 1.2, "ma_partial": theta[None]}, order=(0, 1, 1))
     mine, theirs = (linear_paths.log_likelihood(x, GAPS[:, None]) for x in (found, other))
-    assert mine == pytest.approx(theirs, abs=1e-7)
+    assert mine == pytest.approx(theirs, abs=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:the log-likelihood does not depend on smoothing_seasonal")  # the level takes all

@@ -24,8 +24,6 @@ from pssm.models.scales import Regressors, Series
 from pssm.observed import observe
 from pssm.ssm import LinearGaussianSSM
 
-VAGUE = {"float32": 1e3, "float64": 1e6}  # standard deviations in place of an infinite one, in units of the data
-
 
 class Start(NamedTuple):
     """The first state: `m0`, and a factor `chol_P0` that is zero for the states whose start is diffuse.
@@ -75,7 +73,7 @@ def observe_exactly(
         u, u_origin = (None, None) if inputs is None else (inputs.u, inputs.origin)
         data, origin = (None, None) if found is None else (found.data, found.origin)
         if found is not None and start.diffuse.any():
-            ssm = _diffuse(ssm, start)
+            ssm = ssm.replace(chol_P0=start.chol_P0, diffuse=start.diffuse)
         fn = LinearGaussianMarginal(ssm, length, u, origin=origin, u_origin=u_origin, state_origin=above)
         numpyro.sample("y", fn, obs=data, infer={"state_names": names})
         return
@@ -89,12 +87,6 @@ def observe_exactly(
         observe("y", given.to_event(1), found.data)
     else:
         numpyro.sample("y", FromOrigin(given, found.origin).to_event(1), obs=found.data)
-
-
-def _diffuse(ssm: LinearGaussianSSM, start: Start) -> LinearGaussianSSM:
-    """The model with a diffuse start."""
-    vague = VAGUE[str(jnp.dtype(ssm.dtype))] * start.spread
-    return ssm.replace(chol_P0=start.chol_P0 + jnp.diag(jnp.where(start.diffuse, vague, 0.0)))
 
 
 def _sampled(
