@@ -126,6 +126,7 @@ def test_in_32_bits_values_are_those_of_64(name):
     assert found == pytest.approx(exact, rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFUSE)
 def test_a_fit_forecasts_and_generates(name):
     model, y, _ = DIFFUSE[name]

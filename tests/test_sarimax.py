@@ -186,7 +186,7 @@ def test_states_that_are_sampled_have_the_same_density(order, seasonal, x64):
     ("series", "order", "seasonal", "trend"),
     [
         ("infl", (1, 0, 1), None, "c"),
-        ("realgdp", (1, 1, 0), None, "c"),
+        pytest.param("realgdp", (1, 1, 0), None, "c", marks=pytest.mark.slow),
         pytest.param("co2", (0, 1, 1), (0, 1, 1, 12), "n", marks=pytest.mark.slow),
     ],
 )

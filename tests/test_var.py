@@ -83,7 +83,7 @@ def test_the_likelihood_is_that_of_the_definition_given_the_first_rows(order, tr
     assert linear_paths.log_likelihood(found, y) == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("stationary", [True, False])
+@pytest.mark.parametrize("stationary", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_maxima_are_those_of_statsmodels(stationary):
     y = GROWTH[:, :2]
     fit = infer.fit_ml(partial(models.var, order=2, stationary=stationary), y, num_starts=2, progress_bar=False)
