@@ -9,20 +9,6 @@ from typing import Any
 
 from pssm.study.commands import Tools, add_commands
 
-# What the options of the command line are called by the models that take them.
-TAKES = {
-    "seasonal": {"period": "period", "harmonics": "harmonics"},
-    "structural": {"period": "seasonal", "harmonics": "harmonics", "order": "ar"},
-    "autoregression": {"order": "order"},
-    "dynamic_factor": {"states": "num_factors"},
-    "multivariate_structural": {"period": "seasonal", "harmonics": "harmonics", "states": "rank"},
-    "panel": {"period": "seasonal", "harmonics": "harmonics", "order": "ar"},
-    **dict.fromkeys(
-        ("lds", "poisson_lds", "neural_ssm", "deep_markov", "kalman_vae", "extended_kalman_vae"),
-        {"states": "num_states"},
-    ),
-}
-
 
 class UsageError(Exception):
     """Something the user can mend; its text is all that is shown."""
@@ -46,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="pssm",
         description="State-space models in NumPyro: compare inference methods on a time series, or learn a video.",
     )
-    from pssm.study.series_arguments import add_components, add_seasons, add_series
+    from pssm.study.model_arguments import add_model, model_options
+    from pssm.study.series_arguments import add_series
 
     commands = parser.add_subparsers(required=True, metavar="command")
     compare = commands.add_parser(
@@ -55,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs NUTS and SVI on one model of one series, and writes a table, ArviZ files and an HTML report.",
     )
     add_series(compare)
-    compare.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
+    add_model(compare)
     compare.add_argument(
         "--methods",
         default="nuts,nuts:states,svi:mvn,svi:normal",
@@ -64,12 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", help="folder for the results; default results/<data>-<model>")
     compare.add_argument("--force", action="store_true", help="write into a folder that exists, over its files")
     compare.add_argument("--seed", type=int, default=0, help="fixes every random choice; default 0")
-    add_seasons(compare)
-    add_components(compare)
-    compare.add_argument("--order", type=int, help="order of the autoregression")
-    compare.add_argument(
-        "--states", type=int, help="size of the state, factors of dynamic_factor, rank of trends; default the model's"
-    )
     compare.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
     compare.add_argument("--warmup", type=int, default=1000, help="NUTS warm-up steps per chain; default 1000")
     compare.add_argument("--samples", type=int, default=1000, help="NUTS draws per chain; default 1000")
@@ -86,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     _add_texture(commands)
     _add_saved(commands)
-    add_commands(commands, Tools(_model_options, _check_out))
+    add_commands(commands, Tools(model_options, _check_out))
     commands.add_parser("datasets", help="list the embedded data sets").set_defaults(run=_datasets)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     return parser
@@ -153,6 +134,7 @@ def _add_texture(commands: Any) -> None:
 def _compare(a: argparse.Namespace) -> int:
     import numpy as np
 
+    from pssm.study.model_arguments import model_options
     from pssm.study.series_arguments import input_options, read_series, season_of
 
     _check_counts(a, "warmup", "samples", "chains", "steps", "horizon", "order", "harmonics", "states")
@@ -176,7 +158,7 @@ def _compare(a: argparse.Namespace) -> int:
     for method in methods:
         check_choice("--methods", method, METHODS)
     inputs, u_future, horizon = input_options(series, a.model, a.horizon)
-    options = {**_model_options(a, series), **inputs}
+    options = {**model_options(a, series), **inputs}
     if horizon is None:
         season = season_of(a, series)
         horizon = round(2 * season) if season else max(10, len(series.y) // 10)
@@ -269,6 +251,8 @@ def _resume(a: argparse.Namespace) -> int:
 def _check_counts(a: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(a, name)
+        if name == "order" and isinstance(value, tuple):
+            continue  # (p, d, q), which may be zero
         if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
             raise UsageError(f"`--{name}` must be at least 1; got {value}.")
 
@@ -278,30 +262,6 @@ def _check_out(out: Path, force: bool) -> None:
         raise UsageError(f"`--out` {out} exists already; nothing was changed. Choose another folder, or add --force.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"`--out` {out} is a file, not a folder.")
-
-
-def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
-    """The options a model takes, from the command line and from what is known of the series."""
-    from pssm.study.series_arguments import component_options, series_options
-
-    takes = TAKES.get(a.model, {})
-    options: dict[str, Any] = {}
-    for flag in ("period", "harmonics", "order", "states"):
-        value = getattr(a, flag)
-        if value and flag not in takes:
-            raise UsageError(f"`--{flag}` does not go with `--model {a.model}`.")
-        if value:
-            options[takes[flag]] = value
-    if series.period and "period" in takes:
-        options.setdefault(takes["period"], series.period)
-    if a.model == "seasonal" and "period" not in options:
-        raise UsageError("`--period` is required: the number of time steps in a season is not known.")
-    options |= series_options(a, series)
-    if a.model in ("structural", "multivariate_structural", "panel"):
-        options["trend"] = a.model != "panel"
-        if "seasonal" not in options and "harmonics" in options:
-            raise UsageError("`--harmonics` needs `--period`: the number of time steps in a season is not known.")
-    return {**options, **component_options(a, series)}
 
 
 def _texture(a: argparse.Namespace) -> int:

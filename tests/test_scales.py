@@ -38,6 +38,9 @@ WITH_U = {
     "dynamic_factor": (partial(models.dynamic_factor, error_order=1), Y3),
     "multivariate": (partial(models.multivariate_structural, trend=True, cycle=True), Y3),
     "multivariate sums": (partial(models.multivariate_structural, aggregate={0: "sum"}, every=3, rank=1), TOTALS),
+    "sarimax": (partial(models.sarimax, order=(1, 0, 1)), Y),
+    "ets": (partial(models.ets, trend="add", initial="sampled"), Y),
+    "var": (partial(models.var, order=2, stationary=True), Y3),
 }
 WITHOUT = {
     "local_linear_trend": (models.local_linear_trend, Y),

@@ -87,6 +87,15 @@ def test_a_gap_at_the_end_keeps_every_step(x64):
     np.testing.assert_allclose(auto(ssm, y)[0], full(ssm, y)[0], rtol=1e-14)
 
 
+def test_a_gap_just_before_a_look_for_the_steady_state(x64):
+    """An exact reading forgets all at once: the next factor is at rest, while that of the step after a gap is not."""
+    ssm = LinearGaussianSSM([0.0], [[2.0]], [[0.8]], [[1.2]], [[1.0]], [[0.0]])
+    for gap in range(14, 70):
+        y = np.random.default_rng(0).normal(size=(STEPS, 1))
+        y[gap] = np.nan
+        np.testing.assert_allclose(auto(ssm, y)[0], full(ssm, y)[0], rtol=1e-13)
+
+
 def test_too_slow_for_a_steady_state(x64):
     """The gain of a random walk with little noise reaches its steady state after more steps than the series has."""
     ssm = LinearGaussianSSM([0.0], [[10.0]], [[1.0]], [[0.01]], [[1.0]], [[1.0]])

@@ -26,6 +26,9 @@ MODELS = {
     "dynamic_factor": partial(models.dynamic_factor, factor_order=2, error_order=1),
     "multivariate_structural": models.multivariate_structural,
     "panel": models.panel,
+    "sarimax": partial(models.sarimax, order=(1, 1, 1), u=U),
+    "ets": partial(models.ets, trend="add"),
+    "var": models.var,
 }
 NONLINEAR = {
     "stochastic_volatility": models.stochastic_volatility,
@@ -59,11 +62,17 @@ VARIANTS = {
     ),
     "panel everything": partial(models.panel, trend=True, seasonal=4, ar=1, u=U, varying=True),
     "multivariate mixed": partial(models.multivariate_structural, aggregate={0: "sum"}, every=3, u=U),
+    "sarimax seasonal": partial(models.sarimax, order=(1, 0, 0), seasonal_order=(1, 1, 0, 4)),
+    "sarimax trend": partial(models.sarimax, order=(1, 0, 1), trend="ct"),
+    "ets everything": partial(models.ets, trend="add", damped=True, seasonal="add", period=4, initial="sampled", u=U),
+    "var everything": partial(models.var, order=2, trend="ct", tightness=None, cross=None, u=U),
+    "varma": partial(models.var, ma_order=1, stationary=True),
     "neural_ssm random": partial(models.neural_ssm, num_states=1, hidden=4, weights="random", emission="poisson"),
 }
 OBSERVED = {"lds": 2, "lds inputs": 3, "dynamic_factor": 2, "poisson_lds": 3, "lorenz63": 3, "van_der_pol": 2}
 OBSERVED |= {"multivariate_structural": 2, "multivariate everything": 2, "multivariate mixed": 2, "panel": 4}
 OBSERVED["panel everything"] = 4
+OBSERVED |= {"var": 2, "var everything": 3, "varma": 2}
 OBSERVED |= {"ring_attractor": 5, "neural_ssm": 2, "deep_markov": 2, "kalman_vae": 3, "extended_kalman_vae": 3}
 COUNTS = ("poisson_lds", "ring_attractor", "neural_ssm random")
 QUICK = ("stochastic_volatility", "poisson_lds", "neural_ssm")

@@ -124,7 +124,8 @@ def until_steady_state(ssm: LinearGaussianSSM, observed: Array) -> tuple[Gains, 
         next_chol, row = one_step(ssm, chol, observed[t])
         rows = jax.tree.map(lambda all_rows, x: set_row(all_rows, x, t), rows, row)
         due = t == check
-        steady = in_all_of_a_batch(due & (t >= same_mask_from) & unmoved(earlier, next_chol))
+        still = unmoved(earlier, next_chol) & unmoved(chol, next_chol)  # this row too: not the first one after a gap
+        steady = in_all_of_a_batch(due & (t >= same_mask_from) & still)
         earlier = jnp.where(due, next_chol, earlier)
         return t + 1, next_chol, earlier, jnp.where(due, next_check(check), check), rows, steady
 

@@ -3,6 +3,7 @@
 from pssm.models.autoencoders import extended_kalman_vae, kalman_vae
 from pssm.models.deep import deep_markov, neural_ssm
 from pssm.models.dynamics import lorenz63_system, pendulum_system, ring_attractor_system, van_der_pol_system
+from pssm.models.ets import ets
 from pssm.models.factor import dynamic_factor
 from pssm.models.linear import lds, lds_prior, lds_start, lds_values
 from pssm.models.multivariate import multivariate_structural
@@ -15,13 +16,16 @@ from pssm.models.nonlinear import (
     van_der_pol,
 )
 from pssm.models.panels import panel
+from pssm.models.sarimax import sarimax
 from pssm.models.structural import autoregression, local_level, local_linear_trend, seasonal, structural
+from pssm.models.var import var
 
 # The models themselves; `__all__` has their helpers too.
 NAMES = (
     "autoregression",
     "deep_markov",
     "dynamic_factor",
+    "ets",
     "extended_kalman_vae",
     "kalman_vae",
     "lds",
@@ -34,16 +38,19 @@ NAMES = (
     "pendulum",
     "poisson_lds",
     "ring_attractor",
+    "sarimax",
     "seasonal",
     "stochastic_volatility",
     "structural",
     "van_der_pol",
+    "var",
 )
 
 __all__ = [
     "autoregression",
     "deep_markov",
     "dynamic_factor",
+    "ets",
     "extended_kalman_vae",
     "kalman_vae",
     "lds",
@@ -62,9 +69,11 @@ __all__ = [
     "poisson_lds",
     "ring_attractor",
     "ring_attractor_system",
+    "sarimax",
     "seasonal",
     "stochastic_volatility",
     "structural",
     "van_der_pol",
     "van_der_pol_system",
+    "var",
 ]

@@ -56,18 +56,16 @@ def _command(commands: Any, name: str, what: str, run: Callable[..., int], tools
 
 
 def _model_flags(parser: Any) -> None:
-    from pssm.study.series_arguments import add_components, add_seasons
+    from pssm.study.model_arguments import add_model
 
-    parser.add_argument("--model", default="local_level", help="a model (see `pssm models`); default local_level")
-    add_seasons(parser)
-    add_components(parser)
-    parser.add_argument("--order", type=int, help="order of the autoregression")
-    parser.add_argument("--states", type=int, help="size of the state; default the model's")
+    add_model(parser)
 
 
 def _counts(a: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(a, name, None)
+        if name == "order" and isinstance(value, tuple):
+            continue  # (p, d, q), which may be zero
         if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
             raise ValueError(f"`--{name}` must be at least 1; got {value}.")
 

@@ -16,7 +16,7 @@ from pssm.datasets.series import Series
 from pssm.models.noise import NOISES
 from pssm.models.patterns import FORMS
 
-COMPONENTS = ("damped", "pattern", "moving", "noise", "intervention")  # of the structural model
+COMPONENTS = ("pattern", "moving", "noise", "intervention")  # of the structural model
 
 # How a file is read, by the name of the argument of `read_table`.
 _READING = ("time", "inputs", "missing", "decimal", "thousands", "dayfirst", "timezone", "sheet")
@@ -53,10 +53,10 @@ def add_seasons(parser: argparse.ArgumentParser) -> None:
     """The arguments that name seasonal patterns: one number, or several with commas between them."""
     parser.add_argument(
         "--period",
-        type=_numbers(float),
+        type=numbers_of(float),
         help="time steps in a season, or several: 24,168; known for the embedded data",
     )
-    parser.add_argument("--harmonics", type=_numbers(int), help="sine waves of the seasonal pattern, or of each: 6,3")
+    parser.add_argument("--harmonics", type=numbers_of(int), help="sine waves of the seasonal pattern, or of each: 6,3")
     parser.add_argument(
         "--aggregate",
         action="append",
@@ -69,7 +69,6 @@ def add_seasons(parser: argparse.ArgumentParser) -> None:
 def add_components(parser: argparse.ArgumentParser) -> None:
     """The arguments for further components of the structural model."""
     add = parser.add_argument
-    add("--damped", action="store_true", help="structural: the slope of the trend dies out")
     add("--pattern", choices=FORMS, help="structural: the form of seasonal patterns")
     add("--moving", help="structural: columns among the inputs whose coefficients move, comma-separated, or all")
     add("--noise", choices=NOISES, help="structural: noise of the observations; default normal")
@@ -90,7 +89,7 @@ def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
     given = {name: x for name in COMPONENTS if (x := getattr(a, name, None))}
     if given and a.model != "structural":
         raise ValueError(f"`--{next(iter(given))}` goes with `--model structural`; got {a.model!r}.")
-    options = {name: given[name] for name in ("damped", "pattern", "noise") if name in given}
+    options = {name: given[name] for name in ("pattern", "noise") if name in given}
     inputs = names_in(a.inputs)
     if a.model == "structural" and inputs:
         options["u_names"] = tuple(inputs)
@@ -110,7 +109,7 @@ def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
     return options
 
 
-def _numbers(kind: type) -> Callable[[str], Any]:
+def numbers_of(kind: type) -> Callable[[str], Any]:
     """Reads one number, or a tuple of numbers with commas between them."""
 
     def read(text: str) -> Any:
