@@ -16,6 +16,8 @@ from pssm import models as models
 from pssm import nets as nets
 from pssm import sde as sde
 from pssm._version import __version__ as __version__
+from pssm.aggregation import aggregate as aggregate
+from pssm.correlated import correlated_noise as correlated_noise
 from pssm.distributions import observe as observe
 from pssm.filters import DisturbanceResult as DisturbanceResult
 from pssm.filters import ParticleResult as ParticleResult

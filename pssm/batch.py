@@ -39,7 +39,7 @@ def over_batches(fn: Callable[..., Any], ssm: LinearGaussianSSM, *arrays: tuple[
         field_axes[name] = 0 if own else None
     flat = [x if x is None or x.ndim == core else flatten(x, x.ndim - core) for x, core in arrays]
     axes = [None if x is None or x.ndim == core else 0 for x, core in arrays]
-    model, model_axes = rebuild(fields, ssm.time_varying), rebuild(field_axes, ssm.time_varying)
+    model, model_axes = (rebuild(x, ssm.time_varying, ssm.diffuse) for x in (fields, field_axes))
     results = jax.vmap(fn, in_axes=(model_axes, *axes))(model, *flat)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), results)
 

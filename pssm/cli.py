@@ -15,6 +15,8 @@ TAKES = {
     "structural": {"period": "seasonal", "harmonics": "harmonics", "order": "ar"},
     "autoregression": {"order": "order"},
     "dynamic_factor": {"states": "num_factors"},
+    "multivariate_structural": {"period": "seasonal", "harmonics": "harmonics", "states": "rank"},
+    "panel": {"period": "seasonal", "harmonics": "harmonics", "order": "ar"},
     **dict.fromkeys(
         ("lds", "poisson_lds", "neural_ssm", "deep_markov", "kalman_vae", "extended_kalman_vae"),
         {"states": "num_states"},
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add_seasons(compare)
     compare.add_argument("--order", type=int, help="order of the autoregression")
     compare.add_argument(
-        "--states", type=int, help="size of the state, or factors of dynamic_factor; default the model's"
+        "--states", type=int, help="size of the state, factors of dynamic_factor, rank of trends; default the model's"
     )
     compare.add_argument("--horizon", type=int, help="forecast steps; default two seasons, or a tenth of the series")
     compare.add_argument("--warmup", type=int, default=1000, help="NUTS warm-up steps per chain; default 1000")
@@ -179,7 +181,7 @@ def _compare(a: argparse.Namespace) -> int:
         horizon = round(2 * season) if season else max(10, len(series.y) // 10)
     study = pssm.compare(
         a.model,
-        np.asarray(series.y),
+        np.asarray(series.y).T if a.model == "panel" else np.asarray(series.y),  # a panel's series stand in rows
         methods,
         seed=a.seed,
         num_warmup=a.warmup,
@@ -279,6 +281,8 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
     """The options a model takes, from the command line and from what is known of the series."""
+    from pssm.study.series_arguments import series_options
+
     takes = TAKES.get(a.model, {})
     options: dict[str, Any] = {}
     for flag in ("period", "harmonics", "order", "states"):
@@ -291,8 +295,9 @@ def _model_options(a: argparse.Namespace, series: Any) -> dict[str, Any]:
         options.setdefault(takes["period"], series.period)
     if a.model == "seasonal" and "period" not in options:
         raise UsageError("`--period` is required: the number of time steps in a season is not known.")
-    if a.model == "structural":
-        options["trend"] = True
+    options |= series_options(a, series)
+    if a.model in ("structural", "multivariate_structural", "panel"):
+        options["trend"] = a.model != "panel"
         if "seasonal" not in options and "harmonics" in options:
             raise UsageError("`--harmonics` needs `--period`: the number of time steps in a season is not known.")
     return options

@@ -23,7 +23,7 @@ from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine, matvec
 from pssm.partly_observed import log_prob_observed
-from pssm.ssm import LinearGaussianSSM
+from pssm.ssm import LinearGaussianSSM, check_proper
 
 
 @jax.tree_util.register_pytree_node_class
@@ -98,6 +98,7 @@ class NonlinearSSM:
     @classmethod
     def from_linear(cls, ssm: LinearGaussianSSM) -> "NonlinearSSM":
         """The same model as a `LinearGaussianSSM`, time-invariant except for `chol_Q`."""
+        check_proper(ssm)
         if ssm.batch_shape or set(ssm.time_varying) - {"chol_Q"}:
             raise ValueError("`ssm` must have no batch axes and no time-varying arrays but `chol_Q`.")
         chol_R = triangularise(ssm.chol_R)

@@ -7,6 +7,10 @@
 Covariances enter as factors, `Q = chol_Q chol_Q'`: any matrix with that product, triangular or not, and singular is
 normal. The first observation comes from `z_1` itself: no transition stands before it. An entry of a time-varying array
 acts on the step INTO its time, so entry 0 of `A`, `b`, `B` and `chol_Q` is never used.
+
+A state may have a diffuse start: `P0 -> kappa` times the identity on such states, and `kappa -> infinity`, exactly. The
+log-likelihood of data is then the limit of `log p(y) + (r / 2) log(2 pi kappa)`, with `r` the number of directions of
+the start that the data determine: all of the diffuse states, in a series that is long enough.
 """
 
 from typing import Any
@@ -17,24 +21,11 @@ import numpy as np
 
 from pssm._checks import as_float, check_choice, check_finite, check_shape, is_traced
 from pssm._types import Array, ArrayLike, Float
+from pssm.fields import FIELDS as FIELDS
+from pssm.fields import TRANSITION as TRANSITION
+from pssm.fields import checked, split_diffuse
 from pssm.linalg import factors_from_covariances, outer
 from pssm.linalg.small import along_time
-
-# Each field with its axes when it is constant in time; `noise` is the free width of chol_Q.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "m0": ("state",),
-    "chol_P0": ("state", "state"),
-    "A": ("state", "state"),
-    "chol_Q": ("state", "noise"),
-    "C": ("obs", "state"),
-    "chol_R": ("obs", "obs"),
-    "b": ("state",),
-    "d": ("obs",),
-    "B": ("state", "input"),
-    "D": ("obs", "input"),
-}
-TIME_VARYING = ("A", "chol_Q", "C", "chol_R", "b", "d", "B", "D")
-TRANSITION = ("A", "chol_Q", "b", "B")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -57,6 +48,10 @@ class LinearGaussianSSM:
         D: effect of the inputs on the observation, `(obs, input)`.
         time_varying: names of the arguments that carry a time axis in front of the axes above, as in
             `time_varying=("A", "C")`. Never guessed from the number of axes.
+        diffuse: which states have a diffuse start, a boolean mask `(state,)`, see the module's head; what `chol_P0`
+            says of them does not count. An infinite entry on the diagonal of `chol_P0` says the same, unless it is
+            computed inside of `jit`, where nobody sees it. They count from their `m0`; the prior has no draws of them,
+            so `simulate` starts them there.
 
     Raises:
         ValueError: a shape does not fit, a value is not finite, or `time_varying` names something else.
@@ -67,6 +62,8 @@ class LinearGaussianSSM:
         >>> one = jnp.eye(1)
         >>> LinearGaussianSSM(jnp.zeros(1), 1e3 * one, one, 38.3 * one, one, 122.9 * one)
         LinearGaussianSSM(n_state=1, n_obs=1, n_input=0)
+        >>> LinearGaussianSSM(jnp.zeros(1), 0 * one, one, 38.3 * one, one, 122.9 * one, diffuse=[True])
+        LinearGaussianSSM(n_state=1, n_obs=1, n_input=0, diffuse=(True,))
     """
 
     def __init__(
@@ -83,34 +80,12 @@ class LinearGaussianSSM:
         B: ArrayLike | None = None,
         D: ArrayLike | None = None,
         time_varying: tuple[str, ...] = (),
+        diffuse: ArrayLike | None = None,
     ):
         given = dict(m0=m0, chol_P0=chol_P0, A=A, chol_Q=chol_Q, C=C, chol_R=chol_R, b=b, d=d, B=B, D=D)
-        for name in ("m0", "chol_P0", "A", "chol_Q", "C", "chol_R"):
-            if given[name] is None:
-                raise TypeError(f"`{name}` is required; got None.")
-        arrays = {name: None if x is None else as_float(name, x) for name, x in given.items()}
-        present = {name: x for name, x in arrays.items() if x is not None}
-        dtype = jnp.result_type(*present.values())
-        self.time_varying = _check_names(time_varying, present)
-        for source in ("A", "C", "chol_Q"):  # the sizes are read off these three
-            if present[source].ndim < 2 + (source in self.time_varying):
-                raise ValueError(
-                    f"`{source}` must have axes ({', '.join(FIELDS[source])}); got shape {present[source].shape}."
-                )
-        if present["A"].shape[-1] != present["A"].shape[-2]:
-            raise ValueError(f"`A` must be square (state, state); got shape {present['A'].shape}.")
-        sizes = {name: present[source].shape[axis] for name, source, axis in _SIZES if _has_axes(present, source, axis)}
-        for name, x in present.items():
-            axes = FIELDS[name]
-            expected = tuple(sizes.get(axis, -1) for axis in axes)
-            if x.ndim < len(axes) + (name in self.time_varying):
-                timed = "time, " if name in self.time_varying else ""
-                raise ValueError(f"`{name}` must have axes ({timed}{', '.join(axes)}); got shape {x.shape}.")
-            check_shape(name, x, expected, ", ".join(axes))
-            check_finite(name, x)
-        _check_lengths(present, self.time_varying)
-        for name, x in arrays.items():
-            setattr(self, name, None if x is None else x.astype(dtype))
+        fields, self.time_varying, self.diffuse = checked(given, time_varying, diffuse)
+        for name, x in fields.items():
+            setattr(self, name, x)
         _ = self.batch_shape  # raises where batch axes do not broadcast
 
     m0: Float[Array, "*batch state"]
@@ -124,6 +99,7 @@ class LinearGaussianSSM:
     B: Float[Array, "*batch state input"] | None
     D: Float[Array, "*batch obs input"] | None
     time_varying: tuple[str, ...]
+    diffuse: tuple[bool, ...]
 
     @classmethod
     def from_covariances(
@@ -140,10 +116,12 @@ class LinearGaussianSSM:
         B: ArrayLike | None = None,
         D: ArrayLike | None = None,
         time_varying: tuple[str, ...] = (),
+        diffuse: ArrayLike | None = None,
     ) -> "LinearGaussianSSM":
         """The same model from covariances `P0`, `Q`, `R` (singular welcome; at a zero, derivatives are one-sided).
 
-        In `time_varying` say `"Q"` and `"R"`, or `"chol_Q"` and `"chol_R"`.
+        In `time_varying` say `"Q"` and `"R"`, or `"chol_Q"` and `"chol_R"`. States with an infinite variance in `P0`
+        have a diffuse start.
 
         Raises:
             ValueError: a covariance has the wrong shape, is asymmetric or has a negative eigenvalue.
@@ -162,9 +140,12 @@ class LinearGaussianSSM:
                     f"`{name}` must be a covariance matrix of shape ({size}, {size}); got shape {array.shape}."
                 )
             found[name] = array
+        if n_state is not None:
+            diffuse, found["P0"] = split_diffuse(diffuse, P0, found["P0"], n_state, covariance=True)
         factors = factors_from_covariances(found, as_float("C", C))
         renamed = tuple({"Q": "chol_Q", "R": "chol_R"}.get(name, name) for name in time_varying)
-        return cls(m0, factors["P0"], A, factors["Q"], C, factors["R"], b=b, d=d, B=B, D=D, time_varying=renamed)
+        factors = factors["P0"], A, factors["Q"], C, factors["R"]
+        return cls(m0, *factors, b=b, d=d, B=B, D=D, time_varying=renamed, diffuse=diffuse)
 
     @property
     def n_state(self) -> int:
@@ -208,8 +189,9 @@ class LinearGaussianSSM:
 
     @property
     def P0(self) -> Array:
-        """Covariance of the first state."""
-        return outer(self.chol_P0)
+        """Covariance of the first state; infinite where its start is diffuse."""
+        both = np.asarray(self.diffuse or False)
+        return jnp.where(both & np.eye(self.n_state, dtype=bool), jnp.inf, outer(self.chol_P0))
 
     @property
     def Q(self) -> Array:
@@ -229,8 +211,8 @@ class LinearGaussianSSM:
     def replace(self, **fields: ArrayLike) -> "LinearGaussianSSM":
         """A copy with some fields replaced, checked again."""
         for name in fields:
-            check_choice("field", name, [*FIELDS, "time_varying"])
-        current = {name: getattr(self, name) for name in (*FIELDS, "time_varying")}
+            check_choice("field", name, [*FIELDS, "time_varying", "diffuse"])
+        current = {name: getattr(self, name) for name in (*FIELDS, "time_varying", "diffuse")}
         return LinearGaussianSSM(**{**current, **fields})
 
     def astype(self, dtype: Any) -> "LinearGaussianSSM":
@@ -244,7 +226,7 @@ class LinearGaussianSSM:
             name: jax.lax.slice_in_dim(fields[name], start, stop, axis=fields[name].ndim - 1 - len(FIELDS[name]))
             for name in self.time_varying
         }
-        return rebuild({**fields, **cut}, self.time_varying)
+        return rebuild({**fields, **cut}, self.time_varying, self.diffuse)
 
     def with_time_axis(self, name: str) -> Array:
         """A field with a time axis in front of its own axes, of length 1 where it does not vary: for broadcasting."""
@@ -284,7 +266,10 @@ class LinearGaussianSSM:
         return mean + along_time(self.D, inputs, "D" in self.time_varying)
 
     def at(self, values: dict[str, Array]) -> "LinearGaussianSSM":
-        """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans)."""
+        """The model at one time: time-varying fields replaced by the step's `values`, nothing checked (for scans).
+
+        It stands for itself, without what is said of the start of a series.
+        """
         return rebuild({**{name: getattr(self, name) for name in FIELDS}, **values}, ())
 
     def at_time(self, t: Array | int) -> "LinearGaussianSSM":
@@ -297,7 +282,7 @@ class LinearGaussianSSM:
             ValueError: `t` lies outside of the time-varying arrays; at a traced `t`, in a scan, they are NaN.
         """
         if self.num_steps is None:
-            return self
+            return self.at({})
         inside = (t >= 0) & (t < self.num_steps)
         if not is_traced(t) and not inside:
             raise ValueError(f"`t` must be from 0 to {self.num_steps - 1}; got {t}.")
@@ -309,13 +294,14 @@ class LinearGaussianSSM:
         return self.at(values)
 
     def starting_at(self, mean: Array, chol: Array) -> "LinearGaussianSSM":
-        """The model with another first state, nothing checked (for scans)."""
+        """The model with another first state, of finite spread; nothing checked (for scans)."""
         return rebuild(
             {name: getattr(self, name) for name in FIELDS} | {"m0": mean, "chol_P0": chol}, self.time_varying
         )
 
     def __repr__(self) -> str:
         timed = f", time_varying={self.time_varying}" if self.time_varying else ""
+        timed += f", diffuse={self.diffuse}" if self.diffuse else ""
         try:
             batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
             return (
@@ -324,54 +310,39 @@ class LinearGaussianSSM:
         except (AttributeError, IndexError):  # leaves that are not arrays, as in a tree of vmap axes
             return f"LinearGaussianSSM({', '.join(f'{name}={getattr(self, name)}' for name in FIELDS)}{timed})"
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
-        """Fields in the order of `FIELDS`; `time_varying` is static."""
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in FIELDS], self.time_varying
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[tuple, tuple]]:
+        """Fields in the order of `FIELDS`; `time_varying` and `diffuse` are static."""
+        leaves = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in FIELDS]
+        return leaves, (self.time_varying, self.diffuse)
 
     @classmethod
-    def tree_unflatten(cls, time_varying: tuple[str, ...], leaves: tuple[Any, ...]) -> "LinearGaussianSSM":
+    def tree_unflatten(cls, static: tuple[tuple, tuple], leaves: tuple[Any, ...]) -> "LinearGaussianSSM":
         """Rebuilds without checks: leaves may be tracers, axes numbers or placeholders."""
-        return rebuild(dict(zip(FIELDS, leaves, strict=True)), time_varying)
+        return rebuild(dict(zip(FIELDS, leaves, strict=True)), *static)
 
 
-# Which argument fixes each size: the first one present.
-_SIZES = (("state", "A", -1), ("obs", "C", -2), ("noise", "chol_Q", -1), ("input", "D", -1), ("input", "B", -1))
-
-
-def _has_axes(present: dict[str, jax.Array], name: str, axis: int) -> bool:
-    return name in present and present[name].ndim >= -axis
-
-
-def rebuild(fields: dict[str, Any], time_varying: tuple[str, ...]) -> Any:
+def rebuild(fields: dict[str, Any], time_varying: tuple[str, ...], diffuse: tuple[bool, ...] = ()) -> Any:
     """A model from its fields as they are: nothing is converted or checked, leaves may be tracers or placeholders."""
     model = object.__new__(LinearGaussianSSM)
     for name, x in fields.items():
         setattr(model, name, x)
-    model.time_varying = time_varying
+    model.time_varying, model.diffuse = time_varying, diffuse
     return model
-
-
-def _check_names(time_varying: tuple[str, ...], present: dict[str, jax.Array]) -> tuple[str, ...]:
-    if not isinstance(time_varying, tuple | list):
-        raise TypeError(f"`time_varying` must be a tuple of names; got {time_varying!r}. Write (name,).")
-    for name in time_varying:
-        check_choice("time_varying", name, TIME_VARYING)
-        if name not in present:
-            raise ValueError(f"`time_varying` names {name!r}, but `{name}` is not given.")
-    return tuple(name for name in TIME_VARYING if name in time_varying)
-
-
-def _check_lengths(present: dict[str, jax.Array], time_varying: tuple[str, ...]) -> None:
-    lengths = {name: present[name].shape[-1 - len(FIELDS[name])] for name in time_varying}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
-        raise ValueError(f"Time-varying arrays must have one length; got {found} steps.")
 
 
 def check_model(ssm: Any) -> None:
     """Refuses what is not a `LinearGaussianSSM`."""
     if not isinstance(ssm, LinearGaussianSSM):
         raise TypeError(f"`ssm` must be a LinearGaussianSSM; got {type(ssm).__name__}.")
+
+
+def check_proper(ssm: LinearGaussianSSM) -> None:
+    """Refuses a diffuse start where a prior of the states is needed."""
+    if ssm.diffuse:
+        raise ValueError(
+            "`ssm` has a diffuse start, which is no prior for a path. Integrate the states out "
+            "(`LinearGaussianMarginal`, `kalman_smoother`), or give them a finite `chol_P0` and `diffuse=None`."
+        )
 
 
 def check_inputs(ssm: LinearGaussianSSM, u: ArrayLike | None, num_steps: int, name: str = "u") -> Array | None:

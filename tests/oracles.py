@@ -479,3 +479,42 @@ def log_likelihood_on_subspaces(ssm, y):
         gain = P @ C.T @ basis / values
         m, P = m + gain @ innovation, P - gain @ basis.T @ C @ P
     return total
+
+
+def diffuse(ssm, y, u=None, want=None):
+    """With a diffuse start: the log-likelihood, and `(mean, cov)` of the entries `want(joint)` given all of `y`.
+
+    Every variable is a proper Gaussian plus `X delta`. A rotation `Q` of the readings parts those without `delta` from
+    `r` that determine it: `Q1' y = ... + S V' delta`, in the limit with the density `-sum log S`. The rest follows by
+    putting `V' delta = (Q1' y - Q1' noise) / S` into what is wanted.
+    """
+    mask = np.asarray(ssm.diffuse)
+    y = np.asarray(y, float)
+    j = joint(ssm, len(y), u)
+    timed = tuple(name for name in ssm.time_varying if name not in "bdBD")
+    one = ssm.replace(b=None, d=None, B=None, D=None, diffuse=None, time_varying=timed)
+    X = np.stack(
+        [joint(one.replace(m0=1.0 * (np.arange(len(mask)) == i)), len(y)).mean for i in np.flatnonzero(mask)], 1
+    )
+    index, values = seen(j, y, len(y))
+    Q, S, Vt = np.linalg.svd(X[index])
+    r = int((S > 1e-10 * S.max(initial=1.0)).sum())
+    Q1, Q2, S, V = Q[:, :r], Q[:, r:], S[:r], Vt[:r].T
+    noise, mean = j.cov[np.ix_(index, index)], j.mean[index]
+    apart, cov = Q2.T @ (values - mean), Q2.T @ noise @ Q2
+    log_lik = -np.sum(np.log(S))
+    if len(apart):
+        eig, vec = np.linalg.eigh(cov)
+        live = eig > 1e-12 * eig.max()
+        log_lik -= 0.5 * np.sum(np.log(2 * np.pi * eig[live]) + (vec.T @ apart)[live] ** 2 / eig[live])
+    if want is None:
+        return log_lik, None
+    rows = want(j)
+    by_y = X[rows] @ V / S @ Q1.T  # what is wanted is `z + by_y (y - noise)`
+    turn = np.zeros((len(rows), len(j.mean)))
+    turn[np.arange(len(rows)), rows] = 1.0
+    turn[:, index] -= by_y
+    gain = turn @ j.cov[:, index] @ Q2 @ np.linalg.pinv(cov, rcond=1e-13, hermitian=True) if len(apart) else 0.0
+    found = turn @ j.mean + by_y @ values + (gain @ apart if len(apart) else 0.0)
+    spread = turn @ j.cov @ turn.T
+    return log_lik, (found, spread - (gain @ Q2.T @ j.cov[index] @ turn.T if len(apart) else 0.0))

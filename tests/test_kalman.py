@@ -299,3 +299,18 @@ def test_program_does_not_grow_with_the_series(name):
     ssm = LinearGaussianSSM(**oracles.random_model(np.random.default_rng(0)))
     sizes = [_equations(jax.make_jaxpr(FUNCTIONS[name])(ssm, np.zeros((steps, 2))).jaxpr) for steps in (600, 1200)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("R", "u", "Q", "x0", "value"),
+    [
+        (28351.5675, 0.0, 0.0, 919.35, -654.5157),
+        (22213.595, -2.692106, 0.0, 1054.935, -642.31591),
+        (15065.6121, 0.0, 1425.0030, 1111.6338, -637.7631),
+        (15585.278, -3.248793, 1088.987, 1124.044, -637.302692),
+    ],
+)
+def test_marss(R, u, Q, x0, value, x64):
+    """The Nile in MARSS's manual: the state is fixed at time 0, and one transition stands before the first reading."""
+    model = LinearGaussianSSM.from_covariances([x0 + u], [[Q]], [[1.0]], [[Q]], [[1.0]], [[R]], b=[u])
+    np.testing.assert_allclose(pssm.log_likelihood(model, datasets.load("nile").y), value, atol=1e-4)

@@ -26,6 +26,7 @@ RNG = np.random.default_rng(0)
 Y = RNG.normal(size=STEPS).cumsum() + RNG.normal(size=STEPS)
 Y[7] = np.nan
 Y3 = np.column_stack([Y, Y + RNG.normal(size=STEPS), RNG.normal(size=STEPS)])
+TOTALS = np.where((np.arange(STEPS)[:, None] % 3 == 2) | [False, True, True], Y3, np.nan)
 U = np.column_stack([np.cos(np.arange(STEPS)), np.arange(STEPS)])
 UNITS = np.array([1e6, 1.0, 1e-2])
 
@@ -35,6 +36,8 @@ WITH_U = {
     "structural": (partial(models.structural, level=False, cycle=True, ar=1), Y),
     "lds": (partial(models.lds, num_states=2), Y3),
     "dynamic_factor": (partial(models.dynamic_factor, error_order=1), Y3),
+    "multivariate": (partial(models.multivariate_structural, trend=True, cycle=True), Y3),
+    "multivariate sums": (partial(models.multivariate_structural, aggregate={0: "sum"}, every=3, rank=1), TOTALS),
 }
 WITHOUT = {
     "local_linear_trend": (models.local_linear_trend, Y),
@@ -42,7 +45,7 @@ WITHOUT = {
     "seasonal waves": (partial(models.seasonal, period=12.5, harmonics=2), Y),
     "uneven": (partial(models.structural, trend=True, matern=1.5, t=np.arange(STEPS) ** 1.1), Y),
 }
-SLOW = ("structural", "dynamic_factor", "seasonal", "seasonal waves", "uneven")
+SLOW = ("structural", "dynamic_factor", "multivariate", "multivariate sums", "seasonal", "seasonal waves", "uneven")
 
 
 def potential(model, y, z=None, **options):

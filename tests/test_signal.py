@@ -17,7 +17,7 @@ from scipy.stats import multivariate_normal
 from pssm import LinearGaussianSSM, infer
 from pssm.diagnostics import to_datatree
 from pssm.distributions import LinearGaussianMarginal, LinearGaussianPosterior
-from pssm.ssm import TIME_VARYING
+from pssm.fields import TIME_VARYING
 
 STEPS, AHEAD, COUNT = 6, 3, 400
 DRAWS = {"s": np.zeros((1, COUNT))}

@@ -24,6 +24,8 @@ MODELS = {
     "structural": partial(models.structural, ar=1, u=U),
     "lds": partial(models.lds, num_states=1),
     "dynamic_factor": partial(models.dynamic_factor, factor_order=2, error_order=1),
+    "multivariate_structural": models.multivariate_structural,
+    "panel": models.panel,
 }
 NONLINEAR = {
     "stochastic_volatility": models.stochastic_volatility,
@@ -47,9 +49,16 @@ VARIANTS = {
     "structural everything": partial(models.structural, trend=True, seasonal=4, cycle=True, ar=2, u=U),
     "structural stationary": partial(models.structural, level=False, cycle=(3.0, 12.0)),
     "lds inputs": partial(models.lds, num_states=2, u=U),
+    "multivariate everything": partial(
+        models.multivariate_structural, trend=True, seasonal=4, cycle=True, rank=1, noise="correlated", u=U
+    ),
+    "panel everything": partial(models.panel, trend=True, seasonal=4, ar=1, u=U, varying=True),
+    "multivariate mixed": partial(models.multivariate_structural, aggregate={0: "sum"}, every=3, u=U),
     "neural_ssm random": partial(models.neural_ssm, num_states=1, hidden=4, weights="random", emission="poisson"),
 }
 OBSERVED = {"lds": 2, "lds inputs": 3, "dynamic_factor": 2, "poisson_lds": 3, "lorenz63": 3, "van_der_pol": 2}
+OBSERVED |= {"multivariate_structural": 2, "multivariate everything": 2, "multivariate mixed": 2, "panel": 4}
+OBSERVED["panel everything"] = 4
 OBSERVED |= {"ring_attractor": 5, "neural_ssm": 2, "deep_markov": 2, "kalman_vae": 3, "extended_kalman_vae": 3}
 COUNTS = ("poisson_lds", "ring_attractor", "neural_ssm random")
 QUICK = ("stochastic_volatility", "poisson_lds", "neural_ssm")
@@ -76,6 +85,9 @@ def data(name):
         y = np.cumsum(rng.normal(size=(STEPS, size)), axis=0) + rng.normal(size=(STEPS, size))
         y = y + np.tile([2.0, 0.0, -2.0, 0.5], STEPS)[:STEPS, None]
     y[[3, 4, 17]] = np.nan
+    if name.startswith("panel"):
+        y = y.T  # (series, time)
+        y[1, 20:] = np.nan
     return jnp.asarray(y, jnp.float32)
 
 

@@ -5,11 +5,13 @@ from pssm.datasets.embedded import available, load
 from pssm.datasets.read import read_csv, read_table
 from pssm.datasets.sequences import Sequences, available_sequences, load_sequences
 from pssm.datasets.series import Series
+from pssm.datasets.stacked import StackedSeries, stack_series
 
 __all__ = [
     "Clips",
     "Sequences",
     "Series",
+    "StackedSeries",
     "available",
     "available_sequences",
     "bouncing_ball",
@@ -18,4 +20,5 @@ __all__ = [
     "pendulum_clips",
     "read_csv",
     "read_table",
+    "stack_series",
 ]

@@ -235,12 +235,14 @@ def _axes_of(fitted, scorer, args, kwargs, draws, dims, *, series: bool) -> Axes
 
 
 def _labels(axes: Axes, time: ArrayLike | None, coords: dict[str, ArrayLike] | None) -> dict[str, np.ndarray]:
-    """Labels of axes: the names of states that a model gives one of its sites, those of `coords`, and of time."""
+    """Labels of axes: names of states and of series that a model gives its sites, those of `coords`, and of time."""
     labels = {}
     for name, site in axes.trace.items():
         holder = name.removesuffix("_base") if is_path_noise(site) else name
         if "state_names" in (site.get("infer") or {}) and axes.states.get(holder) not in (None, *labels):
             labels[axes.states[holder]] = np.asarray(site["infer"]["state_names"])
+        for axis, own in ((site.get("infer") or {}).get("coords") or {}).items():
+            labels.setdefault(axis, np.asarray(own))
     labels |= {name: label_array(f"coords[{name!r}]", x) for name, x in (coords or {}).items()}
     if time is not None:
         if axes.time is None:

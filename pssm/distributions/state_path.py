@@ -22,7 +22,7 @@ from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine
 from pssm.nonlinear import NonlinearSSM, check_step, check_takes, join_callable, split_callable
-from pssm.ssm import LinearGaussianSSM
+from pssm.ssm import LinearGaussianSSM, check_proper
 
 LOG_2PI = 1.8378770664093453
 _TIMED = ("transition", "chol_Q", "b", "B")
@@ -163,6 +163,7 @@ class StatePath(dist.Distribution):
         """The path prior of a model, linear-Gaussian or not."""
         if isinstance(ssm, NonlinearSSM):
             return cls(ssm.m0, ssm.chol_P0, ssm.transition, ssm.chol_Q, num_steps, u, time_varying=ssm.time_varying)
+        check_proper(ssm)
         timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
         inputs = u if ssm.B is not None else None
         return cls(ssm.m0, ssm.chol_P0, ssm.A, ssm.chol_Q, num_steps, inputs, b=ssm.b, B=ssm.B, time_varying=timed)

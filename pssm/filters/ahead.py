@@ -7,6 +7,7 @@ import jax.scipy.linalg as jsl
 from pssm._checks import check_count, check_series
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import over_batches
+from pssm.fields import TIME_VARYING
 from pssm.filters.covariance import timed_fields
 from pssm.filters.kalman import kalman_filter, simulate
 from pssm.filters.smoother import kalman_smoother, sample_states
@@ -16,7 +17,6 @@ from pssm.linalg.small import matmul
 from pssm.results import ForecastResult
 from pssm.ssm import (
     FIELDS,
-    TIME_VARYING,
     LinearGaussianSSM,
     check_inputs,
     check_model,

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from pssm._types import Array, ArrayLike, Float
 from pssm.batch import over_batches
 from pssm.filters.covariance import Gains, every_step, timed_fields
+from pssm.filters.diffuse import begin
 from pssm.filters.means import scan_means
 from pssm.filters.plan import prepare
 from pssm.filters.smoother import what_is_left
+from pssm.linalg import triangularise
 from pssm.linalg.small import matmul, matvec
 from pssm.ssm import LinearGaussianSSM
 
@@ -60,13 +62,18 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> DisturbanceRes
 
 def _of_one_series(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> DisturbanceResult:
     n, n_obs = ssm.n_state, ssm.n_obs
-    rows = every_step(ssm, ~jnp.isnan(y))
-    whitened = scan_means(rows, len(y) - 1, ssm, y, u)[0].whitened
+    if ssm.diffuse:
+        begun = begin(ssm, y, u, len(y))
+        rows, whitened, more = begun.rows, begun.means.whitened, begun.open.by_x[:, :n, n:]
+    else:
+        more = None
+        rows = every_step(ssm, ~jnp.isnan(y))
+        whitened = scan_means(rows, len(y) - 1, ssm, y, u)[0].whitened
     eye = jnp.eye(n, dtype=y.dtype)
 
     def back(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
         """`e` and `V` of the next time (`smoother.py`): the noise into it, and all of this time."""
-        (e, V), (row, w, timed) = carry, xs
+        (e, V), (row, w, more_t, timed) = carry, xs
         row, now = Gains(*row), ssm.at(timed)
         forth, noise = row.turn_next[:, :n], row.turn_next[:, n:]
         into_next = _moments(now.chol_Q, matvec(noise.T, e), noise, V)
@@ -76,10 +83,13 @@ def _of_one_series(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Disturb
         left = jnp.zeros((n_obs + n, n), y.dtype).at[n_obs:].set(W)  # of `w` nothing is left
         of_obs = _moments(now.chol_R, matvec(at_once.T, jnp.concatenate([w, x])), at_once, left)
         e = matvec(q_obs[:, :n].T, w) + matvec(q_state[:, :n].T, x)
-        return (e, matmul(q_state[:, :n].T, W)), (*into_next, *of_obs)
+        V = matmul(q_state[:, :n].T, W)
+        if more_t is not None:  # a reading that closes an open direction of the start says nothing of `e`
+            V = triangularise(jnp.concatenate([V, more_t], axis=1))
+        return (e, V), (*into_next, *of_obs)
 
     # After the last time nothing is known: e = 0 and V = 1. What is said of a step beyond it is thrown away.
-    xs = tuple(rows), whitened, timed_fields(ssm, ahead=True)
+    xs = tuple(rows), whitened, more, timed_fields(ssm, ahead=True)
     _, (state, state_sd, obs, obs_sd) = jax.lax.scan(back, (jnp.zeros(n, y.dtype), eye), xs, reverse=True)
     state, state_sd = (jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) for x in (state, state_sd))
     return DisturbanceResult(state, state_sd, *(jnp.where(jnp.isnan(y), jnp.nan, x) for x in (obs, obs_sd)))

@@ -14,6 +14,7 @@ from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.batch import apart, for_each, over_batches
 from pssm.filters.covariance import Gains, spread_rows, timed_fields
+from pssm.filters.diffuse import diffuse_filter
 from pssm.filters.means import scan_means, shift
 from pssm.filters.parallel import parallel_filter
 from pssm.filters.passes import run
@@ -43,7 +44,8 @@ def kalman_filter(
     Returns:
         A `FilterResult`. An entry of `y` that others of its step, or the data before it, fix exactly (exact sensors)
         adds no dimension: the density is with respect to the subspace that the step's entries can move in, whatever
-        their order. Where it is not as they fix it, the log-likelihood is minus infinity.
+        their order. Where it is not as they fix it, the log-likelihood is minus infinity. While a diffuse start is not
+        determined, means are NaN and variances infinite (covariances with them NaN).
 
     Raises:
         ValueError: a shape does not fit the model, `y` has an infinite value or no time step, or `method` is unknown;
@@ -117,6 +119,8 @@ def simulate(
 
 @partial(jax.jit, static_argnames="plan")
 def _log_likelihoods(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+    if ssm.diffuse:
+        return _filter(plan, ssm, y, u).log_likelihoods
     if plan.recursion == "parallel":
         return over_batches(parallel_filter, ssm, (y, 2), (u, 2)).log_likelihoods
 
@@ -128,6 +132,12 @@ def _log_likelihoods(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | No
 
 @partial(jax.jit, static_argnames="plan")
 def _filter(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
+    if ssm.diffuse:
+
+        def rest(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> FilterResult:
+            return _filter(plan.for_rest(ssm, len(y)), ssm, y, u)
+
+        return over_batches(partial(diffuse_filter, rest), ssm, (y, 2), (u, 2))
     if plan.recursion == "parallel":
         return over_batches(parallel_filter, ssm, (y, 2), (u, 2))
     return run(_filter_result, plan, ssm, y, u)

@@ -10,7 +10,7 @@ from pssm._types import Array
 from pssm.batch import side_by_side
 from pssm.filters.covariance import Gains, by_step, spread_rows, timed_fields
 from pssm.filters.step import transition_mean, transition_rows, update_factor, update_mean
-from pssm.filters.ties import OfStep, contradictions, what_ties_add
+from pssm.filters.ties import OfStep, contradictions, innovation_rows, what_ties_add
 from pssm.linalg import orthogonalise_with_care, triangularise, unless
 from pssm.linalg.small import unroll
 from pssm.missing import split_missing
@@ -88,7 +88,7 @@ def _of_each_step(
         (mean, chol), (y_t, seen, u_t, u_next, timed) = carry, xs
         now = ssm.at(timed)
         new = update_factor(now, chol, seen if seen.ndim == 1 else jnp.any(seen, axis=1), orthogonalise_with_care)
-        found = what(now, OfStep(chol, new.root, new.turn), mean, y_t, seen, u_t)
+        found = what(now, OfStep(innovation_rows(now, chol), new.root, new.turn), mean, y_t, seen, u_t)
         mean = transition_mean(now, update_mean(now, new.gain, new.root, mean, y_t, seen, u_t)[0], u_next)
         return (mean, orthogonalise_with_care(transition_rows(now, new.new_chol))[0]), found
 

@@ -47,6 +47,11 @@ class Plan(NamedTuple):
         """The same without a search for the steady state."""
         return self._replace(steady_state=False)
 
+    def for_rest(self, ssm: LinearGaussianSSM, length: int) -> "Plan":
+        """The same for one series that is a part of this one, of `length` steps."""
+        steady_state = self.steady_state and may_reach_steady_state(ssm, length)
+        return self._replace(shared_gains=False, steady_state=steady_state)
+
 
 def plan_for(
     ssm: LinearGaussianSSM, y: Array, u: Array | None = None, *, method: str = "auto", ends_matter: bool = True

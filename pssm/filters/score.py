@@ -14,6 +14,7 @@ from pssm._types import Array, ArrayLike, Scalar
 from pssm.batch import over_batches
 from pssm.filters.collapse import collapsed_score, where_collapsed
 from pssm.filters.covariance import Gains
+from pssm.filters.diffuse import diffuse_log_likelihood
 from pssm.filters.low_memory import low_memory_log_likelihood
 from pssm.filters.means import scan_means
 from pssm.filters.parallel import parallel_filter
@@ -50,6 +51,12 @@ def log_likelihood(ssm: LinearGaussianSSM, y: ArrayLike, u: ArrayLike | None = N
 @partial(jax.jit, static_argnames="plan")
 def _log_likelihoods(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
     series = (y, 2), (u, 2)
+    if ssm.diffuse:
+
+        def rest(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:
+            return _log_likelihoods(plan.for_rest(ssm, len(y)), ssm, y, u)
+
+        return over_batches(partial(diffuse_log_likelihood, rest), ssm, *series)
     if plan.recursion == "low_memory":
         return over_batches(low_memory_log_likelihood, ssm, *series)
     if plan.recursion == "parallel":

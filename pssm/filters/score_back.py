@@ -29,7 +29,7 @@ from pssm.filters.covariance import OF_COVARIANCES, Gains, by_step, every_step, 
 from pssm.filters.means import Means, scan_means, shift
 from pssm.linalg import orthogonalise, solve_lower
 from pssm.linalg.small import matmul, matvec, unroll
-from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM
+from pssm.ssm import FIELDS, TRANSITION, LinearGaussianSSM, rebuild
 
 
 def score(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[Array, tuple]:
@@ -162,7 +162,7 @@ def gradient_of(
     for name in set(TRANSITION) & set(ssm.time_varying):  # what step t says of it belongs to the step into t + 1
         total[name] = _delay(total[name])
     fields = {name: total.get(name) for name in FIELDS} | {"m0": lam, "chol_P0": 2 * matmul(gam, turn)}
-    return LinearGaussianSSM.tree_unflatten(ssm.time_varying, tuple(fields.values())), back.residual, u_grad
+    return rebuild(fields, ssm.time_varying), back.residual, u_grad
 
 
 def _delay(g: Array) -> Array:

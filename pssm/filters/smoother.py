@@ -20,11 +20,12 @@ from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.batch import apart, for_each, in_all_of_a_batch, over_batches, side_by_side
 from pssm.filters.covariance import FIRST_CHECK, Gains, by_step, next_check, row_at, unmoved
+from pssm.filters.diffuse_back import diffuse_draws, diffuse_smoother
 from pssm.filters.means import Means, scan_means
 from pssm.filters.parallel import parallel_smoother
-from pssm.filters.passes import of_gains, run
+from pssm.filters.passes import of_gains, of_one_series, run
 from pssm.filters.plan import Plan, plan_for, prepare
-from pssm.filters.refused import possible
+from pssm.filters.refused import determined, possible
 from pssm.linalg import complement, triangularise, unless
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import SMALL, matmul, row_of, set_row, times
@@ -44,7 +45,8 @@ def kalman_smoother(
         method: as in `kalman_filter`.
 
     Returns:
-        A `SmootherResult`; `cross_cov[t]` is `Cov(z_{t+1}, z_t | y)`.
+        A `SmootherResult`; `cross_cov[t]` is `Cov(z_{t+1}, z_t | y)`. Where the data do not determine a diffuse start,
+        means are NaN and variances infinite, with a warning.
 
     Raises:
         ValueError: as in `kalman_filter`.
@@ -59,7 +61,8 @@ def kalman_smoother(
     """
     ssm, series, inputs = prepare(ssm, y, u, method)
     result = _smooth(plan_for(ssm, series, inputs, method=method), ssm, series, inputs)
-    return possible(result, result.log_likelihood, ssm, series, inputs)
+    result = possible(result, result.log_likelihood, ssm, series, inputs)
+    return determined(result, result.mean, ssm)
 
 
 def sample_states(
@@ -102,10 +105,12 @@ def sample_states(
     for size in sample_shape:
         count *= size
     each = ssm.n_state + ssm.chol_Q.shape[-1]
+    if ssm.diffuse:  # the first steps take more
+        each += ssm.n_state + sum(ssm.diffuse)
     noise = standard_normal(key, (*batch, count, series.shape[-2], each), series.dtype)
 
     paths = _draws(plan_for(ssm, series, inputs), ssm, series, inputs, noise)
-    paths = jnp.moveaxis(paths, len(batch), 0)
+    paths = jnp.moveaxis(determined(paths, paths, ssm), len(batch), 0)
     return paths.reshape(tuple(sample_shape) + paths.shape[1:])
 
 
@@ -127,24 +132,33 @@ def most_likely_states(
 
 @partial(jax.jit, static_argnames="plan")
 def _smooth(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
+    if ssm.diffuse:
+
+        def rest(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> tuple[SmootherResult, Array, Array]:
+            return of_one_series(_moments_with, plan.for_rest(ssm, len(y)), ssm, y, u)
+
+        return over_batches(partial(diffuse_smoother, rest), ssm, (y, 2), (u, 2))
     if plan.recursion == "parallel":
         return over_batches(parallel_smoother, ssm, (y, 2), (u, 2))
     return run(_smooth_with, plan, ssm, y, u)
 
 
 def _smooth_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
-    found = _moments_with(rows, last, ssm, y, u)
+    found = _moments_with(rows, last, ssm, y, u)[0]
     chol, cross = for_each(y.shape[:-2], (found.chol, found.cross_cov))
     return found._replace(chol=chol, cross_cov=cross)
 
 
-def _moments_with(rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
-    """As `smooth_complete`."""
+def _moments_with(
+    rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None
+) -> tuple[SmootherResult, Array, Array]:
+    """As `smooth_complete`, with the mean and the factor `V` of the first `e`."""
     means, log_liks = scan_means(rows, last, ssm, y, u)
     covariances = _all_covariances if isinstance(last, int) else _covariances_until_steady
-    chol, cross = covariances(rows, last, y.shape[-2])
-    mean = apart(_paths(rows, last, means), y.shape[:-2])
-    return SmootherResult(mean, chol, cross, log_liks.sum(0).reshape(y.shape[:-2]))
+    chol, cross, left = covariances(rows, last, y.shape[-2])
+    paths, message = _paths(rows, last, means)
+    found = SmootherResult(apart(paths, y.shape[:-2]), chol, cross, log_liks.sum(0).reshape(y.shape[:-2]))
+    return found, message, left
 
 
 def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> SmootherResult:
@@ -152,15 +166,16 @@ def smooth_complete(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Smooth
 
     All series have the same `chol` and `cross_cov`, which come once, without an axis for the series.
     """
-    return of_gains(_moments_with, plan_for(ssm, y, u), jnp.ones(y.shape[-2:], bool), ssm, y, u)
+    return of_gains(_moments_with, plan_for(ssm, y, u), jnp.ones(y.shape[-2:], bool), ssm, y, u)[0]
 
 
-def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> Array:
+def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = None) -> tuple[Array, Array]:
     """Filtered means plus what the future says of them, `m + L+ x` with `x` the future's message in units of `L+`.
 
     The message goes back through the orthogonal factors of the filter alone, so no error is amplified on the way.
     With `noise`, a draw of `x` and the transition's noise before anything later is known, it is moved to where it
-    agrees with the next `e` (Matheron's rule): a draw from the posterior, which takes no covariance of its own.
+    agrees with the next `e` (Matheron's rule): a draw from the posterior, which takes no covariance of its own. The
+    second result is `e` of the first step.
     """
     length, n_obs = means.whitened.shape[:2]
     n = means.mean.shape[1]
@@ -177,7 +192,8 @@ def _paths(rows: Gains, last: Array | int, means: Means, noise: Array | None = N
     e = jnp.zeros_like(means.mean[0])
     if noise is not None:  # nothing is known after the last step: the next `e` is what the draw makes it
         e = times(row_at(rows.turn_next, jnp.asarray(length - 1), last), noise[-1])
-    return jax.lax.scan(back, e, (row_xs, means.new_mean, means.whitened, noise), reverse=True)[1]
+    e, paths = jax.lax.scan(back, e, (row_xs, means.new_mean, means.whitened, noise), reverse=True)
+    return paths, e
 
 
 def _covariance_back(left: Array, row: Gains, next_chol: Array) -> tuple[Array, Array, Array, Array]:
@@ -212,8 +228,8 @@ def _through_update(row: Gains) -> Array:
     return row.turn[-n:, :n].T
 
 
-def _all_covariances(rows: Gains, last: Array | int, length: int) -> tuple[Array, Array]:
-    """Factors of all steps and lag-one covariances, every step computed."""
+def _all_covariances(rows: Gains, last: Array | int, length: int) -> tuple[Array, Array, Array]:
+    """Factors of all steps, lag-one covariances, and `V` of the first step; every step computed."""
     row_xs, row_of_step = by_step(rows, last, length)
     next_xs, next_of_step = by_step(rows.chol, last, length)
 
@@ -223,11 +239,11 @@ def _all_covariances(rows: Gains, last: Array | int, length: int) -> tuple[Array
 
     final = row_at(rows, jnp.asarray(length - 1), last)
     xs = jax.tree.map(lambda x: x[: length - 1], row_xs), next_xs[1:]
-    _, (chol, cross) = jax.lax.scan(step, _through_update(final), xs, reverse=True)
-    return jnp.concatenate([chol, final.new_chol[None]]), cross
+    left, (chol, cross) = jax.lax.scan(step, _through_update(final), xs, reverse=True)
+    return jnp.concatenate([chol, final.new_chol[None]]), cross, left
 
 
-def _covariances_until_steady(rows: Gains, last: Array, length: int) -> tuple[Array, Array]:
+def _covariances_until_steady(rows: Gains, last: Array, length: int) -> tuple[Array, Array, Array]:
     """The same where row `last` is the steady state of the gain.
 
     Back from the end the smoothed covariances reach a steady state of their own, `late` steps before it, which holds
@@ -253,17 +269,18 @@ def _covariances_until_steady(rows: Gains, last: Array, length: int) -> tuple[Ar
         lambda s: (s[0] < room) & ~s[-1], late_step, (*state, jnp.asarray(False))
     )
 
-    def by_steady_state() -> tuple[Array, Array]:
+    def by_steady_state() -> tuple[Array, Array, Array]:
         def early_step(i: Array, state: tuple) -> tuple:
             left, chols, crosses = state
             t = last - 1 - i
             left, _, chol, cross = _covariance_back(left, row_at(rows, t, last), row_of(rows.chol, t + 1))
             return left, set_row(chols, chol, t), set_row(crosses, cross, t)
 
-        _, early_chol, early_cross = jax.lax.fori_loop(0, last, early_step, (left, blank, blank))
+        first, early_chol, early_cross = jax.lax.fori_loop(0, last, early_step, (left, blank, blank))
         t = jnp.arange(length)
         index = jnp.where(t < last, t, capacity + jnp.minimum(length - 1 - t, late))
-        return jnp.concatenate([early_chol, late_chol])[index], jnp.concatenate([early_cross, late_cross])[index[:-1]]
+        chol, cross = (jnp.concatenate(x) for x in ((early_chol, late_chol), (early_cross, late_cross)))
+        return chol[index], cross[index[:-1]], first
 
     if capacity == length:
         return by_steady_state()
@@ -277,6 +294,13 @@ def _covariances_until_steady(rows: Gains, last: Array, length: int) -> tuple[Ar
 
 @partial(jax.jit, static_argnames="plan")
 def _draws(plan: Plan, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> Array:
+    if ssm.diffuse:
+
+        def rest(ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array) -> tuple[Array, Array]:
+            paths, e = of_one_series(_draws_and_start, plan.for_rest(ssm, len(y)), ssm, y, u, noise)
+            return paths, e.T
+
+        return over_batches(partial(diffuse_draws, rest), ssm, (y, 2), (u, 2), (jnp.moveaxis(noise, -2, -3), 3))
     return run(_draws_with, plan, ssm, y, u, (noise, 3))
 
 
@@ -284,7 +308,15 @@ def _draws_with(
     rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
 ) -> Array:
     """Each path of `noise`, `(..., count, time, state + noise of the state)`, made a draw from the posterior."""
+    return _draws_and_start(rows, last, ssm, y, u, noise)[0]
+
+
+def _draws_and_start(
+    rows: Gains, last: Array | int, ssm: LinearGaussianSSM, y: Array, u: Array | None, noise: Array
+) -> tuple[Array, Array]:
+    """The same, and each path's first `e`, `(state, paths)`."""
     means, _ = scan_means(rows, last, ssm, y, u)
     *batch, count = noise.shape[:-2]
     means = jax.tree.map(lambda x: jnp.repeat(x if batch else x[..., None], count, axis=-1), means)
-    return apart(_paths(rows, last, means, side_by_side(noise)), noise.shape[:-2])
+    paths, e = _paths(rows, last, means, side_by_side(noise))
+    return apart(paths, noise.shape[:-2]), e

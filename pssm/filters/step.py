@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pssm._checks import as_float, check_finite, check_shape
 from pssm._types import Array, ArrayLike, Float
 from pssm.batch import over_batches
-from pssm.filters.ties import OfStep, what_ties_add
+from pssm.filters.ties import OfStep, innovation_rows, what_ties_add
 from pssm.linalg import orthogonalise, solve_lower, triangularise, unless
 from pssm.linalg.small import affine, matmul, times
 from pssm.missing import split_missing
@@ -152,13 +152,17 @@ def update_factor(
     top = jnp.concatenate([matmul(jnp.where(seen, ssm.C, 0.0), chol), jnp.where(seen, ssm.chol_R, 0.0)], axis=1)
     bottom = jnp.concatenate([chol, jnp.zeros((chol.shape[0], n_obs), chol.dtype)], axis=1)
     joint, turn = factorise(jnp.concatenate([top, bottom]))
-    chol_s = joint[:n_obs, :n_obs]
+    parts = innovation_parts(joint[:n_obs, :n_obs], observed)
+    return FactorUpdate(joint[n_obs:, :n_obs], joint[n_obs:, n_obs:], *parts, turn)
+
+
+def innovation_parts(chol_s: Array, observed: Array) -> tuple[Array, Array, Array]:
+    """Of `S^1/2`: `S^-1/2`, the log-likelihood without data, and whether an entry is tied."""
     pivots = jnp.diagonal(chol_s)
     live = pivots > 0
     log_norm = -jnp.sum(jnp.where(live, 0.5 * LOG_2PI + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
-    root = solve_lower(chol_s, jnp.eye(n_obs, dtype=chol.dtype))
-    tied = jnp.any(observed & ~live)
-    return FactorUpdate(joint[n_obs:, :n_obs], joint[n_obs:, n_obs:], root, log_norm, tied, turn)
+    root = solve_lower(chol_s, jnp.eye(len(chol_s), dtype=chol_s.dtype))
+    return root, log_norm, jnp.any(observed & ~live)
 
 
 def transition_rows(ssm: LinearGaussianSSM, chol: Array) -> Array:
@@ -197,7 +201,7 @@ def by_ties(
     ssm: LinearGaussianSSM, chol: Array, new: Any, mean: Array, y: Array, observed: Array, u: Array | None
 ) -> Array:
     """`what_ties_add` of a step with the factors `new`, without derivatives."""
-    args = jax.lax.stop_gradient((ssm, OfStep(chol, new.root, new.turn), mean, y, observed, u))
+    args = jax.lax.stop_gradient((ssm, OfStep(innovation_rows(ssm, chol), new.root, new.turn), mean, y, observed, u))
     return unless(~new.tied, jnp.zeros((), y.dtype), lambda: what_ties_add(*args))
 
 
@@ -208,6 +212,11 @@ def _check_one_step(ssm: LinearGaussianSSM) -> None:
     check_model(ssm)
     if ssm.time_varying:
         raise ValueError(f"`ssm` must be the model of one step; got {ssm!r}. Pass `ssm.at_time(t)`.")
+    if ssm.diffuse:
+        raise ValueError(
+            "`ssm` has a diffuse start, of which one step knows nothing. Filter the first steps with `kalman_filter`, "
+            "until no variance is infinite, and go on from there with `ssm.at_time(t)`."
+        )
 
 
 def _checked(ssm: LinearGaussianSSM, mean: ArrayLike, chol: ArrayLike) -> tuple[Array, Array]:

@@ -27,11 +27,16 @@ LEAST = 1e3  # and by so many roundings of the largest reading of its step: proj
 
 
 class OfStep(NamedTuple):
-    """What of a step's gains is needed here: `L`, `S^-1/2` and the orthogonal factor of the update."""
+    """What of a step is needed here: `[C L, chol_R]`, `S^-1/2`, and the orthogonal factor of the update."""
 
-    chol: Array
+    rows: Array
     root: Array
     turn: Array
+
+
+def innovation_rows(ssm: LinearGaussianSSM, chol: Array) -> Array:
+    """`[C L, chol_R]`."""
+    return jnp.concatenate([matmul(ssm.C, chol), ssm.chol_R], axis=1)
 
 
 def what_ties_add(
@@ -63,8 +68,7 @@ def _ties(
 ) -> tuple[Array, Array]:
     """Which tied readings are off, and `log det(1 + W'W)`."""
     seen = observed if observed.ndim == 1 else jnp.any(observed, axis=1)
-    stacked = jnp.concatenate([matmul(ssm.C, row.chol), ssm.chol_R], axis=1)
-    columns = jnp.where(seen[:, None], matmul(stacked, row.turn[: len(y)].T), 0.0)  # of S^1/2: zero where tied
+    columns = jnp.where(seen[:, None], matmul(row.rows, row.turn[: len(y)].T), 0.0)  # of S^1/2: zero where tied
     by_live = matmul(columns, row.root)  # W, in the rows of tied readings
     predicted = affine(ssm.C, ssm.d, ssm.D, mean, u)
     residual = jnp.where(observed, y - predicted, 0.0)

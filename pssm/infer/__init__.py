@@ -9,6 +9,7 @@ from pssm.guides.transport import transport_reparam
 from pssm.infer.causal import causal_draws
 from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
+from pssm.infer.nowcasts import NowcastDraws, nowcast
 from pssm.infer.predict import forecast, sample_states, smoothed_states
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
@@ -22,6 +23,7 @@ __all__ = [
     "FitRecord",
     "MCMCFit",
     "ModelCheck",
+    "NowcastDraws",
     "PointFit",
     "PseudoMarginal",
     "SVIFit",
@@ -41,6 +43,7 @@ __all__ = [
     "forecast",
     "importance_bound",
     "log_weights",
+    "nowcast",
     "one_step_probabilities",
     "particle_gibbs",
     "load",

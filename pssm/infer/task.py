@@ -103,8 +103,20 @@ def task_of(
     return Task(source_of(model, first, args, kwargs, site), thinned, key, None, labels)
 
 
-def steps_of(task: Task, known: int, horizon: int, u_future: Any, y_future: Any = None, future: Any = None) -> Horizon:
-    """The steps of a forecast, with the rows of frames in their places."""
+def steps_of(
+    task: Task,
+    known: int,
+    horizon: int,
+    u_future: Any,
+    y_future: Any = None,
+    future: Any = None,
+    *,
+    strict: bool = False,
+) -> Horizon:
+    """The steps of a forecast, with the rows of frames in their places.
+
+    A model whose states are integrated out may go on without arguments that do; with `strict` it may not.
+    """
     source = task.source
     if is_pandas(u_future) or is_pandas(y_future):
         from pssm.times.frames import inputs_of_steps, known_of_steps, steps_ahead  # pandas, which is there already
@@ -117,7 +129,7 @@ def steps_of(task: Task, known: int, horizon: int, u_future: Any, y_future: Any 
     try:
         ahead = longer_arguments(source, known, horizon, u_future, future)
     except ValueError:
-        if not isinstance(source, ExactSource):
+        if strict or not isinstance(source, ExactSource):
             raise
         ahead = longer_arguments(source, known, horizon, u_future, (source.args, source.kwargs))
     return ahead._replace(y_future=None if y_future is None else unmasked(y_future, "y_future"))

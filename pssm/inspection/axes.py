@@ -158,6 +158,9 @@ def find_axes(
         known = [None if a == TIME and of_time & {*own} else a for a in found[name]]
         kinds = [TIME if a in of_time else ("plate", plates[a]) if a in plates else ("named", a) for a in own]
         found[name] = [k if k == TIME else a or k for a, k in zip(known, kinds, strict=True)]
+    columns = next((("series", n) for n in data if ("series", n) in found[n]), ("named", "series"))
+    for name, axes in found.items():  # sites with an entry for each series, as their model says
+        found[name] = [columns if axis == ("named", "series") else axis for axis in axes]
     time: Kind | None = TIME if any(TIME in found[n] for n in data) else None
     if time is None and series and data and len(found[data[0]]) == 1 and found[data[0]][0] is not None:
         time = found[data[0]][0]  # the plate over the steps of the one series

@@ -74,7 +74,7 @@ def found_start(
 
 def start_like(ssm: LinearGaussianSSM, y: Any, u: Any, structure: Structure) -> LinearGaussianSSM | None:
     """A start from the data with the parts that `ssm` has; None where it would be another kind of model, or costly."""
-    free = structure.fixed <= {"m0", "P0"} and (ssm.B is None) == (ssm.D is None)
+    free = not ssm.diffuse and structure.fixed <= {"m0", "P0"} and (ssm.B is None) == (ssm.D is None)
     size = sum(np.size(part) for part in (y if isinstance(y, list | tuple) else [y]))
     if not free or size > MOST_FOR_A_START or ssm.chol_Q.shape[-1] < ssm.n_state:
         return None

@@ -178,6 +178,8 @@ def fit_em(
     if series.shape[1] < 2:
         raise ValueError(f"`y` must have a sequence of at least 2 steps to learn a transition; got {series.shape[1]}.")
     structure = make_structure(ssm, fixed, diagonal, isotropic, tied or {})
+    if ssm.diffuse and not {"m0", "P0"} <= set(structure.fixed):
+        raise ValueError('`fixed` must have "m0" and "P0": the diffuse start of `ssm` has no parameters to learn.')
     form = choose_form(ssm, series, lengths, structure, missing)
     if prior is None or prior.emission is None:
         check_size(series, lengths, structure, ssm.n_state)

@@ -92,7 +92,7 @@ def maximise(
         fields["chol_Q"] = _noise(moments.transition, transition, structure.groups("Q"), limits.Q, ssm.chol_Q)
     if "R" not in structure.fixed:
         fields["chol_R"] = _noise(moments.emission, emission, structure.groups("R"), limits.R, ssm.chol_R)
-    return rebuild(fields, ())
+    return rebuild(fields, (), ssm.diffuse)
 
 
 def _first_state(

@@ -55,7 +55,9 @@ class Moments(NamedTuple):
 
 def expectations(ssm: LinearGaussianSSM, y: Array, u: Array | None, lengths: Array | None, form: str) -> Moments:
     """The moments of `y`, `(sequence, time, obs)`, in the form `form`; steps from `lengths` on do not count."""
-    if form == "complete" and lengths is None:  # then all sequences have the same covariances: once is enough
+    if (
+        form == "complete" and lengths is None and not ssm.diffuse
+    ):  # then all sequences have the same covariances: once is enough
         smoothed, share = smooth_complete(ssm, y, u), len(y)
         chol, cross_cov = smoothed.chol[None], smoothed.cross_cov[None]
     else:

@@ -5,6 +5,7 @@ from pssm.models.deep import deep_markov, neural_ssm
 from pssm.models.dynamics import lorenz63_system, pendulum_system, ring_attractor_system, van_der_pol_system
 from pssm.models.factor import dynamic_factor
 from pssm.models.linear import lds, lds_prior, lds_start, lds_values
+from pssm.models.multivariate import multivariate_structural
 from pssm.models.nonlinear import (
     lorenz63,
     pendulum,
@@ -13,6 +14,7 @@ from pssm.models.nonlinear import (
     stochastic_volatility,
     van_der_pol,
 )
+from pssm.models.panels import panel
 from pssm.models.structural import autoregression, local_level, local_linear_trend, seasonal, structural
 
 # The models themselves; `__all__` has their helpers too.
@@ -26,7 +28,9 @@ NAMES = (
     "local_level",
     "local_linear_trend",
     "lorenz63",
+    "multivariate_structural",
     "neural_ssm",
+    "panel",
     "pendulum",
     "poisson_lds",
     "ring_attractor",
@@ -50,7 +54,9 @@ __all__ = [
     "local_linear_trend",
     "lorenz63",
     "lorenz63_system",
+    "multivariate_structural",
     "neural_ssm",
+    "panel",
     "pendulum",
     "pendulum_system",
     "poisson_lds",

@@ -113,10 +113,16 @@ def dummy_seasonal_block(scale: Scale, period: int, label: str = "") -> Block:
     """
     sigma = numpyro.sample(f"sigma_seasonal{label}", HalfNormal(0.1 * scale.spread))
     n = period - 1
-    transition = jnp.concatenate([-jnp.ones((1, n)), jnp.eye(n - 1, n)])
+    transition, names = dummy_pattern(period, label)
     first = jnp.eye(n)[:, :1]
-    names = (f"seasonal{label}", *(f"seasonal{label}_lag{i}" for i in range(1, n)))
     return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, sigma * first, first.T, names)
+
+
+def dummy_pattern(period: int, label: str = "") -> tuple[Array, tuple[str, ...]]:
+    """Transition and names of the states of free seasonal effects; the noise enters the first state, which is seen."""
+    n = period - 1
+    names = (f"seasonal{label}", *(f"seasonal{label}_lag{i}" for i in range(1, n)))
+    return jnp.concatenate([-jnp.ones((1, n)), jnp.eye(n - 1, n)]), names
 
 
 def harmonic_seasonal_block(scale: Scale, period: float, waves: int | tuple[int, ...], label: str = "") -> Block:
@@ -128,6 +134,15 @@ def harmonic_seasonal_block(scale: Scale, period: float, waves: int | tuple[int,
     """
     sigma = numpyro.sample(f"sigma_seasonal{label}", HalfNormal(0.1 * scale.spread))
     multiples = tuple(range(1, waves + 1)) if isinstance(waves, int) else waves
+    transition, seen, names = wave_pattern(scale, period, multiples, label)
+    n = len(names)
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, scale.noise(sigma, n), seen, names)
+
+
+def wave_pattern(
+    scale: Scale, period: float, multiples: tuple[int, ...], label: str = ""
+) -> tuple[Array, Array, tuple[str, ...]]:
+    """Transition, emission `(1, n)` and names of the states of waves; each state has a noise of its own."""
     turns, seen, names = [], [], []
     for k in multiples:
         names.append(f"seasonal{label}_{k}")
@@ -138,9 +153,7 @@ def harmonic_seasonal_block(scale: Scale, period: float, waves: int | tuple[int,
         turns.append(scale.turn(2 * jnp.pi * k / period))
         names.append(f"seasonal{label}_phase_{k}")
         seen.append(0.0)
-    n = len(names)
-    start = scale.spread * jnp.eye(n)
-    return Block(jnp.zeros(n), start, _block_diagonal(turns), scale.noise(sigma, n), jnp.array([seen]), tuple(names))
+    return _block_diagonal(turns), jnp.array([seen]), tuple(names)
 
 
 def cycle_block(scale: Scale, shortest: float, longest: float) -> Block:

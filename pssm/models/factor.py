@@ -1,5 +1,8 @@
 """The dynamic factor model."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
@@ -11,6 +14,7 @@ from pssm._types import Array, ArrayLike
 from pssm.distributions.in_units import HalfNormal, Normal
 from pssm.distributions.stable import stationary_vector_autoregression
 from pssm.models.components import stationary_autoregression
+from pssm.models.periods import periods_of, series_names
 from pssm.models.scales import located
 from pssm.models.several import look_at, observe_series, sample_path, triangular_loadings
 from pssm.models.single import STATES, marginal
@@ -26,6 +30,10 @@ def dynamic_factor(
     num_steps: int | None = None,
     num_obs: int | None = None,
     u: ArrayLike | None = None,
+    aggregate: Mapping[Any, str] | Sequence[str | None] | None = None,
+    every: Any = None,
+    start: Any = 0,
+    names: Sequence[str] | None = None,
     states: str = "marginal",
     location: ArrayLike | None = None,
     scale: ArrayLike | None = None,
@@ -48,6 +56,11 @@ def dynamic_factor(
         num_steps: number of steps, needed where `y` is None.
         num_obs: number of series, likewise.
         u: regressors `(time, input)`.
+        aggregate: series that are sums or means over periods, as in `multivariate_structural`: quarterly figures of
+            what moves monthly. Their `sigma_obs` is of the figure, or with `error_order` of a step.
+        every: number of steps in a period, likewise.
+        start: place of the first step in its period, likewise.
+        names: of the series, likewise; an error with a state of its own is called `error[gdp]`.
         states: "marginal" or "sampled". Sampled are the factors and their lags; the errors are integrated out.
         location: as in `lds`.
         scale: as in `lds`.
@@ -69,16 +82,21 @@ def dynamic_factor(
     check_choice("states", states, STATES)
     k, order = check_count("num_factors", num_factors), check_count("factor_order", factor_order)
     check_count("error_order", error_order, least=0)
-    about = look_at(y, num_steps, num_obs, u, location, scale, from_origin=True)
-    p = about.num_obs
+    figures = look_at(y, num_steps, num_obs, u, location, scale, from_origin=True)
+    p = figures.num_obs
     if k > p:
         raise ValueError(f"`num_factors` must be at most {p}, the number of series; got {k}.")
+    own = series_names(names, y, p)
+    periods = periods_of(aggregate, every, start, own, figures.num_steps)
+    about = figures if periods is None else periods.per_step(figures)
     X = numpyro.sample("factor_partial", dist.Normal(jnp.zeros((order, k, k)), 1.0).to_event(3))
     coefficients, chol = stationary_vector_autoregression(X)
     numpyro.deterministic("phi", coefficients)
     loadings = triangular_loadings("loadings", about.scale, k)
-    sigma = numpyro.sample("sigma_obs", HalfNormal(about.scale).to_event(1))
-    d = located("d", Normal(about.location, 2 * about.scale).to_event(1), about.origin)
+    noise_scale = about.scale if error_order else figures.scale
+    sigma = jnp.asarray(numpyro.sample("sigma_obs", HalfNormal(noise_scale).to_event(1)))
+    origin = None if about.origin is None else about.origin / (1.0 if periods is None else periods.steps)
+    d = located("d", Normal(about.location, 2 * about.scale).to_event(1), origin)
     D = None
     if about.u is not None:
         D = numpyro.sample("D", Normal(0.0, 2.5 * about.scale[:, None] / about.input_scale).to_event(2))
@@ -87,17 +105,27 @@ def dynamic_factor(
     A = jnp.concatenate([jnp.concatenate(list(coefficients), axis=1), jnp.eye(size - k, size)])
     C = jnp.pad(loadings, ((0, 0), (0, size - k)))
     factors = LinearGaussianSSM(jnp.zeros(size), chol, A, jnp.eye(size, k), C, jnp.diag(sigma), d=d, D=D)
+    named = [f"factor_{j + 1}" + (f"_lag{i}" if i else "") for i in range(order) for j in range(k)]
+
+    def figure(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
+        return ssm if periods is None else periods.of(ssm, about)
+
+    def observed(ssm: LinearGaussianSSM, states: str) -> None:
+        all_names = named if periods is None else periods.names(named, own)
+        observe_series(figure(ssm), about, states, {"state_names": tuple(all_names)})
+
     if not error_order:
-        observe_series(factors, about, states)
+        observed(factors, states)
         return
     partial = numpyro.sample("error_partial", dist.Uniform(-1.0, 1.0).expand([p, error_order]).to_event(2))
     errors = _errors(partial, sigma)
     if states == "marginal":
-        observe_series(_sum(factors, errors), about, states)
+        named += [f"error[{name}]" + (f"_lag{i}" if i else "") for name in own for i in range(error_order)]
+        observed(_sum(factors, errors), states)
         return
-    z = sample_path(factors, about)  # given the factors, the series are autoregressions about them
+    z = sample_path(factors, about, {"state_names": tuple(named)})  # given the factors, errors are about them
     signal = factors.signal(z, None if about.inputs is None else about.inputs.differences)
-    marginal(errors.replace(d=signal, time_varying=("d",)), about.num_steps, None, about.series)
+    marginal(figure(errors.replace(d=signal, time_varying=("d",))), about.num_steps, None, about.series)
 
 
 def _errors(partial: Array, sigma: Array) -> LinearGaussianSSM:

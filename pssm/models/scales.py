@@ -23,7 +23,7 @@ from pssm.distributions.in_units import FromOrigin, from_origin
 from pssm.observed import observe
 
 # Where the models stand that count data from an origin where 32 bits cannot hold them.
-COUNTED = tuple(f"pssm.models.{room}" for room in ("structural", "linear", "factor"))
+COUNTED = tuple(f"pssm.models.{room}" for room in ("structural", "linear", "factor", "multivariate", "panels"))
 
 
 def counts_from_origin(model: Any, kwargs: dict[str, Any] | None = None) -> bool:

@@ -144,24 +144,37 @@ def triangular_loadings(name: str, spread: Array, n: int, unit: Array | None = N
     return numpyro.deterministic(name, C.at[rows, cols].set(below))
 
 
-def sample_path(ssm: LinearGaussianSSM, about: About) -> Array:
-    """The site `z`, `(time, state)`, driven by the noise where the path has no density."""
+def sample_path(
+    ssm: LinearGaussianSSM, about: About, named: dict[str, Any] | None = None, *, by_noise: bool = False
+) -> Array:
+    """The site `z`, `(time, state)`, driven by the noise where the path has no density, or where that is asked for."""
     inputs = None if about.inputs is None else about.inputs.differences
     path = StatePath.from_ssm(ssm, about.num_steps, inputs)
-    if ssm.chol_Q.shape[-1] < ssm.n_state:
-        return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
-    return path_site("z", path)
+    if by_noise or ssm.chol_Q.shape[-1] < ssm.n_state:
+        with numpyro.handlers.infer_config(config_fn=lambda site: named or {}):
+            return numpyro.deterministic("z", NonCenteredPath()("z", path, None)[1])
+    return path_site("z", path, infer=named or {})
 
 
-def observe_series(ssm: LinearGaussianSSM, about: About, states: str) -> None:
-    """The observed site `y`, states integrated out or sampled; inside a plate where there are several sequences."""
+def observe_series(
+    ssm: LinearGaussianSSM,
+    about: About,
+    states: str,
+    named: dict[str, Any] | None = None,
+    above: np.ndarray | None = None,
+) -> None:
+    """The observed site `y`, states integrated out or sampled; inside a plate where there are several sequences.
+
+    `named` goes to the site that has the states, and `above` `(state,)` is what the origin of the data is of them.
+    """
     if about.num_sequences is not None:
         with numpyro.plate("sequences", about.num_sequences):
-            observe_series(ssm, about._replace(num_sequences=None), states)
+            observe_series(ssm, about._replace(num_sequences=None), states, named, above)
         return
     if states == "marginal":
-        marginal(ssm, about.num_steps, about.inputs if ssm.n_input else None, about.series)
+        marginal(ssm, about.num_steps, about.inputs if ssm.n_input else None, about.series, named, above)
         return
-    z = sample_path(ssm, about)
+    z = sample_path(ssm, about, dict(named or {}) | ({} if above is None else {"origin": above}))
     signal = ssm.signal(z, None if about.inputs is None else about.inputs.differences)
-    observe_from("y", dist.Normal(signal, jnp.sqrt(jnp.diagonal(ssm.R))), about.series)
+    noise = jnp.diagonal(ssm.chol_R)
+    observe_from("y", dist.Normal(signal, noise), about.series)

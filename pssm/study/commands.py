@@ -110,6 +110,8 @@ def _model(a: argparse.Namespace, tools: Tools, series: Any) -> tuple[Any, dict[
 
     _counts(a, "period", "harmonics", "order", "states", "horizon", "starts", "origins")
     check_choice("--model", a.model, models.NAMES)
+    if a.model == "panel":
+        raise ValueError("`--model panel` goes with `pssm compare`, whose NUTS knows populations; or use it in Python.")
     return getattr(models, a.model), tools.model_options(a, series)
 
 

@@ -53,6 +53,13 @@ def add_seasons(parser: argparse.ArgumentParser) -> None:
         help="time steps in a season, or several: 24,168; known for the embedded data",
     )
     parser.add_argument("--harmonics", type=_numbers(int), help="sine waves of the seasonal pattern, or of each: 6,3")
+    parser.add_argument(
+        "--aggregate",
+        action="append",
+        help="columns that are figures of periods, with --every: gdp=sum,prices=mean,stock=last; other rows are empty",
+    )
+    parser.add_argument("--every", type=int, help="steps in a period of --aggregate: 3 for quarters of months")
+    parser.add_argument("--start", type=int, help="place of the first row in its period, 0 (the default) for its first")
 
 
 def _numbers(kind: type) -> Callable[[str], Any]:
@@ -96,6 +103,26 @@ def read_series(a: argparse.Namespace) -> Series:
     for note in series.notes:
         print(f"pssm: {note}", file=sys.stderr)
     return series
+
+
+def series_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
+    """Options of a model of several series: their names, and which are figures of periods.
+
+    Raises:
+        ValueError: the model knows no periods, or `--aggregate` cannot be read.
+    """
+    takes = inspect.signature(getattr(models, a.model)).parameters
+    if "aggregate" not in takes:
+        for flag in ("aggregate", "every", "start"):
+            if getattr(a, flag) is not None:
+                raise ValueError(f"`--{flag}` does not go with `--model {a.model}`.")
+        return {"names": tuple(series.columns)} if a.model == "panel" else {}
+    options: dict[str, Any] = {"names": tuple(series.columns)}
+    if parts := names_in(a.aggregate):
+        if not all(part.count("=") == 1 for part in parts):
+            raise ValueError(f"`--aggregate` must be like gdp=sum,prices=mean; got {', '.join(parts)}.")
+        options["aggregate"] = dict(part.split("=") for part in parts)
+    return options | {n: getattr(a, n) for n in ("every", "start") if getattr(a, n) is not None}
 
 
 def names_in(lists: list[str] | None) -> list[str]:
