@@ -14,7 +14,7 @@ from statsmodels.tsa.statespace.dynamic_factor import DynamicFactor
 from statsmodels.tsa.statespace.varmax import VARMAX
 
 from pssm import LinearGaussianSSM, datasets, infer, models
-from pssm.diagnostics import news
+from pssm.diagnostics import decompose, news, predictions
 from pssm.distributions import LinearGaussianMarginal
 
 QUARTERS = pd.period_range("1990Q1", periods=48, freq="Q")
@@ -129,6 +129,25 @@ def test_impacts_add_up_to_the_change(dtype):
         assert found.table[:5].kind.tolist() == ["withdrawal", "revision", "release", "release", "release"]
         kept = found.table[found.table.target_time == 5]
         assert kept.loc[kept.kind == "release"].set_index("time").weight[5] == pytest.approx(1.0)  # the value itself
+
+
+def test_a_diffuse_start(x64):
+    """The limit of a wide one, in the whole of the analysis: news, components and predictions."""
+    noise = np.array([[1.0, 0.0], [0.6, 0.8]])
+    parts = np.eye(1), np.eye(1), np.ones((2, 1)), noise
+    exact = LinearGaussianSSM([0.0], 0 * np.eye(1), *parts, diffuse=[True])
+    wide = LinearGaussianSSM([0.0], 1e5 * np.eye(1), *parts)
+    old = np.array([[np.nan, np.nan], [10.0, 12.0], [np.nan, 11.0], [9.0, np.nan]])
+    new = np.array([[8.0, np.nan], [10.0, 12.0], [11.5, 11.0], [9.5, 13.0]])
+    a, b = (news(ssm, old, new, [(5, 0), (0, 1)]) for ssm in (exact, wide))
+    np.testing.assert_allclose(a.table.impact, b.table.impact, atol=1e-6)
+    np.testing.assert_allclose(a.summary.before, b.summary.before, atol=1e-6)
+    np.testing.assert_allclose(a.table.groupby(["target_time"]).impact.sum()[5], a.summary.change[0], atol=1e-8)
+    a, b = (decompose(ssm, new, draws=2).data for ssm in (exact, wide))
+    np.testing.assert_allclose(a["mean"], b["mean"], atol=1e-6)
+    a, b = (predictions(ssm, new, horizon=2) for ssm in (exact, wide))
+    np.testing.assert_allclose(a.mean[2:], b.mean[2:], atol=1e-6)
+    np.testing.assert_allclose(a.sd[2:], b.sd[2:], atol=1e-6)
 
 
 def common(y):

@@ -172,7 +172,8 @@ def noise_as_state(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
         "b": None if ssm.b is None else _behind(ssm.b, (p,)),
         "B": None if ssm.B is None else _behind(ssm.B, (p, 0)),
     }
-    return rebuild(fields, tuple(name for name in TIME_VARYING if name in timed - {"chol_R"}))
+    diffuse = (*ssm.diffuse, *(False,) * p) if ssm.diffuse else ()
+    return rebuild(fields, tuple(name for name in TIME_VARYING if name in timed - {"chol_R"}), diffuse)
 
 
 def _behind(x: Array, counts: tuple[int, ...]) -> Array:
