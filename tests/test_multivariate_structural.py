@@ -177,6 +177,24 @@ def test_months_add_up_to_their_quarters(x64):
     assert ahead.mean[2, 0] == pytest.approx(3 * months.mean[0, 0], abs=1e-8), "a walk's months are alike"
 
 
+def test_periods_of_unequal_length(x64):
+    """Months of weeks by labels: they add up, their scale is that of a typical month, and labels reach a forecast."""
+    labels = ["a"] * 4 + ["b"] * 5 + ["c"] * 4 + ["d"] * 2
+    y = np.full((12, 2), np.nan)
+    y[[3, 8], 0], y[:, 1] = [40.0, 52.0], np.linspace(9, 11, 12)
+    model = partial(PATTERN, aggregate={"0": "sum"}, every=labels)
+    trace = traced(model, {"sigma_obs": jnp.array([0.0, 0.4])}, y)
+    fn = trace["y"]["fn"]
+    weeks = np.asarray(fn.smooth(y).mean[:, 0])
+    np.testing.assert_allclose([weeks[:4].sum(), weeks[4:9].sum()], [40, 52], atol=1e-8)
+    assert float(fn.ssm.m0[0]) == pytest.approx(10.0), "the first month has four weeks, like a typical one"
+    draws = {n: s["value"][None, None] for n, s in trace.items() if s["type"] == "sample" and n != "y"}
+    ahead = infer.forecast(model, draws, 3, y).mean[:, 0]
+    np.testing.assert_allclose(ahead, [weeks[9:].sum() + weeks[-1], weeks[-1], 2 * weeks[-1]], rtol=1e-10)
+    with pytest.raises(ValueError, match="a label for each of 16 steps"):
+        infer.forecast(model, draws, 4, y)
+
+
 def test_the_scales_of_a_total_are_those_of_its_months(x64):
     frame = mixed()
     trace = traced(partial(PATTERN, rank=1, **QUARTERLY), None, frame.to_numpy())

@@ -8,7 +8,7 @@ import numpy as np
 
 from pssm._checks import is_pandas
 from pssm._types import ArrayLike
-from pssm.aggregation import aggregate, kinds_of, places_of
+from pssm.aggregation import aggregate, kinds_of, places_in_periods, places_of
 from pssm.models.several import About
 from pssm.ssm import LinearGaussianSSM
 
@@ -89,11 +89,17 @@ def periods_of(how: Any, every: Any, start: Any, names: tuple[str, ...], num_ste
     steps, counts = np.ones(len(names)), np.ones((num_steps, len(names)))
     for i, places in zip(summed, places_of(every, start, summed, num_steps).T, strict=True):
         if kinds[i] == "sum":
-            ends = places[:-1][places[1:] == 0] if num_steps > 1 else places
-            given = every.get(i) if isinstance(every, Mapping) else every
-            steps[i] = given if np.ndim(given) == 0 else np.median(ends if len(ends) else places[-1:]) + 1
+            given = every[i] if isinstance(every, Mapping) else every
+            steps[i] = given if np.ndim(given) == 0 else _typical(given)
             counts[:, i] = places + 1
     return Periods(kinds, every, start, steps, counts)
+
+
+def _typical(labels: ArrayLike) -> float:
+    """Steps in a period: the median of those that are over, of all labels, whatever part of them has data."""
+    places = places_in_periods(labels, len(np.asarray(labels)))
+    ends = places[:-1][places[1:] == 0]
+    return float(np.median(ends if len(ends) else places[-1:])) + 1
 
 
 def _numbered(argument: str, x: Any, names: tuple[str, ...]) -> Any:
