@@ -127,6 +127,7 @@ def test_in_32_bits_values_are_those_of_64(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:not converged to one maximum")  # thirty values and one start
 @pytest.mark.parametrize("name", DIFFUSE)
 def test_a_fit_forecasts_and_generates(name):
     model, y, _ = DIFFUSE[name]
