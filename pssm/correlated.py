@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from pssm._checks import as_float
 from pssm._types import Array, ArrayLike
+from pssm.fields import TIME_VARYING
 from pssm.linalg import factor_from_covariance, triangularise
-from pssm.ssm import LinearGaussianSSM, check_model
+from pssm.ssm import LinearGaussianSSM, check_model, rebuild
 
 
 def correlated_noise(ssm: LinearGaussianSSM, S: ArrayLike, *, into_next: bool = False) -> LinearGaussianSSM:
@@ -56,26 +57,46 @@ def correlated_noise(ssm: LinearGaussianSSM, S: ArrayLike, *, into_next: bool = 
     joint = _block([[R, jnp.swapaxes(cross, -1, -2)], [cross, Q]])
     root = factor_from_covariance("[R, S'; S, Q]", joint)
     factor = jnp.vectorize(triangularise, signature="(n,m)->(n,n)")(root)
-    L_R, G, L_w = factor[..., :p, :p], factor[..., p:, :p], factor[..., p:, p:]
+    return _in_state(ssm, factor[..., :p, :p], factor[..., p:, :p], factor[..., p:, p:], into_next)
+
+
+def noise_as_state(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
+    """The same model with the observation's noise among its states, read off exactly.
+
+    The noise of an entry that is missing may depend on that of its neighbours: then it is a state like others.
+    """
+    noises = ssm.chol_R, ssm.chol_Q
+    if {"chol_Q", "chol_R"} & set(ssm.time_varying):
+        wide = [ssm.with_time_axis(name) for name in ("chol_R", "chol_Q")]
+        noises = [jnp.broadcast_to(x, (*x.shape[:-3], ssm.num_steps, *x.shape[-2:])) for x in wide]
+    return _in_state(ssm, noises[0], jnp.zeros((ssm.n_state, ssm.n_obs), ssm.dtype), noises[1], False)
+
+
+def _in_state(ssm: LinearGaussianSSM, L_R: Array, G: Array, L_w: Array, into_next: bool) -> LinearGaussianSSM:
+    """The model with the standard normals of `v = L_R e` and `w = G e + L_w (more noise)` behind its states."""
+    n, p = ssm.n_state, ssm.n_obs
+    timed = bool({"chol_Q", "chol_R"} & set(ssm.time_varying))
     one, zero = jnp.eye(p, dtype=ssm.dtype), jnp.zeros((p, n), ssm.dtype)
+    none = jnp.zeros((p, L_w.shape[-1]), ssm.dtype)
     C = jnp.expand_dims(ssm.C, -3) if timed and "C" not in ssm.time_varying else ssm.C
     if not timed and "C" in ssm.time_varying and L_R.ndim > 2:
         L_R = jnp.expand_dims(L_R, -3)
     before = jnp.expand_dims(G, -3) if "A" in ssm.time_varying and G.ndim > 2 else G
-    return LinearGaussianSSM(
-        _padded(ssm.m0, p, -1),
-        _block([[ssm.chol_P0, zero.T], [zero, one]]),
-        _block([[ssm.A, before if into_next else zero.T], [zero, jnp.zeros_like(one)]]),
-        _block([[zero.T, L_w], [one, zero]]) if into_next else _block([[G, L_w], [one, zero]]),
-        _block([[C, L_R]]),
-        jnp.zeros((p, p), ssm.dtype),
-        b=None if ssm.b is None else _padded(ssm.b, p, -1),
-        B=None if ssm.B is None else _padded(ssm.B, p, -2),
-        d=ssm.d,
-        D=ssm.D,
-        time_varying=tuple({*ssm.time_varying, *(("C", "chol_Q") if timed else ())} - {"chol_R"}),
-        diffuse=(*ssm.diffuse, *(False,) * p) if ssm.diffuse else None,
-    )
+    fields = {
+        "m0": _padded(ssm.m0, p, -1),
+        "chol_P0": _block([[ssm.chol_P0, zero.T], [zero, one]]),
+        "A": _block([[ssm.A, before if into_next else zero.T], [zero, jnp.zeros_like(one)]]),
+        "chol_Q": _block([[zero.T if into_next else G, L_w], [one, none]]),
+        "C": _block([[C, L_R]]),
+        "chol_R": jnp.zeros((p, p), ssm.dtype),
+        "b": None if ssm.b is None else _padded(ssm.b, p, -1),
+        "d": ssm.d,
+        "B": None if ssm.B is None else _padded(ssm.B, p, -2),
+        "D": ssm.D,
+    }
+    varies = {*ssm.time_varying, *(("C", "chol_Q") if timed else ())} - {"chol_R"}
+    diffuse = (*ssm.diffuse, *(False,) * p) if ssm.diffuse else ()
+    return rebuild(fields, tuple(name for name in TIME_VARYING if name in varies), diffuse)
 
 
 def _block(rows: list[list[Array]]) -> Array:

@@ -10,12 +10,12 @@ import numpy as np
 
 from pssm._checks import check_series, is_pandas, unmasked
 from pssm._types import Array, ArrayLike, Key, KeyLike
+from pssm.correlated import noise_as_state
 from pssm.diagnostics.analysis_plots import plot_news
 from pssm.diagnostics.predictions import labels_behind, place_of
 from pssm.diagnostics.residuals import check_labels
 from pssm.distributions.in_units import from_origin
 from pssm.filters import kalman_smoother
-from pssm.filters.ahead import noise_as_state
 from pssm.fitting.results import Fit
 from pssm.infer.exact import whole_system
 from pssm.infer.task import exact_task, steps_of

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 
 from pssm._checks import check_count, check_series
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import over_batches
-from pssm.fields import TIME_VARYING
+from pssm.correlated import noise_as_state
 from pssm.filters.covariance import timed_fields
 from pssm.filters.kalman import kalman_filter, simulate
 from pssm.filters.smoother import kalman_smoother, sample_states
@@ -16,12 +15,10 @@ from pssm.linalg import outer
 from pssm.linalg.small import matmul
 from pssm.results import ForecastResult
 from pssm.ssm import (
-    FIELDS,
     LinearGaussianSSM,
     check_inputs,
     check_model,
     check_num_steps,
-    rebuild,
 )
 
 
@@ -146,39 +143,6 @@ def draw_given_some(key: Key, ssm: LinearGaussianSSM, y: Array, u: Array | None 
     """A draw of all entries of an unbatched series given those that are known (not NaN)."""
     whole = noise_as_state(ssm)
     return jnp.where(jnp.isnan(y), whole.signal(sample_states(key, whole, y, u), u), y)
-
-
-def noise_as_state(ssm: LinearGaussianSSM) -> LinearGaussianSSM:
-    """The same unbatched model with the observation's noise among its states, `(z, v)`, read off exactly.
-
-    The noise of an entry that is missing may depend on that of its neighbours: then it is a state like others.
-    """
-    p, timed = ssm.n_obs, set(ssm.time_varying)
-    Q, R = ssm.chol_Q, ssm.chol_R
-    if {"chol_Q", "chol_R"} & timed:
-        steps = len(Q if "chol_Q" in timed else R)
-        noise = jax.vmap(jsl.block_diag)(*(jnp.broadcast_to(x, (steps, *x.shape[-2:])) for x in (Q, R)))
-        timed |= {"chol_Q"}
-    else:
-        noise = jsl.block_diag(Q, R)
-    read = jnp.broadcast_to(jnp.eye(p, dtype=ssm.dtype), (*ssm.C.shape[:-2], p, p))
-    fields = {name: getattr(ssm, name) for name in FIELDS} | {
-        "m0": jnp.pad(ssm.m0, (0, p)),
-        "chol_P0": jsl.block_diag(ssm.chol_P0, R[0] if "chol_R" in timed else R),
-        "A": _behind(ssm.A, (p, p)),
-        "chol_Q": noise,
-        "C": jnp.concatenate([ssm.C, read], axis=-1),
-        "chol_R": jnp.zeros((p, p), ssm.dtype),
-        "b": None if ssm.b is None else _behind(ssm.b, (p,)),
-        "B": None if ssm.B is None else _behind(ssm.B, (p, 0)),
-    }
-    diffuse = (*ssm.diffuse, *(False,) * p) if ssm.diffuse else ()
-    return rebuild(fields, tuple(name for name in TIME_VARYING if name in timed - {"chol_R"}), diffuse)
-
-
-def _behind(x: Array, counts: tuple[int, ...]) -> Array:
-    """Zeros behind the last axes."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - len(counts)) + [(0, count) for count in counts])
 
 
 def _prior_moments(ssm: LinearGaussianSSM, num_steps: int, u: Array | None) -> ForecastResult:
