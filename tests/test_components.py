@@ -13,7 +13,7 @@ import scipy.stats
 from numpyro import handlers
 from numpyro.infer.util import initialize_model, log_density
 
-from pssm import models
+from pssm import datasets, infer, models
 
 STEPS = 24
 RNG = np.random.default_rng(0)
@@ -303,3 +303,49 @@ def test_the_density_has_no_units_in_the_samplers_space(name, states):
         for moved in (U + 2000.0, 1e5 * U - 3e7):
             model = partial(models.structural, **{**options, "u": moved})
             assert potential(model, Y, z)[0] == pytest.approx(before, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "sites", "params"),
+    [
+        (models.local_level, dict(level="llevel"), {"sigma_level": 38.0, "sigma_obs": 123.0}, [123.0, 38.0]),
+        (
+            models.local_linear_trend,
+            dict(level="lltrend"),
+            {"sigma_level": 30.0, "sigma_slope": 3.0, "sigma_obs": 120.0},
+            [120.0, 30.0, 3.0],
+        ),
+        (
+            partial(models.structural, trend=True, seasonal=4, ar=1),
+            dict(level="lltrend", seasonal=4, autoregressive=1),
+            {"sigma_level": 30.0, "sigma_slope": 3.0, "sigma_seasonal": 9.0, "sigma_ar": 50.0, "sigma_obs": 90.0},
+            [90.0, 30.0, 3.0, 9.0, 50.0, 0.4],
+        ),
+    ],
+)
+def test_a_diffuse_start_is_statsmodels(model, spec, sites, params, x64):
+    """Its exact diffuse likelihood has `-log(2 pi) / 2` for each diffuse state besides; autoregressions are proper."""
+    from statsmodels.tsa.api import UnobservedComponents
+
+    y = np.array(datasets.load("nile").y, float)
+    y[[0, 7, 50]] = np.nan
+    peer = UnobservedComponents(y, **spec, use_exact_diffuse=True)
+    sds = np.array(params)
+    free = peer.k_states - ("autoregressive" in spec)
+    want = peer.loglike(np.concatenate([sds[:5] ** 2, sds[5:]])) + free * np.log(2 * np.pi) / 2
+    sites = sites | ({"ar_partial": np.array([0.4])} if "autoregressive" in spec else {})
+    fn = handlers.substitute(partial(model, initial="diffuse"), data=sites)
+    site = handlers.trace(handlers.seed(fn, 0)).get_trace(y)["y"]
+    assert sum(site["fn"].ssm.diffuse) == free
+    np.testing.assert_allclose(site["fn"].log_prob(y), want, rtol=1e-8)
+
+
+def test_what_goes_with_a_diffuse_start(x64):
+    y = np.array(datasets.load("nile").y, float)
+    fit = infer.fit_ml(partial(models.local_level, initial="diffuse"), y, num_starts=2, progress_bar=False)
+    np.testing.assert_allclose(fit.log_likelihood, -632.5456, atol=1e-3)
+    assert np.isfinite(infer.forecast(fit, 3).sd).all()
+    trace = handlers.trace(handlers.seed(models.local_level, 0)).get_trace(num_steps=5, initial="diffuse")
+    assert trace["y"]["fn"].ssm.diffuse == ()
+    with pytest.raises(ValueError, match="no prior for a path"):
+        handlers.trace(handlers.seed(models.local_level, 0)).get_trace(y, states="sampled", initial="diffuse")

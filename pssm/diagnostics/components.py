@@ -9,7 +9,7 @@ import numpy as np
 from pssm._checks import check_choice
 
 # What stands behind the name of a component in those of its further states: `ar_lag1`, `cycle_phase`, `matern_slope`.
-_FURTHER = re.compile(r"(_lag\d+|_phase(_\d+)?|_slope|_curvature)$")
+_FURTHER = re.compile(r"(_lag\d+|_carry\d+|_phase(_\d+)?|_slope|_curvature)$")
 _LABELLED = re.compile(r"^seasonal_([^_]+)_(?:lag|phase_)?\d+$")  # one of several patterns: `seasonal_24_1`
 _SERIES = re.compile(r"\[[^\]]*\]$")  # of which series a state is
 REST = "other"

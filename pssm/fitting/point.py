@@ -236,7 +236,7 @@ def _covariance(function: Any, peak: Peak, rules: Any) -> tuple[np.ndarray, np.n
             return found, flat, False
     kept = np.flatnonzero(peak.free & ~flat)
     matrix = peak.information[np.ix_(kept, kept)]
-    if not np.isfinite(matrix).all():
+    if not (np.isfinite(matrix).all() and np.diagonal(matrix).all()):  # a zero: no curvature, at least in one direction
         return found, flat, False
     unit = 1 / np.sqrt(np.abs(np.diagonal(matrix)))
     eigen, basis = np.linalg.eigh(matrix * unit[:, None] * unit)

@@ -44,7 +44,8 @@ class Block(NamedTuple):
     """One component: `m0 (n,)`, `chol_P0 (n, n)`, `A (n, n)`, `chol_Q (n, q)`, `C (1, n)` and names of its states.
 
     `A`, `chol_Q` and `C` may have a time axis in front: with uneven times, or with regressors. `unit` `(n,)` is the
-    size of the states where it is not the spread of the data.
+    size of the states where it is not the spread of the data. `free` says that the states have no distribution of
+    their own before the data, so that their start may be diffuse.
     """
 
     m0: Array
@@ -54,6 +55,7 @@ class Block(NamedTuple):
     C: Array
     names: tuple[str, ...]
     unit: Any = None
+    free: bool = False
 
 
 def stack(blocks: list[Block]) -> Block:
@@ -87,7 +89,7 @@ def level_block(scale: Scale) -> Block:
     """A random walk, `level_t = level_{t-1} + w_t`, with `sigma_level ~ HalfNormal(spread)`."""
     sigma = numpyro.sample("sigma_level", HalfNormal(scale.spread))
     one = jnp.ones((1, 1))
-    return Block(scale.location[None], 10 * scale.spread * one, one, scale.noise(sigma, 1), one, ("level",))
+    return Block(scale.location[None], 10 * scale.spread * one, one, scale.noise(sigma, 1), one, ("level",), free=True)
 
 
 def trend_block(scale: Scale) -> Block:
@@ -112,6 +114,7 @@ def trend_block(scale: Scale) -> Block:
         chol_Q,
         jnp.array([[1.0, 0.0]]),
         ("level", "slope"),
+        free=True,
     )
 
 
@@ -140,6 +143,7 @@ def damped_trend_block(scale: Scale) -> Block:
         chol_Q,
         jnp.array([[1.0, 0.0]]),
         ("level", "slope"),
+        free=True,
     )
 
 
@@ -152,7 +156,7 @@ def dummy_seasonal_block(scale: Scale, period: int, label: str = "") -> Block:
     n = period - 1
     transition, names = dummy_pattern(period, label)
     first = jnp.eye(n)[:, :1]
-    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, sigma * first, first.T, names)
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, sigma * first, first.T, names, free=True)
 
 
 def dummy_pattern(period: int, label: str = "") -> tuple[Array, tuple[str, ...]]:
@@ -173,7 +177,7 @@ def harmonic_seasonal_block(scale: Scale, period: float, waves: int | tuple[int,
     multiples = tuple(range(1, waves + 1)) if isinstance(waves, int) else waves
     transition, seen, names = wave_pattern(scale, period, multiples, label)
     n = len(names)
-    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, scale.noise(sigma, n), seen, names)
+    return Block(jnp.zeros(n), scale.spread * jnp.eye(n), transition, scale.noise(sigma, n), seen, names, free=True)
 
 
 def wave_pattern(

@@ -20,6 +20,7 @@ from pssm.sde import gaps_between
 from pssm.ssm import LinearGaussianSSM
 
 STATES = ("marginal", "sampled")
+INITIAL = ("prior", "diffuse")
 
 
 def fit(
@@ -38,9 +39,13 @@ def fit(
     u_names=None,
     interventions=None,
     noise="normal",
+    initial="prior",
 ) -> None:
     """The common body: scale the priors, stack the blocks, and score or sample."""
     check_choice("states", states, STATES)
+    check_choice("initial", initial, INITIAL)
+    if initial == "diffuse" and states == "sampled":
+        raise ValueError('`initial="diffuse"` is no prior for a path; it goes with `states="marginal"`.')
     check_choice("noise", noise, NOISES)
     found, length = one_series(y, num_steps, t)
     gaps = None if t is None else gaps_between(t)
@@ -61,7 +66,10 @@ def fit(
     warn_of_few(found, len(block.names))
     timed = tuple(name for name in ("A", "chol_Q", "C") if getattr(block, name).ndim == 3)
     timed += ("chol_R",) * (v.chol_R.ndim == 3) + ("d",) * (shift is not None)
-    ssm = LinearGaussianSSM(*block[:5], v.chol_R, d=offset, D=effect, time_varying=timed)
+    diffuse = None
+    if initial == "diffuse" and found is not None:  # without data there is nothing that would make it finite
+        diffuse = np.concatenate([np.full(len(part.names), part.free) for part in blocks])
+    ssm = LinearGaussianSSM(*block[:5], v.chol_R, d=offset, D=effect, time_varying=timed, diffuse=diffuse)
     named: dict[str, Any] = {"state_names": block.names}  # for the axes of results, see `pssm.diagnostics.to_datatree`
     above = None if origin is None or constant else origin * np.eye(len(block.names))[0]  # the level is the first state
     if states == "marginal":

@@ -47,6 +47,7 @@ def local_level(
     t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
+    initial: str = "prior",
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
@@ -60,6 +61,9 @@ def local_level(
         t: times of the observations, see the module's head.
         u: regressors `(time, input)`: adds `beta' (u_t - u_1)`, see the module's head.
         states: "marginal" (integrated out) or "sampled" (a site `z` of shape `(time, 1)`).
+        initial: "prior", the wide normal priors above, or "diffuse": level, slope and seasonal states have no prior,
+            with the limit taken exactly (`LinearGaussianSSM`), as other programs' likelihoods have it. Needs data, and
+            `states="marginal"`; without data it is "prior".
         location: centre of the prior of the first level; by default the first observed value, 0 without data.
         scale: spread the priors are scaled by; by default the standard deviation of the data, 1 without data.
 
@@ -75,7 +79,7 @@ def local_level(
     Source:
         Harvey 1989, section 2.2; Durbin & Koopman 2012, chapter 2.
     """
-    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.level_block(s)])
+    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.level_block(s)], initial=initial)
 
 
 def local_linear_trend(
@@ -85,6 +89,7 @@ def local_linear_trend(
     t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
+    initial: str = "prior",
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
@@ -96,7 +101,7 @@ def local_linear_trend(
     Source:
         Harvey 1989, section 2.3; Durbin & Koopman 2012, section 3.2.
     """
-    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.trend_block(s)])
+    fit(y, num_steps, t, u, states, location, scale, lambda s: [components.trend_block(s)], initial=initial)
 
 
 def seasonal(
@@ -109,6 +114,7 @@ def seasonal(
     t: ArrayLike | None = None,
     u: ArrayLike | None = None,
     states: str = "marginal",
+    initial: str = "prior",
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
@@ -127,6 +133,7 @@ def seasonal(
         t: times of the observations, see the module's head.
         u: regressors `(time, input)`.
         states: "marginal" or "sampled".
+        initial: "prior" or "diffuse", as in `local_level`.
         location: as in `local_level`.
         scale: as in `local_level`.
 
@@ -143,6 +150,7 @@ def seasonal(
         harmonics=harmonics,
         pattern=pattern,
         states=states,
+        initial=initial,
         location=location,
         scale=scale,
     )
@@ -169,6 +177,7 @@ def structural(
     interventions: Mapping[str, Sequence[Any]] | None = None,
     noise: str = "normal",
     states: str = "marginal",
+    initial: str = "prior",
     location: float | None = None,
     scale: float | None = None,
 ) -> None:
@@ -209,6 +218,7 @@ def structural(
             each step has a number of its own that is sampled (`weight_obs`, `log_variance`); with `states="sampled"`
             the log variance is the last state.
         states: "marginal" or "sampled".
+        initial: "prior" or "diffuse", as in `local_level`.
         location: as in `local_level`.
         scale: as in `local_level`.
 
@@ -283,6 +293,7 @@ def structural(
         u_names=u_names,
         interventions=interventions,
         noise=noise,
+        initial=initial,
     )
 
 
