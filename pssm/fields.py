@@ -85,7 +85,10 @@ def split_diffuse(
     if start.ndim < 2 or start.shape[-2:] != (n_state, n_state):
         return (), start  # refused later
     if not any(is_traced(x) for x in jax.tree.leaves(given)):
-        infinite = np.isposinf(np.diagonal(np.asarray(given, float), axis1=-2, axis2=-1)).reshape(-1, n_state)
+        numbers = np.asarray(given, float)
+        infinite = np.isposinf(np.diagonal(numbers, axis1=-2, axis2=-1)).reshape(-1, n_state)
+        if np.isinf(numbers[..., ~np.eye(n_state, dtype=bool)]).any():
+            return (), start  # refused later: only a variance may be infinite
         if (infinite != infinite[:1]).any():
             raise ValueError("`P0` must have its infinite entries in the same places for all models of a batch.")
         found = found | infinite[0]

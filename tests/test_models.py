@@ -223,3 +223,10 @@ def test_errors_name_the_argument(message, model, settings):
     settings = {"y": series()} | settings
     with pytest.raises(ValueError, match=message):
         handlers.seed(model, 0)(settings.pop("y"), **settings)
+
+
+def test_a_structural_model_without_a_level_has_a_mean():
+    """It is in the distribution of the data, and not only a site."""
+    trace = handlers.trace(handlers.seed(partial(models.structural, level=False, ar=1), 0))
+    found = trace.get_trace(num_steps=3, location=1e3, scale=1.0)
+    np.testing.assert_allclose(found["y"]["fn"].mean[:, 0], found["mean"]["value"], rtol=1e-6)

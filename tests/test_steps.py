@@ -8,7 +8,7 @@ import pytest
 
 import pssm
 from pssm import LinearGaussianSSM
-from pssm.ssm import TIME_VARYING
+from pssm.fields import TIME_VARYING
 
 STEPS = 7
 KINDS = {

@@ -34,6 +34,20 @@ class Horizon(NamedTuple):
         return jax.lax.slice_in_dim(x, self.known, self.known + self.num_steps, axis=axis)
 
 
+def _bound(source: Any) -> inspect.BoundArguments:
+    function: Any = source.model
+    while isinstance(function, Messenger):
+        function = function.fn
+    return inspect.signature(function).bind(*source.args, **source.kwargs)
+
+
+def inputs_of(source: Any) -> Any:
+    """The model's inputs `u`, wherever they come from: an argument, or what `functools.partial` holds; or None."""
+    bound = _bound(source)
+    bound.apply_defaults()
+    return bound.arguments.get("u")
+
+
 def longer_arguments(
     source: Any, known: int, num_steps: int, u_future: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None
 ) -> Horizon:
@@ -69,10 +83,7 @@ def longer_arguments(
         y[(slice(None),) * axis + (slice(known, None),)] = np.nan
         return jnp.asarray(y) if isinstance(given, jax.Array) else y
 
-    function: Any = source.model
-    while isinstance(function, Messenger):
-        function = function.fn
-    bound = inspect.signature(function).bind(*source.args, **source.kwargs)
+    bound = _bound(source)
     first = next((n for n, x in bound.arguments.items() if x is not None), "y")
     bound.apply_defaults()  # with what `functools.partial` holds
     call = bound.arguments

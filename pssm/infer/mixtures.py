@@ -19,9 +19,11 @@ class MixtureMoments(NamedTuple):
 
 
 def mixture(mean: ArrayLike, variance: ArrayLike, origin: Any = 0) -> MixtureMoments:
-    """Law of total variance over the leading axis; the means are counted from `origin`."""
+    """Law of total variance over the leading axis; the means are counted from `origin`, in whose precision they are."""
+    kind = np.result_type(np.asarray(mean), *(() if np.isscalar(origin) else (origin,)))
     mean, variance = np.asarray(mean, float), np.asarray(variance, float)
-    return MixtureMoments(mean.mean(0) + origin, np.sqrt(variance.mean(0) + mean.var(0)))
+    sd = np.sqrt(variance.mean(0) + mean.var(0))
+    return MixtureMoments((mean.mean(0) + origin).astype(kind), sd.astype(kind))
 
 
 def mixture_quantiles(mean: np.ndarray, variance: np.ndarray, levels: Sequence[float]) -> np.ndarray:

@@ -16,7 +16,7 @@ from pssm.distributions.unwrap import unwrap
 from pssm.fitting.point import PointFit
 from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
 from pssm.infer.causal import causal_draws
-from pssm.infer.horizon import Horizon, longer_arguments
+from pssm.infer.horizon import Horizon, inputs_of, longer_arguments
 from pssm.infer.sources import ExactSource, source_of, sources_of
 from pssm.inspection.forms import integrated, plain_model
 
@@ -120,10 +120,12 @@ def steps_of(
     source = task.source
     if is_pandas(u_future) or is_pandas(y_future):
         from pssm.times.frames import inputs_of_steps, known_of_steps, steps_ahead  # pandas, which is there already
+        from pssm.times.labels import column_names
 
         labels = task.labels
         behind = labels if labels is None or labels.time is None else labels._replace(time=labels.time[:known])
         steps, inputs, columns = steps_ahead(behind, horizon), labels and labels.inputs, labels and labels.columns
+        inputs = column_names(inputs_of(source)) if inputs is None else inputs
         u_future = inputs_of_steps("u_future", u_future, steps, horizon, inputs, known)
         y_future = known_of_steps("y_future", y_future, steps, horizon, columns, known)
     try:

@@ -60,7 +60,8 @@ def fit(
         u, length, about, found=found, moving=moving, origin=u_origin, names=u_names
     )
     shift = intervention_effects(interventions, t, length, about)
-    offset = shift if offset is None or shift is None else offset + shift
+    if shift is not None:
+        offset = shift if offset is None else offset + shift
     blocks += [extra for extra in (coefficients, v.block) if extra is not None]
     block = components.stack(blocks)
     warn_of_few(found, len(block.names))

@@ -90,7 +90,7 @@ def component_options(a: argparse.Namespace, series: Series) -> dict[str, Any]:
     if given and a.model != "structural":
         raise ValueError(f"`--{next(iter(given))}` goes with `--model structural`; got {a.model!r}.")
     options = {name: given[name] for name in ("pattern", "noise") if name in given}
-    inputs = names_in(a.inputs)
+    inputs = names_in(getattr(a, "inputs", None))
     if a.model == "structural" and inputs:
         options["u_names"] = tuple(inputs)
     if "moving" in given:
