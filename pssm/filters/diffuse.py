@@ -129,8 +129,8 @@ def first_steps(ssm: LinearGaussianSSM, length: int) -> int:
     return length if length <= 2 * steps else steps
 
 
-def begin(ssm: LinearGaussianSSM, y: Array, u: Array | None, steps: int) -> Begun:
-    """The first `steps` steps of one series."""
+def begin(ssm: LinearGaussianSSM, y: Array, u: Array | None, steps: int, *, back: bool = False) -> Begun:
+    """The first `steps` steps of one series; with `back` also what the way back needs (`Open`, else without rows)."""
     filled, observed = split_missing(y)
     start = np.eye(ssm.n_state)[:, list(ssm.diffuse)]
 
@@ -138,7 +138,7 @@ def begin(ssm: LinearGaussianSSM, y: Array, u: Array | None, steps: int) -> Begu
         mean, chol, before = carry
         y_t, seen, u_t, u_next, timed = xs
         now = ssm.at(timed)
-        row, means, log_likelihood, open_, noise = _one_step(now, mean, chol, before, y_t, seen, u_t)
+        row, means, log_likelihood, open_, noise = _one_step(now, mean, chol, before, y_t, seen, u_t, back)
         next_chol, turn_next = orthogonalise(transition_rows(now, row.new_chol))
         # Errors add up in squares over the steps: bounds of a rotation would grow without end.
         errors = jnp.sqrt(matmul(now.A**2, noise**2)) + _eps(y) * matmul(jnp.abs(now.A), jnp.abs(open_.after))
@@ -153,7 +153,14 @@ def begin(ssm: LinearGaussianSSM, y: Array, u: Array | None, steps: int) -> Begu
 
 
 def _one_step(
-    ssm: LinearGaussianSSM, mean: Array, chol: Array, before: Rounded, y: Array, seen: Array, u: Array | None
+    ssm: LinearGaussianSSM,
+    mean: Array,
+    chol: Array,
+    before: Rounded,
+    y: Array,
+    seen: Array,
+    u: Array | None,
+    back: bool,
 ) -> tuple[Gains, Means, Array, Open, Array]:
     n_obs, n = ssm.C.shape
     d = before.value.shape[1]
@@ -161,8 +168,9 @@ def _one_step(
     zeros = jnp.zeros((n, n_obs), y.dtype)
     state = jnp.concatenate([mean[:, None], chol, zeros, before.value], axis=1)
     width = state.shape[1]
-    themselves = jnp.asarray(np.concatenate([np.eye(n, width, 1), np.eye(d, width, width - d)]), y.dtype)
-    errors = jnp.zeros((2 * n + d, width), y.dtype).at[:n, width - d :].set(before.error)
+    themselves = np.concatenate([np.eye(n, width, 1), np.eye(d, width, width - d)])[: n + d if back else 0]
+    more = len(themselves)
+    errors = jnp.zeros((n + more, width), y.dtype).at[:n, width - d :].set(before.error)
     rest = y - affine(jnp.zeros_like(ssm.C), ssm.d, ssm.D, mean, u)
     noise = jnp.concatenate([-rest[:, None], zeros.T, ssm.chol_R, jnp.zeros((n_obs, d), y.dtype)], axis=1)
 
@@ -178,7 +186,7 @@ def _one_step(
         return jax.tree.map(lambda x, y: jnp.where(closes, x, y), after, table), (closes, jnp.log(jnp.abs(pivot)))
 
     table, (closed, log_pivots) = jax.lax.scan(
-        close, Rounded(jnp.concatenate([state, themselves]), errors), (ssm.C, noise, seen)
+        close, Rounded(jnp.concatenate([state, jnp.asarray(themselves, y.dtype)]), errors), (ssm.C, noise, seen)
     )
     mean_now, spread, after = jnp.split(table.value, [1, width - d], axis=1)
     mean_now = mean_now[:, 0]
@@ -186,7 +194,7 @@ def _one_step(
     ordinary = seen & ~closed
     top = _read(ssm.C, table, n, noise).value[:, 1 : width - d]
     stacked = jnp.concatenate([jnp.where(ordinary[:, None], top, 0.0), spread])
-    joint, turn = orthogonalise(jnp.pad(stacked, ((0, 0), (0, n + d))))
+    joint, turn = orthogonalise(jnp.pad(stacked, ((0, 0), (0, more))))
     root, log_norm, tied = innovation_parts(joint[:n_obs, :n_obs], ordinary)
     whitened = root @ jnp.where(ordinary, rest - ssm.C @ mean_now[:n], 0.0)
     found = mean_now + joint[n_obs:, :n_obs] @ whitened
@@ -212,6 +220,8 @@ def then(
     arrays: tuple[Any, ...],
     begun_only: Callable[[Begun], Any],
     and_rest: Callable[..., Any],
+    *,
+    back: bool = False,
 ) -> Any:
     """What is made of a series: by its first steps and an ordinary filter after them, or with all steps like the first.
 
@@ -221,17 +231,20 @@ def then(
         begun_only: takes a `Begun` of all steps.
         and_rest: takes a `Begun` of the first steps that leave nothing open; the model of the steps after these, which
             starts where they lead; and `arrays` of those.
+        back: whether the way back is needed.
     """
     y, u = arrays[:2]
     length = len(y)
     steps = first_steps(ssm, length)
-    begun = begin(ssm, y, u, steps)
+    begun = begin(ssm, y, u, steps, back=back)
     if steps == length:
         return begun_only(begun)
     rest = ssm.steps(steps, length).starting_at(begun.mean, begun.chol)
     later = jax.tree.map(lambda x: x[steps:], arrays)
     closed = in_all_of_a_batch(begun.closed)
-    return jax.lax.cond(closed, lambda: and_rest(begun, rest, *later), lambda: begun_only(begin(ssm, y, u, length)))
+    # It is rare, so nothing is kept of it for a derivative: that would be room for all steps, filled with zeros.
+    all_steps = jax.checkpoint(lambda ssm, y, u: begun_only(begin(ssm, y, u, length, back=back)))
+    return jax.lax.cond(closed, lambda: and_rest(begun, rest, *later), lambda: all_steps(ssm, y, u))
 
 
 def diffuse_log_likelihood(rest_of: Callable[..., Array], ssm: LinearGaussianSSM, y: Array, u: Array | None) -> Array:

@@ -54,7 +54,7 @@ def diffuse_smoother(
         joined = (jnp.concatenate(pair) for pair in zip(head, tail[:3], strict=True))
         return SmootherResult(*joined, begun.log_likelihoods.sum() + tail.log_likelihood)
 
-    return then(ssm, (y, u), only, both)
+    return then(ssm, (y, u), only, both, back=True)
 
 
 def _moments(begun: Begun, after: After | None) -> tuple[Array, Array, Array]:
@@ -141,7 +141,7 @@ def diffuse_draws(
         tail, e = rest_of(rest, y, u, jnp.moveaxis(later[..., :width], 0, 1))
         return jnp.concatenate([_paths(begun, noise[: len(noise) - len(later)], e), tail], axis=1)
 
-    return then(ssm, (y, u, noise), only, both)
+    return then(ssm, (y, u, noise), only, both, back=True)
 
 
 def _paths(begun: Begun, noise: Array, e: Array) -> Array:

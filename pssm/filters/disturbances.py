@@ -63,7 +63,7 @@ def _smooth(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> DisturbanceRes
 def _of_one_series(ssm: LinearGaussianSSM, y: Array, u: Array | None) -> DisturbanceResult:
     n, n_obs = ssm.n_state, ssm.n_obs
     if ssm.diffuse:
-        begun = begin(ssm, y, u, len(y))
+        begun = begin(ssm, y, u, len(y), back=True)
         rows, whitened, more = begun.rows, begun.means.whitened, begun.open.by_x[:, :n, n:]
     else:
         more = None
