@@ -72,13 +72,18 @@ def partition(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
     return [leaves[i] for i in where], rebuild
 
 
+def is_here(x: Any) -> bool:
+    """Whether this process can read all of an array: not one that is spread over the devices of several."""
+    return not is_spread(x) or x.is_fully_addressable or x.is_fully_replicated
+
+
 def local_copy(tree: Any) -> Any:
     """The pytree with every spread array whole and on the host; all processes must call it."""
 
     def one(x: Any) -> Any:
         if not is_spread(x):
             return x
-        if x.is_fully_addressable or x.is_fully_replicated:
+        if is_here(x):
             return np.asarray(x)
         from jax.experimental import multihost_utils
 

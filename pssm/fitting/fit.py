@@ -15,6 +15,7 @@ from numpyro.infer.autoguide import AutoGuide
 from pssm._checks import is_pandas, is_rounded, is_traced, unmasked_arguments
 from pssm._keys import as_key
 from pssm._types import KeyLike
+from pssm.devices import is_here
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
@@ -352,7 +353,7 @@ def doubts(model: Callable[..., Any], args: tuple[Any, ...], *, double: bool = F
     """
     found = []
     leaves = [x for x in jax.tree.leaves(args) if isinstance(x, np.ndarray | jax.Array) and np.ndim(x)]
-    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and not is_traced(x)]
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and not is_traced(x) and is_here(x)]
     if floats and floats[0] is leaves[0] and np.isnan(np.asarray(floats[0])).all():
         found.append("the data have no observed value: the draws are those of the prior.")
     if not double and not counts_from_origin(model) and any(is_rounded(x) for x in floats):
