@@ -107,15 +107,13 @@ def trend_block(scale: Scale) -> Block:
         rows = sigma_slope * gap / 3**0.5, sigma_slope * (none + 0.75**0.5), none + 0.5 * sigma_slope
         columns = jnp.stack([none + sigma_level, rows[0], none, none, rows[1], rows[2]], axis=1)
         chol_Q = jnp.sqrt(gap)[:, None, None] * columns.reshape(-1, 2, 3)
-    return Block(
-        jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
-        jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),
-        A,
-        chol_Q,
-        jnp.array([[1.0, 0.0]]),
-        ("level", "slope"),
-        free=True,
-    )
+    return _level_and_slope(scale, A, chol_Q)
+
+
+def _level_and_slope(scale: Scale, A: Array, chol_Q: Array) -> Block:
+    first = jnp.stack([scale.location, jnp.zeros_like(scale.location)])
+    spread = jnp.diag(jnp.stack([10 * scale.spread, scale.spread]))
+    return Block(first, spread, A, chol_Q, jnp.array([[1.0, 0.0]]), ("level", "slope"), free=True)
 
 
 def damped_trend_block(scale: Scale) -> Block:
@@ -136,15 +134,7 @@ def damped_trend_block(scale: Scale) -> Block:
         F = jnp.array([[zero, decay / (1 - phi)], [zero, -decay]])
         L = jnp.diag(jnp.stack([sigma_level, sigma_slope * jnp.sqrt(2 * decay / (1 - phi**2))]))
         A, chol_Q = jax.vmap(lambda gap: discretise(F, L, gap))(scale.gaps)
-    return Block(
-        jnp.stack([scale.location, jnp.zeros_like(scale.location)]),
-        jnp.diag(jnp.stack([10 * scale.spread, scale.spread])),
-        A,
-        chol_Q,
-        jnp.array([[1.0, 0.0]]),
-        ("level", "slope"),
-        free=True,
-    )
+    return _level_and_slope(scale, A, chol_Q)
 
 
 def dummy_seasonal_block(scale: Scale, period: int, label: str = "") -> Block:

@@ -20,6 +20,7 @@ from pssm._types import Array
 from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.in_units import FromOrigin
 from pssm.distributions.state_path import check_steps
+from pssm.linalg import triangularise
 from pssm.models.scales import Regressors, Series
 from pssm.observed import observe
 from pssm.ssm import LinearGaussianSSM
@@ -112,10 +113,10 @@ def _sampled(
         reach = ssm.C @ factor
         centre = ssm.C @ mean + shift
         partly = jnp.where(seen[:, None], reach, 0.0)
-        chol = jnp.linalg.cholesky(partly @ partly.T + jnp.diag(jnp.where(seen, 0.0, 1.0)))
+        chol = triangularise(jnp.concatenate([partly, jnp.diag(jnp.where(seen, 0.0, 1.0).astype(dtype))], axis=1))
         off = jnp.where(seen, jnp.where(seen, y, 0.0) - centre, 0.0) - partly @ base
         z = mean + factor @ (base + partly.T @ jsl.cho_solve((chol, True), off))
-        return z, centre, jnp.linalg.cholesky(reach @ reach.T)
+        return z, centre, triangularise(reach)
 
     first, centre, chol = given(ssm.m0, ssm.chol_P0, noise[:n], read[0], values[0])
 
