@@ -203,7 +203,8 @@ def fit_svi(
         learning_rate: first step size of Adam, or an optax schedule; not used with `optimizer`.
         clip_norm: gradients longer than this are shortened to it; None for never. Not used with `optimizer`.
         optimizer: an optax or NumPyro optimiser instead.
-        loss: an ELBO; by default `Trace_ELBO(num_particles=8)`, a lower bound on the log evidence.
+        loss: an ELBO; by default a lower bound on the log evidence, from 8 draws: `StickingTheLanding_ELBO` for a
+            guide of paths, else `Trace_ELBO`.
         kl_schedule: the weight of the KL divergence at a step (traced), 1 at the end for a bound:
             `optax.linear_schedule(0.1, 1.0, 500)`. The losses are those of the weighted objective; convergence is
             judged where the weight has its last value. Validation has the weight 1.

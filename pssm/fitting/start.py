@@ -19,6 +19,7 @@ from pssm.guides import AutoStateSpace
 from pssm.guides.paths import FAMILIES, PathGuide
 from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
 from pssm.objectives.constraint import Constrained
+from pssm.objectives.sticking_the_landing import StickingTheLanding_ELBO
 
 GUIDES: dict[str, Any] = {"normal": AutoNormal, "mvn": AutoMultivariateNormal}
 
@@ -52,7 +53,9 @@ def _loss(model: Any, guide: Any) -> ELBO:
     one = isinstance(model, Constrained)  # its state is lost with several particles
     if not isinstance(guide, PathGuide):
         return Trace_ELBO(num_particles=1 if one else 8)
-    return TraceConditionalKL_ELBO(1 if one or guide.family == "moment_matched" else 8)
+    if one or guide.family == "moment_matched":  # the latter has no density
+        return TraceConditionalKL_ELBO()
+    return StickingTheLanding_ELBO(8)
 
 
 def initial_state(svi: SVI, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SVIState:

@@ -17,9 +17,9 @@ class AutoStateSpace(PathGuide):
     prior at the sampled values of the other sites; those get an ordinary guide. The potentials start at the mode of
     the path: on a linear-Gaussian model with `rank` = size of the state that start is the exact posterior.
 
-    Use it with `Trace_ELBO` or `TraceConditionalKL_ELBO` (lower variance) for the families "chain" and "diagonal",
-    whose objective is a lower bound on the log evidence; "moment_matched" is the published recursion, whose objective
-    is a surrogate that can exceed it, and needs `TraceConditionalKL_ELBO` or `TraceMeanField_ELBO`.
+    Use it with `StickingTheLanding_ELBO` (least noise near the optimum) or another ELBO for the families "chain" and
+    "diagonal", whose objective is a lower bound on the log evidence; "moment_matched" is the published recursion, whose
+    objective is a surrogate that can exceed it, and needs `TraceConditionalKL_ELBO` or `TraceMeanField_ELBO`.
 
     Args:
         model: a NumPyro model with at least one unobserved `StatePath` site. Under a plate with subsampling the

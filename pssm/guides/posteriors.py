@@ -172,7 +172,9 @@ def start_of(form: Form, site: PathSite) -> Potential:
         own = site._replace(run=site.run.with_indices(indices), values=values)
         found = own.at_mode(form.rank, form.diagonal, start=None, num_iters=START_ITERS)
         scale = jnp.where(found.scale > 0, found.scale, 1.0)
-        floor = 1e-6 / jnp.broadcast_to(noise_scale(own.run.path_prior(site.name, values)), scale.shape) ** 2
+        # A diagonal of zero cannot grow. Beside all columns it need not, and may be as small as rounding lets it be.
+        least = 1e-6 if form.rank < scale.shape[-1] else 10 * float(jnp.finfo(scale.dtype).eps)
+        floor = least / jnp.broadcast_to(noise_scale(own.run.path_prior(site.name, values)), scale.shape) ** 2
         slope, factor = found.slope * scale, found.factor * scale[..., None]
         return Potential(factor, jnp.maximum(found.diagonal, floor), center=found.center, slope=slope, scale=scale)
 

@@ -14,7 +14,7 @@ from pssm.infer.predict import forecast, sample_states, smoothed_states
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal
-from pssm.objectives import Constrained, TraceConditionalKL_ELBO, WeightedKL, constrain
+from pssm.objectives import Constrained, StickingTheLanding_ELBO, TraceConditionalKL_ELBO, WeightedKL, constrain
 from pssm.storage.folder import SavedFitError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "PseudoMarginal",
     "SVIFit",
     "SavedFitError",
+    "StickingTheLanding_ELBO",
     "TraceConditionalKL_ELBO",
     "TrainingError",
     "WeightedKL",

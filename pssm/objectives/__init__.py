@@ -2,6 +2,7 @@
 
 from pssm.objectives.conditional_kl import TraceConditionalKL_ELBO
 from pssm.objectives.constraint import Constrained, constrain
+from pssm.objectives.sticking_the_landing import StickingTheLanding_ELBO
 from pssm.objectives.weighted_kl import WeightedKL
 
-__all__ = ["Constrained", "TraceConditionalKL_ELBO", "WeightedKL", "constrain"]
+__all__ = ["Constrained", "StickingTheLanding_ELBO", "TraceConditionalKL_ELBO", "WeightedKL", "constrain"]
