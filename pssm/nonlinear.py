@@ -19,6 +19,7 @@ from pssm._checks import as_float, check_finite, check_shape
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, Key, KeyLike
 from pssm.emission_moments import EmissionMoments, base_of, moments_of, statistic_of
+from pssm.events import draw
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine, matvec
@@ -211,10 +212,11 @@ class NonlinearSSM:
 
     def emission_size(self, u: Array | None = None) -> int:
         """Number of observed variables."""
-        d = jax.eval_shape(lambda: self.emission(self.m0, u).sample(jax.random.key(0)))
-        if d.ndim > 1:
-            raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {d.shape}.")
-        return d.shape[0] if d.ndim else 1
+        d = jax.eval_shape(lambda: self.emission(self.m0, u))
+        shape = d.batch_shape + d.event_shape
+        if len(shape) > 1:
+            raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {shape}.")
+        return shape[0] if shape else 1
 
     def simulate(self, key: KeyLike, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
         """Draws states `(time, state)` and observations `(time, obs)`."""
@@ -234,10 +236,10 @@ class NonlinearSSM:
 
         path = jnp.concatenate([z[None], jax.lax.scan(step, z, jnp.arange(1, num_steps))[1]])
 
-        def draw(key: Key, z: Array, u: Array | None) -> Array:
-            return jnp.atleast_1d(self.emission(z, u).sample(key)).astype(self.m0.dtype)
+        def observed(key: Key, z: Array, u: Array | None) -> Array:
+            return jnp.atleast_1d(draw(self.emission(z, u), key)).astype(self.m0.dtype)
 
-        return path, jax.vmap(draw)(jax.random.split(seen, num_steps), path, inputs)
+        return path, jax.vmap(observed)(jax.random.split(seen, num_steps), path, inputs)
 
     def __repr__(self) -> str:
         try:
