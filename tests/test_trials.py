@@ -63,7 +63,7 @@ def test_draws_look_into_wrappers():
 
     np.testing.assert_array_equal(draw(dist.Normal(n, 1.0), key), dist.Normal(n, 1.0).sample(key))
     with pytest.raises(ValueError, match="`total_count` of BinomialProbs must be whole numbers; got 2.5"):
-        draw(dist.Binomial(jnp.array([2.0, 2.5]), 0.5).to_event(1), key)
+        draw(dist.BinomialProbs(0.5, jnp.array([2.0, 2.5]), validate_args=False).to_event(1), key)
 
 
 def counts_model(counts=None, trials=TRIALS):
