@@ -6,19 +6,27 @@ Time runs as in `ssm.py`: the first observation comes from `z_1` itself, and inp
 step that they act into.
 """
 
-import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 
 from pssm._checks import as_float, check_finite, check_shape
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, Key, KeyLike
+from pssm.callables import (
+    STATE_NOISE,
+    check_noise,
+    check_step,
+    check_takes,
+    join_callable,
+    split_callable,
+    takes_two,
+)
 from pssm.emission_moments import EmissionMoments, base_of, moments_of, statistic_of
+from pssm.events import draw
 from pssm.linalg import triangularise
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine, matvec
@@ -37,7 +45,7 @@ class NonlinearSSM:
         chol_P0: factor of its covariance, `(state, state)`.
         transition: `f(z, u) -> (state,)`; `u` is `(input,)`, or None without inputs. A plain function or a pytree.
         chol_Q: factor of the transition noise, `(state, noise)`, singular or not; `(time, state, noise)` if it is named
-            in `time_varying`.
+            in `time_varying`. Or a function `(z, u) -> (state, noise)`: `z` is the state that the step leaves.
         emission: `g(z)` or `g(z, u)`, a NumPyro distribution over one observation: `(obs,)`, or a scalar.
         time_varying: `("chol_Q",)` where the noise has a time axis. Other things vary through `u`.
 
@@ -59,24 +67,27 @@ class NonlinearSSM:
         m0: ArrayLike,
         chol_P0: ArrayLike,
         transition: Callable[..., Array],
-        chol_Q: ArrayLike,
+        chol_Q: ArrayLike | Callable[..., Array],
         emission: Callable[..., dist.Distribution],
         *,
         time_varying: tuple[str, ...] = (),
     ):
         if tuple(time_varying) not in ((), ("chol_Q",)):
             raise ValueError(f'`time_varying` must be () or ("chol_Q",); got {time_varying!r}.')
-        arrays = {
-            "m0": as_float("m0", m0),
-            "chol_P0": as_float("chol_P0", chol_P0),
-            "chol_Q": as_float("chol_Q", chol_Q),
-        }
+        arrays = {"m0": as_float("m0", m0), "chol_P0": as_float("chol_P0", chol_P0)}
+        noise = chol_Q if callable(chol_Q) else None
+        if noise is None:
+            arrays["chol_Q"] = as_float("chol_Q", chol_Q)
+        elif time_varying:
+            raise ValueError("`chol_Q` is a function and varies through `z` and `u`; drop it from `time_varying`.")
         if arrays["m0"].ndim != 1:
             raise ValueError(f"`m0` must have shape (state,); got {arrays['m0'].shape}. For batches use `jax.vmap`.")
         n = len(arrays["m0"])
         check_shape("chol_P0", arrays["chol_P0"], (n, n), "state, state")
         timed = bool(time_varying)
-        if arrays["chol_Q"].ndim != 2 + timed or arrays["chol_Q"].shape[-2] != n:
+        if noise is not None:
+            check_takes("chol_Q", noise, 2)
+        elif arrays["chol_Q"].ndim != 2 + timed or arrays["chol_Q"].shape[-2] != n:
             raise ValueError(
                 f"`chol_Q` must have shape ({'time, ' if timed else ''}{n}, noise); got {arrays['chol_Q'].shape}."
             )
@@ -85,14 +96,15 @@ class NonlinearSSM:
         dtype = jnp.result_type(*arrays.values())
         for name, x in arrays.items():
             check_finite(name, x)
-            setattr(self, name, x.astype(dtype))
+        self.m0, self.chol_P0 = arrays["m0"].astype(dtype), arrays["chol_P0"].astype(dtype)
+        self._chol_Q = arrays["chol_Q"].astype(dtype) if noise is None else None
+        self._noise = None if noise is None else split_callable(noise)
         self.time_varying = tuple(time_varying)
         self._transition, self._emission = split_callable(transition), split_callable(emission)
         self._emission_takes_inputs = takes_two(emission)
 
     m0: Float[Array, " state"]
     chol_P0: Float[Array, "state state"]
-    chol_Q: Float[Array, "state noise"]
     time_varying: tuple[str, ...]
 
     @classmethod
@@ -168,9 +180,27 @@ class NonlinearSSM:
             )
         return found
 
-    def noise(self, t: Array | int) -> Array:
-        """`chol_Q` of the step into `t`."""
+    @property
+    def chol_Q(self) -> Float[Array, "*time state noise"]:
+        """The factor of the noise; an error where it depends on the state."""
+        if self._chol_Q is None:
+            raise ValueError(STATE_NOISE)
+        return self._chol_Q
+
+    @property
+    def noise_function(self) -> Callable[..., Array] | None:
+        """`chol_Q` as a function of `(z, u)`, where the noise depends on the state."""
+        return None if self._noise is None else join_callable(*self._noise)
+
+    def noise(self, t: Array | int, z: Array, u: Array | None = None) -> Array:
+        """`chol_Q` of the step into `t`, from the state `z` with the input `u`."""
+        if self.noise_function is not None:
+            return self.noise_function(z, u)
         return self.chol_Q[t] if self.time_varying else self.chol_Q
+
+    def noise_columns(self, u: Array | None = None) -> int:
+        """Number of columns of the noise's factor."""
+        return self.chol_Q.shape[-1] if self.noise_function is None else check_noise(self.noise_function, self.m0, u)
 
     def log_prob(self, y: Array, z: Array, u: Array | None = None) -> Array:
         """`log p(y | z, u)` of one observation, over its entries that are not NaN."""
@@ -197,6 +227,7 @@ class NonlinearSSM:
         inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
         first = None if inputs is None else inputs[0]
         check_step(self.transition, self.m0, first)
+        self.noise_columns(first)
         size = self.emission_size(first)
         series = series[:, None] if series.ndim == 1 and size == 1 else series
         if series.ndim != 2 or series.shape[1] != size or not len(series):
@@ -211,10 +242,11 @@ class NonlinearSSM:
 
     def emission_size(self, u: Array | None = None) -> int:
         """Number of observed variables."""
-        d = jax.eval_shape(lambda: self.emission(self.m0, u).sample(jax.random.key(0)))
-        if d.ndim > 1:
-            raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {d.shape}.")
-        return d.shape[0] if d.ndim else 1
+        d = jax.eval_shape(lambda: self.emission(self.m0, u))
+        shape = d.batch_shape + d.event_shape
+        if len(shape) > 1:
+            raise ValueError(f"`emission` must give a distribution over a vector or a number; its draws are {shape}.")
+        return shape[0] if shape else 1
 
     def simulate(self, key: KeyLike, num_steps: int, u: ArrayLike | None = None) -> tuple[Array, Array]:
         """Draws states `(time, state)` and observations `(time, obs)`."""
@@ -223,21 +255,23 @@ class NonlinearSSM:
         inputs = inputs[:, None] if inputs is not None and inputs.ndim == 1 else inputs
         if inputs is not None and len(inputs) != num_steps:
             raise ValueError(f"`u` must have {num_steps} time steps; got shape {inputs.shape}.")
-        check_step(self.transition, self.m0, None if inputs is None else inputs[0])
+        u_first = None if inputs is None else inputs[0]
+        check_step(self.transition, self.m0, u_first)
         first, later, seen = jax.random.split(key, 3)
         z = self.m0 + self.chol_P0 @ standard_normal(first, self.m0.shape, self.m0.dtype)
-        noise = standard_normal(later, (num_steps, self.chol_Q.shape[-1]), self.m0.dtype)
+        noise = standard_normal(later, (num_steps, self.noise_columns(u_first)), self.m0.dtype)
 
         def step(z: Array, t: Array) -> tuple[Array, Array]:
-            new = self.transition(z, None if inputs is None else inputs[t]) + self.noise(t) @ noise[t]
+            u = None if inputs is None else inputs[t]
+            new = self.transition(z, u) + self.noise(t, z, u) @ noise[t]
             return new, new
 
         path = jnp.concatenate([z[None], jax.lax.scan(step, z, jnp.arange(1, num_steps))[1]])
 
-        def draw(key: Key, z: Array, u: Array | None) -> Array:
-            return jnp.atleast_1d(self.emission(z, u).sample(key)).astype(self.m0.dtype)
+        def observed(key: Key, z: Array, u: Array | None) -> Array:
+            return jnp.atleast_1d(draw(self.emission(z, u), key)).astype(self.m0.dtype)
 
-        return path, jax.vmap(draw)(jax.random.split(seen, num_steps), path, inputs)
+        return path, jax.vmap(observed)(jax.random.split(seen, num_steps), path, inputs)
 
     def __repr__(self) -> str:
         try:
@@ -247,18 +281,20 @@ class NonlinearSSM:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and static data."""
-        children = self.m0, self.chol_P0, self.chol_Q, self._transition[0], self._emission[0]
+        noise = (None, None) if self._noise is None else self._noise
+        children = self.m0, self.chol_P0, self._chol_Q, self._transition[0], self._emission[0], noise[0]
         # As leaves and structure: two models of the same functions then share their compiled programs.
-        leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1]))
+        leaves, structure = jax.tree.flatten((self._transition[1], self._emission[1], noise[1]))
         return children, (tuple(leaves), structure, self.time_varying, self._emission_takes_inputs)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "NonlinearSSM":
         """Rebuilds without checks."""
         model = object.__new__(cls)
-        model.m0, model.chol_P0, model.chol_Q, transition, emission = children
-        own, seen = jax.tree.unflatten(static[1], static[0])
+        model.m0, model.chol_P0, model._chol_Q, transition, emission, noise = children
+        own, seen, noisy = jax.tree.unflatten(static[1], static[0])
         model._transition, model._emission = (transition, own), (emission, seen)
+        model._noise = None if noisy is None else (noise, noisy)
         model.time_varying, model._emission_takes_inputs = static[2:]
         return model
 
@@ -270,67 +306,6 @@ def check_nonlinear(model: Any) -> NonlinearSSM:
     if not isinstance(model, NonlinearSSM):
         raise TypeError(f"`model` must be a NonlinearSSM or a LinearGaussianSSM; got {type(model).__name__}.")
     return model
-
-
-class _Static(NamedTuple):
-    """A callable without its arrays, for the comparison of two models: its structure, and its other leaves."""
-
-    structure: Any
-    others: tuple[tuple[int, Any], ...]
-
-
-def split_callable(function: Any) -> tuple[tuple[Array, ...], _Static]:
-    """Arrays of a callable pytree, and the rest; the rests of two equal callables are equal."""
-    leaves, structure = jax.tree.flatten(function)
-    if len(leaves) == 1 and leaves[0] is function:  # a plain function
-        leaves, structure = jax.tree.flatten(jax.tree_util.Partial(function))
-    others = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, jax.Array | np.ndarray))
-    places = dict(others)
-    return tuple(jnp.asarray(x) for i, x in enumerate(leaves) if i not in places), _Static(structure, others)
-
-
-def join_callable(arrays: tuple[Array, ...], static: _Static) -> Any:
-    """The callable of which `split_callable` made these."""
-    places, rest = dict(static.others), iter(arrays)
-    count = len(arrays) + len(places)
-    return jax.tree.unflatten(static.structure, [places[i] if i in places else next(rest) for i in range(count)])
-
-
-def check_takes(name: str, function: Any, *counts: int) -> None:
-    """Refuses what is no function of `(z, u)`, or of `z` where one argument is allowed."""
-    wanted = " or ".join({1: "(z)", 2: "(z, u)"}[count] for count in counts)
-    if not callable(function):
-        raise TypeError(f"`{name}` must be a function of {wanted}; got {type(function).__name__}.")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin that does not say
-        return
-    for count in counts:
-        try:
-            signature.bind(*range(count))
-        except TypeError:
-            continue
-        return
-    raise TypeError(f"`{name}` must be a function of {wanted}; got one of {signature}. Without inputs `u` is None.")
-
-
-def check_step(transition: Callable[..., Array], z: Array, u: Array | None) -> None:
-    """Refuses a transition that does not return a state: another shape would broadcast without a word."""
-    found = jax.eval_shape(transition, z, u)
-    shape = getattr(found, "shape", None)
-    if shape != z.shape:
-        given = f"an array of shape {shape}" if shape is not None else f"a {type(found).__name__}"
-        raise ValueError(f"`transition` must return the next state, an array of shape {z.shape}; got {given}.")
-
-
-def takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a function needs a second argument."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters) >= 2
 
 
 def _normal(

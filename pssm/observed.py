@@ -14,7 +14,7 @@ from numpyro.primitives import _PYRO_STACK
 
 from pssm._checks import as_float, check_finite, is_traced, unmasked
 from pssm._types import Array, ArrayLike, Key
-from pssm.events import of_events
+from pssm.events import draw, of_events
 from pssm.partly_observed import log_prob_observed
 
 
@@ -91,7 +91,7 @@ class WithMissing(dist.Distribution):
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Complete draws from `base`."""
-        return self.base.sample(key, sample_shape)
+        return draw(self.base, key, sample_shape)
 
     @of_events
     def log_prob(self, value: Array) -> Array:

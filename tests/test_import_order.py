@@ -30,6 +30,7 @@ ORDER = [
     "batch",
     "devices",
     "missing",
+    "callables",
     "events",
     "partly_observed",
     "observed",

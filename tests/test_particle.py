@@ -332,11 +332,11 @@ def test_bad_inputs_are_named(key):
         particle_filter(key, 3, y, num_particles=5)
     with pytest.raises(ValueError, match="`rank`"):
         guided_proposal(MODELS["counts"], y, rank=2)
-    with pytest.raises(ValueError, match="`chol_Q` is singular"):
-        conditional_smc(key, sign_model(), [1.0, 1.0], jnp.ones((2, 1)), num_particles=5)
+    with pytest.raises(ValueError, match="`reference` is not a path that the noise can make"):
+        conditional_smc(key, sign_model(), [1.0, 1.0], jnp.array([[1.0], [-3.0]]), num_particles=5)
     found = particle_filter(key, sign_model(), [1.0, 1.0, 1.0], num_particles=1000)
-    with pytest.raises(ValueError, match="`chol_Q` is singular"):
-        particle_smoother(key, sign_model(), found, num_paths=5)
+    with pytest.raises(ValueError, match="`y` must have 3 steps"):
+        particle_smoother(key, sign_model(), found, num_paths=5, y=[1.0, 1.0])
     with pytest.raises(TypeError, match="`result`"):
         particle_smoother(key, MODELS["counts"], found._asdict(), num_paths=5)
     with pytest.raises(ValueError, match="`reference`"):

@@ -7,9 +7,11 @@ from pssm.distributions.filter_marginal import GaussianFilterMarginal
 from pssm.distributions.history import HistoryMarginal
 from pssm.distributions.marginal import LinearGaussianMarginal, real_or_missing_matrix
 from pssm.distributions.moment_matched import LowRankMomentMatched
+from pssm.distributions.non_centred import NonCenteredPath
+from pssm.distributions.partly_centred import PartiallyCenteredPath
 from pssm.distributions.posterior import ImputedSeries, LinearGaussianPosterior
 from pssm.distributions.stable import StableMatrixNormal, StableMatrixTransform, stable_matrix
-from pssm.distributions.state_path import NonCenteredPath, StatePath
+from pssm.distributions.state_path import StatePath
 from pssm.linalg.potential import Potential
 from pssm.observed import WithMissing, observe
 
@@ -23,6 +25,7 @@ __all__ = [
     "LowRankChain",
     "LowRankMomentMatched",
     "NonCenteredPath",
+    "PartiallyCenteredPath",
     "Potential",
     "StableMatrixNormal",
     "StableMatrixTransform",

@@ -12,12 +12,12 @@ from numpyro.distributions import constraints
 from pssm._checks import as_float
 from pssm._types import Array, ArrayLike, Key
 from pssm.batch import map_batch
+from pssm.callables import join_callable, split_callable
 from pssm.distributions.state_path import LOG_2PI, StatePath
 from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor
 from pssm.linalg.random import standard_normal
-from pssm.nonlinear import join_callable, split_callable
 
 
 class ConditionedPath(dist.Distribution):

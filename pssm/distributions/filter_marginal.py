@@ -11,7 +11,7 @@ from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.distributions.marginal import real_or_missing_matrix
 from pssm.distributions.state_path import StatePath
-from pssm.events import of_events
+from pssm.events import draw, of_events
 from pssm.filters import gaussian_filter, gaussian_smoother
 from pssm.filters.linearize import Linearize, rule
 from pssm.linalg.random import standard_normal
@@ -123,7 +123,7 @@ class GaussianFilterMarginal(dist.Distribution):
 
         def emit(key: Key, z: Array, u: Array | None) -> tuple[Array, Array, Array]:
             e = self.model.emission(z, u)
-            return jnp.atleast_1d(e.mean), jnp.atleast_1d(e.variance), jnp.atleast_1d(e.sample(key))
+            return jnp.atleast_1d(e.mean), jnp.atleast_1d(e.variance), jnp.atleast_1d(draw(e, key))
 
         return jax.vmap(emit)(jax.random.split(last, num_steps), path, None if self.u is None else self.u[rows])
 

@@ -1,4 +1,4 @@
-"""The prior over a whole state path as one sample site, and its non-centred form."""
+"""The prior over a whole state path as one sample site."""
 
 import copy
 from collections.abc import Callable
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.infer.reparam import Reparam
 
 from pssm._checks import as_float, check_choice, check_count, check_shape
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Key, KeyLike
 from pssm.batch import map_batch
+from pssm.callables import STATE_NOISE, check_noise, check_step, check_takes, join_callable, split_callable
 from pssm.distributions.in_units import real_in_units
 from pssm.events import of_events
 from pssm.linalg import Diagonal, solve_lower, triangularise
 from pssm.linalg.low_rank import Factor, apply_factor, as_factor
 from pssm.linalg.random import standard_normal
 from pssm.linalg.small import affine
-from pssm.nonlinear import NonlinearSSM, check_step, check_takes, join_callable, split_callable
+from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM, check_proper
 
 LOG_2PI = 1.8378770664093453
@@ -41,12 +41,16 @@ class StatePath(dist.Distribution):
     noise can reach; `log_prob` is then the density of the coordinates with a non-zero pivot, and assumes that
     the path lies on that set. To run MCMC or SVI over such a path sample its non-centred form (`NonCenteredPath`).
 
+    The noise may depend on the state: `chol_Q` is then a function of the state that the step leaves and of the input
+    of the step. With such a path work: draws, `log_prob`, NUTS and other kernels (centred or not), particle filters and
+    particle Gibbs, the EKF and UKF, and forecasts; guides and the search for a mode need a constant noise, and say so.
+
     Args:
         m0: mean of the first state, `(..., state)`.
         chol_P0: factor of its covariance, `(..., state, state)`, or a `pssm.linalg.Diagonal`.
         transition: `A` of shape `(..., state, state)`, or a function `(z (state,), u (input,) or None) -> (state,)`.
         chol_Q: factor of the transition noise, `(..., state, noise)`, or a `Diagonal`. A concrete matrix
-            that is diagonal (outside of `jit`) is treated as one.
+            that is diagonal (outside of `jit`) is treated as one. Or a function `(z, u) -> (state, noise)`.
         num_steps: length of the path, at least 1.
         u: inputs `(..., time, input)`.
         b: offset `(..., state)`; with a matrix only.
@@ -67,13 +71,13 @@ class StatePath(dist.Distribution):
         ()
     """
 
-    pytree_data_fields = ("m0", "chol_P0", "chol_Q", "u", "b", "B", "_dynamic", "centre", "unit")
-    pytree_aux_fields = ("num_steps", "time_varying", "_static", "is_linear")
+    pytree_data_fields = ("m0", "chol_P0", "_chol_Q", "u", "b", "B", "_dynamic", "_noise_dynamic", "centre", "unit")
+    pytree_aux_fields = ("num_steps", "time_varying", "_static", "_noise_static", "noise_columns", "is_linear")
     reparametrized_params: list[str] = []  # equal to arg_constraints, which has none: draws are differentiable
 
     m0: Array
     chol_P0: Factor
-    chol_Q: Factor
+    noise_columns: int
     u: Array | None
     b: Array | None
     B: Array | None
@@ -83,7 +87,7 @@ class StatePath(dist.Distribution):
         m0: ArrayLike,
         chol_P0: ArrayLike | Diagonal,
         transition: ArrayLike | Callable[[Array, Array | None], Array],
-        chol_Q: ArrayLike | Diagonal,
+        chol_Q: ArrayLike | Diagonal | Callable[[Array, Array | None], Array],
         num_steps: int,
         u: ArrayLike | None = None,
         *,
@@ -105,7 +109,12 @@ class StatePath(dist.Distribution):
         for name in time_varying:
             check_choice("time_varying", name, _TIMED if self.is_linear else ("chol_Q",))
         self.time_varying = tuple(time_varying)
-        given = {"m0": m0, "chol_P0": chol_P0, "chol_Q": chol_Q, "b": b, "B": B, "u": u}
+        noise = None if isinstance(chol_Q, Diagonal) or not callable(chol_Q) else chol_Q
+        if noise is not None:
+            check_takes("chol_Q", noise, 2)
+            if "chol_Q" in time_varying:
+                raise ValueError("`chol_Q` is a function and varies through `z` and `u`; drop it from `time_varying`.")
+        given = {"m0": m0, "chol_P0": chol_P0, "chol_Q": chol_Q if noise is None else None, "b": b, "B": B, "u": u}
         if self.is_linear:
             given["transition"] = transition
         arrays: dict[str, Any] = {
@@ -115,20 +124,25 @@ class StatePath(dist.Distribution):
         }
         if "u" in arrays and arrays["u"].ndim == 1:
             arrays["u"] = arrays["u"][:, None]
-        batch = self._check(arrays)
+        batch = self._check(arrays, noise is not None)
         dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(*jax.tree.leaves(arrays)))
         arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
-        if callable(transition):  # seen as one series sees it, without batch axes
-            first = jnp.zeros(arrays["m0"].shape[-1:], dtype)
-            check_step(transition, first, jnp.zeros(arrays["u"].shape[-1:], dtype) if "u" in arrays else None)
-        for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u"):
+        # Functions are seen as one series sees them, without batch axes.
+        u_first = jnp.zeros(arrays["u"].shape[-1:], dtype) if "u" in arrays else None
+        first = jnp.zeros(arrays["m0"].shape[-1:], dtype), u_first
+        if callable(transition):
+            check_step(transition, *first)
+        self.noise_columns = arrays["chol_Q"].shape[-1] if noise is None else check_noise(noise, *first)
+        for name in ("m0", "chol_P0", "b", "B", "u"):
             setattr(self, name, arrays.get(name))
+        self._chol_Q = arrays.get("chol_Q")
+        self._noise_dynamic, self._noise_static = ((), None) if noise is None else split_callable(noise)
         # Two paths with the same transition share compiled programs: what is static of it is compared by its structure.
         self._dynamic, self._static = (arrays["transition"], None) if self.is_linear else split_callable(transition)
         self.centre = self.unit = None
         super().__init__(batch, (self.num_steps, self.n_state), validate_args=validate_args)
 
-    def _check(self, arrays: dict[str, Any]) -> tuple[int, ...]:
+    def _check(self, arrays: dict[str, Any], noise_varies: bool) -> tuple[int, ...]:
         """Shapes of the core axes; returns the batch shape."""
         n = arrays["m0"].shape[-1] if arrays["m0"].ndim else None
         if n is None:
@@ -138,7 +152,7 @@ class StatePath(dist.Distribution):
         for name in expected:
             if name in arrays:
                 check_shape(name, arrays[name], expected[name], meaning[name])
-        if arrays["chol_Q"].ndim < 2 or arrays["chol_Q"].shape[-2] != n:
+        if not noise_varies and (arrays["chol_Q"].ndim < 2 or arrays["chol_Q"].shape[-2] != n):
             raise ValueError(f"`chol_Q` must have shape ({n}, noise); got {arrays['chol_Q'].shape}.")
         if "u" in arrays and arrays["u"].shape[-2] != self.num_steps:
             raise ValueError(f"`u` must have {self.num_steps} time steps; got shape {arrays['u'].shape}.")
@@ -146,7 +160,7 @@ class StatePath(dist.Distribution):
             if "u" not in arrays:
                 raise ValueError("`u` is required, of shape (time, input): `B` is given.")
             check_shape("B", arrays["B"], (n, arrays["u"].shape[-1]), "state, input")
-        elif self.is_linear and "u" in arrays:
+        elif self.is_linear and "u" in arrays and not noise_varies:
             raise ValueError("`u` is given, but there is no `B` to use it.")
         batches = []
         for name, x in arrays.items():
@@ -162,7 +176,8 @@ class StatePath(dist.Distribution):
     def from_ssm(cls, ssm: LinearGaussianSSM | NonlinearSSM, num_steps: int, u: ArrayLike | None = None) -> "StatePath":
         """The path prior of a model, linear-Gaussian or not."""
         if isinstance(ssm, NonlinearSSM):
-            return cls(ssm.m0, ssm.chol_P0, ssm.transition, ssm.chol_Q, num_steps, u, time_varying=ssm.time_varying)
+            noise = ssm.noise_function or ssm.chol_Q
+            return cls(ssm.m0, ssm.chol_P0, ssm.transition, noise, num_steps, u, time_varying=ssm.time_varying)
         check_proper(ssm)
         timed = tuple({"A": "transition"}.get(n, n) for n in ssm.time_varying if n in ("A", "chol_Q", "b", "B"))
         inputs = u if ssm.B is not None else None
@@ -193,7 +208,25 @@ class StatePath(dist.Distribution):
     @property
     def noise_size(self) -> int:
         """Number of standard normal numbers for one path: `state + (time - 1) noise`."""
-        return self.n_state + (self.num_steps - 1) * self.chol_Q.shape[-1]
+        return self.n_state + (self.num_steps - 1) * self.noise_columns
+
+    @property
+    def chol_Q(self) -> Any:
+        """The factor of the noise; an error where it depends on the state."""
+        if self.has_state_noise:
+            raise ValueError(STATE_NOISE)
+        return self._chol_Q
+
+    @property
+    def has_state_noise(self) -> bool:
+        """Whether the noise depends on the state: `chol_Q` is a function."""
+        return self._noise_static is not None
+
+    def factor(self, a: dict[str, Any], z: Array) -> Factor:
+        """The factor of the noise of the step from `z`; `a` as for `step`."""
+        if self.has_state_noise:
+            return join_callable(self._noise_dynamic, self._noise_static)(z, a.get("u"))
+        return a["chol_Q"]
 
     @property
     def mean(self) -> Array:
@@ -217,17 +250,18 @@ class StatePath(dist.Distribution):
         def one(a: dict[str, Any]) -> Array:
             e = a["noise"]
             first = a["m0"] + apply_factor(a["chol_P0"], e[: self.n_state])
-            later = e[self.n_state :].reshape(self.num_steps - 1, self.chol_Q.shape[-1])
+            later = e[self.n_state :].reshape(self.num_steps - 1, self.noise_columns)
 
             def step(z: Array, xs: tuple) -> tuple[Array, Array]:
                 w, timed = xs
-                z = self.step({**a, **timed}, z) + apply_factor(timed.get("chol_Q", a["chol_Q"]), w)
+                now = {**a, **timed}
+                z = self.step(now, z) + apply_factor(self.factor(now, z), w)
                 return z, z
 
             _, path = jax.lax.scan(step, first, (later, self.timed(a)), length=self.num_steps - 1)
             return jnp.concatenate([first[None], path])
 
-        arrays, cores = self.arrays()
+        arrays, cores = self._arrays()
         paths = map_batch(one, batch, {**arrays, "noise": noise}, {**cores, "noise": 1})
         return paths.reshape(*batch, self.num_steps, self.n_state)
 
@@ -242,15 +276,15 @@ class StatePath(dist.Distribution):
             def step(z: Array, xs: tuple) -> tuple[Array, Array]:
                 noise, timed = xs
                 now = {**a, **timed}
-                z = self.step(now, z) + apply_factor(now["chol_Q"], noise)
+                z = self.step(now, z) + apply_factor(self.factor(now, z), noise)
                 return z, z
 
             later = jax.tree.map(lambda x: x[known - 1 :], self.timed(a))
             rows = jax.lax.scan(step, a["z"][-1], (a["noise"], later), length=self.num_steps - known)[1]
             return jnp.concatenate([a["z"], rows])
 
-        arrays, cores = self.arrays()
-        noise = standard_normal(key, (*batch, self.num_steps - known, self.chol_Q.shape[-1]), path.dtype)
+        arrays, cores = self._arrays()
+        noise = standard_normal(key, (*batch, self.num_steps - known, self.noise_columns), path.dtype)
         return map_batch(one, batch, {**arrays, "z": path, "noise": noise}, {**cores, "z": 2, "noise": 2})
 
     @of_events
@@ -265,12 +299,13 @@ class StatePath(dist.Distribution):
                 return first[0]
             timed = self.timed(a)
             residual = z[1:] - self.means(a, z)
-            if "chol_Q" in timed:
+            if self.has_state_noise or "chol_Q" in timed:
+                factors = jax.vmap(lambda x, t: self.factor({**a, **t}, x))(z[:-1], timed)
                 later = jax.vmap(lambda c, r: _normal_log_prob(c, r[:, None])[0])
-                return first[0] + later(timed["chol_Q"], residual).sum()
+                return first[0] + later(factors, residual).sum()
             return first[0] + _normal_log_prob(a["chol_Q"], residual.T).sum()
 
-        arrays, cores = self.arrays()
+        arrays, cores = self._arrays()
         return map_batch(one, batch, {**arrays, "z": value}, {**cores, "z": 2})
 
     def means(self, a: dict[str, Any], z: Array) -> Array:
@@ -289,8 +324,14 @@ class StatePath(dist.Distribution):
         return {name: jax.tree.map(lambda x: x[1:], a[name]) for name in names}
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, int]]:
-        """The arrays by name, and the number of core axes of each."""
-        found = {name: getattr(self, name) for name in ("m0", "chol_P0", "chol_Q", "b", "B", "u")}
+        """The arrays by name, and the number of core axes of each; the noise is one of them."""
+        if self.has_state_noise:
+            raise ValueError(STATE_NOISE)
+        return self._arrays()
+
+    def _arrays(self) -> tuple[dict[str, Any], dict[str, int]]:
+        found = {name: getattr(self, name) for name in ("m0", "chol_P0", "b", "B", "u")}
+        found["chol_Q"] = self._chol_Q
         if self.is_linear:
             found["transition"] = self.transition
         found = {name: x for name, x in found.items() if x is not None}
@@ -332,32 +373,3 @@ def check_steps(name: str, value: ArrayLike, fn: dist.Distribution, num_steps: i
             f"shape {fn.event_shape}. Draws of a path are no forecast: use `pssm.infer.forecast`, or leave `{name}`"
             " out."
         )
-
-
-class NonCenteredPath(Reparam):
-    """Samples a `StatePath` site through the standard normal noise that drives it.
-
-    The site `name` becomes deterministic; the noise is a new site `name_base` of event shape `(noise_size,)`. Often
-    easier for NUTS where single states are weakly identified, and the only way for a singular `Q`.
-
-    Example:
-        >>> import jax.numpy as jnp, numpyro
-        >>> def model():
-        ...     numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), jnp.eye(1), jnp.eye(1), 5))
-        >>> model = numpyro.handlers.reparam(model, config={"z": NonCenteredPath()})
-        >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
-        >>> trace["z"]["type"], trace["z_base"]["value"].shape
-        ('deterministic', (5,))
-    """
-
-    def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
-        """Replaces the site; `obs` must be None."""
-        if obs is not None:
-            raise ValueError(f"`{name}` is observed: an observed path cannot be non-centred.")
-        path, shape, _ = self._unwrap(fn)
-        if not isinstance(path, StatePath):
-            raise TypeError(f"`{name}` must be a StatePath to be non-centred; got {type(path).__name__}.")
-        base = dist.Normal(jnp.zeros(path.noise_size, path.m0.dtype), 1.0).to_event(1).expand(shape)
-        noise = numpyro.sample(f"{name}_base", base, infer={"path_noise": True, "first": path.n_state})
-        check_steps(f"{name}_base", noise, base, path.num_steps)
-        return None, path.path_from_noise(noise)

@@ -154,37 +154,41 @@ def _filter(
 ) -> tuple[FilterResult, LinearGaussianSSM]:
     gaussian = model.is_gaussian(None if u is None else u[0])
     statistics = model.statistic(y, None if u is None else u[0])
-    follows, noise = _into_next(model, u, len(y))
+    follows, after = _into_next(u, len(y))
 
     def step(predicted: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple]:
-        y, s, u, u_next, own_noise = xs
+        y, s, u, u_next, t_next = xs
         mean, chol = predicted
         update = condition_on(model, mean, chol, s, u, linearize, num_iters, None if gaussian else y)
         value = update.log_likelihood if gaussian else _evidence(model, y, u, update)
         f = linearize(lambda z: model.transition(z, u_next), update.mean, update.chol)
+        own_noise = _noise(model, update.mean, update.chol, t_next, u_next, linearize)
         new = f.mean, triangularise_once(jnp.concatenate([f.spread, own_noise], axis=1))
         A, C = _in_state(f.slope, update.chol), _in_state(update.emission.affine.slope, chol)
         steps = _affine_step(A, f, own_noise, update.mean, C, update.emission, mean)
         return new, (value, update.mean, update.chol, mean, chol, steps)
 
     start = model.m0, triangularise(model.chol_P0)
-    _, out = jax.lax.scan(step, start, (y, statistics, u, follows, noise))
+    _, out = jax.lax.scan(step, start, (y, statistics, u, follows, after))
     values, steps = out[0], out[-1]
     result = FilterResult(jnp.sum(values), *out[:-1])
     _check_result(result)
     return result, _time_varying(model, steps)
 
 
-def _into_next(model: NonlinearSSM, u: Array | None, steps: int) -> tuple[Array | None, Array]:
-    """Inputs and noise of the step that follows each one; after the last, any."""
+def _into_next(u: Array | None, steps: int) -> tuple[Array | None, Array]:
+    """Input and number of the step that follows each one; after the last, any."""
+    after = jnp.minimum(jnp.arange(1, steps + 1), steps - 1)
+    return None if u is None else u[after], after
 
-    def next_of(x: Array) -> Array:
-        return jnp.concatenate([x[1:], x[-1:]])
 
-    noise = (
-        next_of(model.chol_Q) if model.time_varying else jnp.broadcast_to(model.chol_Q, (steps, *model.chol_Q.shape))
-    )
-    return None if u is None else next_of(u), noise
+def _noise(model: NonlinearSSM, mean: Array, chol: Array, t: Array, u: Array | None, linearize: Linearize) -> Array:
+    """A factor of the transition's noise; one that depends on the state is averaged over the points, if there are."""
+    if model.noise_function is None or not isinstance(linearize, SigmaPoints):
+        return model.noise(t, mean, u)
+    factors, weights, _ = linearize.evaluate(lambda z: model.noise(t, z, u), mean, chol)
+    columns = jnp.sqrt(weights)[:, None, None] * factors
+    return triangularise(jnp.moveaxis(columns, 0, 1).reshape(len(mean), -1))
 
 
 def _affine_step(
@@ -348,9 +352,9 @@ def _affine_path(
     model: NonlinearSSM, u: Array | None, linearize: Linearize, smoothed: SmootherResult
 ) -> LinearGaussianSSM:
     """The model made affine about the smoothed moments of every step."""
-    follows, noise = _into_next(model, u, len(smoothed.mean))
+    follows, after = _into_next(u, len(smoothed.mean))
 
-    def one(mean: Array, chol: Array, u: Array | None, u_next: Array | None, own_noise: Array) -> _Steps:
+    def one(mean: Array, chol: Array, u: Array | None, u_next: Array | None, t_next: Array) -> _Steps:
         f = linearize(lambda z: model.transition(z, u_next), mean, chol)
         emission = _emission(model, mean, chol, u, linearize)
         if linearize is jacobian:  # straight, so that directions without spread have a slope too
@@ -358,9 +362,10 @@ def _affine_path(
             C = jax.jacfwd(lambda z: model.moments(z, u).mean)(mean)
         else:
             A, C = _in_state(f.slope, chol), _in_state(emission.affine.slope, chol)
+        own_noise = _noise(model, mean, chol, t_next, u_next, linearize)
         return _affine_step(A, f, own_noise, mean, C, emission, mean)
 
-    return _time_varying(model, jax.vmap(one)(smoothed.mean, smoothed.chol, u, follows, noise))
+    return _time_varying(model, jax.vmap(one)(smoothed.mean, smoothed.chol, u, follows, after))
 
 
 def _laplace(

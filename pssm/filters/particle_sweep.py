@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, ArrayLike
+from pssm.callables import STATE_NOISE
 from pssm.emission_moments import check_moments
 from pssm.filters.gaussian import condition_on
 from pssm.filters.linearize import NAMES, Linearize, rule
@@ -70,7 +71,7 @@ class Task(NamedTuple):
         y: `(time, obs)`.
         u: `(time, input)`, or None.
         chol_P0: its factor, a `Diagonal` where it can be seen to be one.
-        chol_Q: the same; with a time axis where the model's has one.
+        chol_Q: the same; with a time axis where the model's has one; None where the noise depends on the state.
         potentials: with a time axis, or None.
     """
 
@@ -78,12 +79,17 @@ class Task(NamedTuple):
     y: Array
     u: Array | None
     chol_P0: Factor
-    chol_Q: Factor
+    chol_Q: Factor | None
     potentials: Potential | None
 
     def factor(self, t: Array) -> Factor:
-        """The factor of the noise into step `t`."""
+        """The factor of the noise into step `t`, the same from every state."""
         return jax.tree.map(lambda x: x[t], self.chol_Q) if self.model.time_varying else self.chol_Q
+
+    def root(self, t: Array, z: Array, u: Array | None) -> Array:
+        """The triangular factor of the noise into step `t` from the state `z`, `(state, state)`."""
+        factor = self.model.noise(t, z, u).astype(z.dtype) if self.chol_Q is None else as_matrix(self.factor(t))
+        return triangularise(factor)
 
 
 def check_proposal(proposal: Any) -> None:
@@ -119,7 +125,10 @@ def prepare(
     linearize = None if potentials is not None or proposal == "bootstrap" else proposal
     if linearize is not None:
         check_moments(model.emission(model.m0, None if inputs is None else inputs[0]))
-    factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
+    if potentials is not None and model.noise_function is not None:
+        raise ValueError(f"`proposal` has potentials. {STATE_NOISE}")
+    noise = None if model.noise_function is not None else as_factor("chol_Q", model.chol_Q)
+    factors = as_factor("chol_P0", model.chol_P0), noise
     inputs = None if inputs is None else inputs.astype(dtype)
     return Task(model, series.astype(dtype), inputs, *factors, potentials), linearize
 
@@ -136,7 +145,8 @@ class _Now(NamedTuple):
     potential: Potential | None
     update: Update | None
     next_update: Update | None
-    reference: Array | None
+    reference: Array | None = None
+    reference_noise: Array | None = None
 
 
 class _Cloud(NamedTuple):
@@ -146,11 +156,13 @@ class _Cloud(NamedTuple):
         mu: where each is expected next, `(particles, state)`.
         log_weights: look-ahead included, normalised.
         log_filtering: the same without it, not normalised.
+        factors: of the noise of each one's next step, `(particles, state, noise)`, where it depends on the state.
     """
 
     mu: Array
     log_weights: Array
     log_filtering: Array
+    factors: Array | None
 
 
 def sweep(
@@ -161,17 +173,20 @@ def sweep(
     resample: Callable[[Array, Array], Array],
     ess_threshold: Array | float,
     reference: Array | None = None,
+    reference_noise: Array | None = None,
 ) -> ParticleResult:
-    """The filter; with a `reference` path `(time, state)`, conditional SMC.
+    """The filter; with a `reference` path `(time, state)`, or with its noise `(time, state)`, conditional SMC.
 
     The last particle then follows the reference, its ancestors drawn anew; the others are resampled at every step,
-    independently of each other.
+    independently of each other. Following the noise of the reference, in units of `Task.root`, it goes on from its new
+    ancestor by the same noise, and needs no density of a transition.
     """
     model, y, u, _, _, potentials = task
     steps, N = len(y), num_particles
     t = jnp.arange(steps)
     statistic = model.statistic(y, None if u is None else u[0])
-    everything = _Now(jax.random.split(key, steps), t, y, statistic, u, _next(u), potentials, None, None, reference)
+    everything = _Now(jax.random.split(key, steps), t, y, statistic, u, _next(u), potentials, None, None)
+    everything = everything._replace(reference=reference, reference_noise=reference_noise)
     first, later = _first_and_rest(everything)
     update, updates = _updates(task)
     if update is not None:  # where nothing follows the first step, its own update stands in, and is not used
@@ -180,9 +195,11 @@ def sweep(
         later = later._replace(update=updates, next_update=_next(updates))
     even = jnp.full(N, -jnp.log(N), y.dtype)
 
-    def visit(now: _Now, factor: Factor, mu: Array, log_weights: Array) -> tuple[_Cloud, tuple]:
-        """Moves the particles from their means `mu`, and weighs them."""
-        z, gain = _move(model, linearize, now, factor, mu)
+    varies = task.chol_Q is None
+
+    def visit(now: _Now, factor: Factor, each: int | None, mu: Array, log_weights: Array) -> tuple[_Cloud, tuple]:
+        """Moves the particles from their means `mu`, and weighs them; `each` is the axis of `factor` over particles."""
+        z, gain = _move(model, linearize, now, factor, each, mu)
         gain = gain + jax.vmap(lambda z: model.log_prob(now.y, z, now.u))(z)
         ahead = jax.vmap(lambda z: model.transition(z, now.u_next))(z).astype(y.dtype)
         look = jnp.zeros(N, y.dtype)
@@ -193,23 +210,27 @@ def sweep(
         log_weights, size = normalise((log_weights + gain + look).astype(y.dtype))
         look = jnp.where(jnp.isfinite(look), look, 0.0)  # such a particle has weight zero
         filtering = log_weights - look
-        return _Cloud(ahead, log_weights, filtering), (z, log_weights, look, size, jax.nn.logsumexp(filtering))
+        factors = None
+        if varies:
+            factors = jax.vmap(lambda z: model.noise(now.t + 1, z, now.u_next))(z).astype(y.dtype)
+        return _Cloud(ahead, log_weights, filtering, factors), (z, log_weights, look, size, jax.nn.logsumexp(filtering))
 
     def step(cloud: _Cloud, now: _Now) -> tuple[_Cloud, tuple]:
         choose_key, move_key = jax.random.split(now.key)
-        if now.reference is None:
+        if reference is None and reference_noise is None:
             need = ess(cloud.log_weights) < ess_threshold * N
             chosen = jax.lax.cond(
                 need, lambda: resample(choose_key, cloud.log_weights), lambda: jnp.arange(N, dtype=jnp.int32)
             )
             log_weights = jnp.where(need, even, cloud.log_weights)
         else:
-            chosen, log_weights = _conditional(choose_key, task, now, cloud), even
-        cloud, out = visit(now._replace(key=move_key), task.factor(now.t), cloud.mu[chosen], log_weights)
+            chosen, log_weights = _conditional(choose_key, task, now, cloud, reference_noise), even
+        factor, each = (cloud.factors[chosen], 0) if cloud.factors is not None else (task.factor(now.t), None)
+        cloud, out = visit(now._replace(key=move_key), factor, each, cloud.mu[chosen], log_weights)
         return cloud, (*out, chosen)
 
     start = jnp.broadcast_to(model.m0, (N, model.n_state))
-    cloud, out = visit(first, task.chol_P0, start, even)
+    cloud, out = visit(first, task.chol_P0, None, start, even)
     out = (*out, jnp.arange(N, dtype=jnp.int32))
     _, rest = jax.lax.scan(step, cloud, later)
     z, log_weights, look, size, share, ancestors = (
@@ -249,7 +270,7 @@ def _next(tree: Any) -> Any:
 
 
 def _move(
-    model: NonlinearSSM, linearize: str | Linearize | None, now: _Now, factor: Factor, mu: Array
+    model: NonlinearSSM, linearize: str | Linearize | None, now: _Now, factor: Factor, each: int | None, mu: Array
 ) -> tuple[Array, Array]:
     """New states `(particles, state)` from the transition's means, and `log p - log q` of the move.
 
@@ -258,56 +279,107 @@ def _move(
     draw_key, pull_key = jax.random.split(now.key)
     N = len(mu)
     if linearize is not None:
-        return _move_linearised(model, rule(linearize), now, factor, mu)
+        return _move_linearised(model, rule(linearize), now, factor, each, mu)
     noise = standard_normal(draw_key, (N, factor.shape[-1]), mu.dtype)
     if now.update is None:
-        z = _with_reference(now, mu + jax.vmap(lambda e: apply_factor(factor, e))(noise))
-        return z, jnp.zeros(N, mu.dtype)
+        z = mu + jax.vmap(apply_factor, in_axes=(each, 0))(factor, noise)
+        return _with_reference(now, z, factor, each, mu), jnp.zeros(N, mu.dtype)
     pulls = standard_normal(pull_key, (N, now.update.columns), mu.dtype)
     z = jax.vmap(lambda mu, e, w: posterior_sample(now.update, factor, mu, e, w))(mu, noise, pulls)
-    z = _with_reference(now, z)
+    z = _with_reference(now, z, factor, each, mu)
     return z, -jax.vmap(lambda z: log_potential(now.potential, z))(z)
 
 
-def _with_reference(now: _Now, z: Array) -> Array:
+def _with_reference(now: _Now, z: Array, factor: Factor, each: int | None, mu: Array) -> Array:
     """The particles, the last one at the reference where there is one."""
-    return z if now.reference is None else jnp.concatenate([z[:-1], now.reference[None]])
+    if now.reference is None and now.reference_noise is None:
+        return z
+    own: Any = now.reference
+    if now.reference_noise is not None:
+        root = triangularise(as_matrix(factor) if each is None else as_matrix(factor)[-1])
+        own = mu[-1] + matvec(root, now.reference_noise)
+    return jnp.concatenate([z[:-1], own[None]])
 
 
 def _move_linearised(
-    model: NonlinearSSM, linearize: Linearize, now: _Now, factor: Factor, mu: Array
+    model: NonlinearSSM, linearize: Linearize, now: _Now, factor: Factor, each: int | None, mu: Array
 ) -> tuple[Array, Array]:
     """The affine update of each particle, in the noise that drives it: `z = mu + F x`, so that `F` may be singular."""
-    root = triangularise(as_matrix(factor))
+    root = triangularise(as_matrix(factor)) if each is None else jax.vmap(triangularise)(as_matrix(factor))
     noise = standard_normal(now.key, mu.shape, mu.dtype)
 
-    def one(mu: Array) -> tuple[Array, Array]:
+    def one(mu: Array, root: Array) -> tuple[Array, Array]:
         update = condition_on(model, mu, root, now.statistic, now.u, linearize, 1)
         return update.x, update.chol_x
 
-    centre, chol = jax.vmap(one)(mu)
+    centre, chol = jax.vmap(one, in_axes=(0, each))(mu, root)
     x = centre + jax.vmap(matvec)(chol, noise)
-    if now.reference is not None:  # the noise that leads there; `F` is regular then
-        own = solve_lower(root, (now.reference - mu[-1])[:, None])[:, 0]
+    if not (now.reference is None and now.reference_noise is None):  # the noise that leads there
+        own: Any = now.reference_noise
+        if now.reference is not None:  # `F` is regular then
+            last = root if each is None else root[-1]
+            own = solve_lower(last, (now.reference - mu[-1])[:, None])[:, 0]
         e = solve_lower(chol[-1], (own - centre[-1])[:, None])[:, 0]
         x, noise = jnp.concatenate([x[:-1], own[None]]), jnp.concatenate([noise[:-1], e[None]])
     pivots = jnp.diagonal(chol, axis1=-2, axis2=-1)
     logdet = jnp.sum(jnp.log(jnp.where(pivots > 0, pivots, 1.0)), axis=-1)
-    z = _with_reference(now, mu + jax.vmap(lambda x: matvec(root, x))(x))
+    z = mu + jax.vmap(matvec, in_axes=(each, 0))(root, x)
+    z = _with_reference(now, z, factor, each, mu)
     return z, 0.5 * jnp.sum(noise**2 - x**2, axis=-1) + logdet
 
 
-def _conditional(key: Array, task: Task, now: _Now, cloud: _Cloud) -> Array:
+def _conditional(key: Array, task: Task, now: _Now, cloud: _Cloud, noise: Array | None) -> Array:
     """Ancestors where the last particle is the reference: its own is drawn by how likely the reference follows."""
     others, own = jax.random.split(key)
     chosen = multinomial(others, cloud.log_weights)
-    logits = cloud.log_filtering + follow_density(task.factor(now.t), cloud.mu, now.reference)
-    last = multinomial(own, logits)[0]
+    if noise is not None:
+        if cloud.factors is None:
+            moved = matvec(triangularise(as_matrix(task.factor(now.t))), noise[now.t])
+        else:
+            moved = jax.vmap(lambda factor: matvec(triangularise(factor), noise[now.t]))(cloud.factors)
+        follows = rest_density(task, now.t, cloud.mu + moved, noise)
+    else:
+        each = None if cloud.factors is None else 0
+        follows = follow_density(task.factor(now.t) if each is None else cloud.factors, cloud.mu, now.reference, each)
+    last = multinomial(own, cloud.log_filtering + follows)[0]
     return jnp.concatenate([chosen[:-1], last[None]])
 
 
-def follow_density(factor: Factor, mu: Array, z: Array) -> Array:
+def follow_density(factor: Factor, mu: Array, z: Array, each: int | None = None) -> Array:
     """`log p(z | z_{t-1})` up to a constant, for the transition's means `mu (particles, state)`; `F` regular."""
-    root = triangularise(as_matrix(factor))
-    white = solve_lower(root, (z - mu).T)
+
+    def one(factor: Factor, mu: Array) -> Array:
+        root = triangularise(as_matrix(factor))
+        white = solve_lower(root, (z - mu)[:, None])
+        return -0.5 * jnp.sum(white**2) - jnp.sum(jnp.log(jnp.diagonal(root)))
+
+    if each is not None:
+        return jax.vmap(one)(factor, mu)
+    white = solve_lower(triangularise(as_matrix(factor)), (z - mu).T)
     return -0.5 * jnp.sum(white**2, axis=0)
+
+
+def rest_density(task: Task, t: Array, start: Array, noise: Array) -> Array:
+    """`log p(y_t, ..., y_T)` given the states `start (particles, state)` at `t` and the noise of all later steps.
+
+    The noise `(time, state)` is in units of `Task.root`. It is the same for all particles, so its own density does not
+    count. One pass over the rest of the series.
+    """
+    model, steps = task.model, len(task.y)
+
+    def at(x: Array | None, s: Array) -> Array | None:
+        return None if x is None else x[s]
+
+    def one(z: Array) -> Array:
+        def step(s: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            z, total = carry
+            total = total + model.log_prob(task.y[s], z, at(task.u, s)).astype(total.dtype)
+            s = jnp.minimum(s + 1, steps - 1)
+            u = at(task.u, s)
+            ahead = model.transition(z, u).astype(z.dtype) + matvec(task.root(s, z, u), noise[s])
+            return ahead, total
+
+        total = jax.lax.fori_loop(t, steps, step, (z, jnp.zeros((), z.dtype)))[1]
+        return jnp.where(jnp.isnan(total), -jnp.inf, total)
+
+    return jax.vmap(one)(start)

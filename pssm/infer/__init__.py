@@ -7,6 +7,7 @@ from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo
 from pssm.fitting.saved import load, resume, save
 from pssm.guides.transport import transport_reparam
 from pssm.infer.causal import causal_draws
+from pssm.infer.centering import centering
 from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.nowcasts import NowcastDraws, nowcast
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingError",
     "WeightedKL",
     "causal_draws",
+    "centering",
     "check_model",
     "constrain",
     "elbo",

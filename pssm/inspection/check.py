@@ -303,6 +303,10 @@ def _methods(model, args, kwargs, axes: Axes, latent: dict[str, Any], integrated
     if not chains or not guides:
         path = "" if path_model(model, *args, **kwargs) is not None else NO_PATH
         sampled = "" if sampled_model(model, *args, **kwargs) is not None else NO_PATH
+    for name, s in plain.items():
+        fn = innermost(s["fn"]) if s["type"] == "sample" else None
+        if isinstance(fn, StatePath) and fn.has_state_noise and not path:
+            path = f"the noise of `{name}` is a function of the state; NUTS and particles take such a noise"
     plates = {n for n, s in plain.items() if s["type"] == "plate"}
     inner = next((f.name for s in latent.values() for f in s["cond_indep_stack"] if f.name not in plates), None)
     if not guides and inner is not None:

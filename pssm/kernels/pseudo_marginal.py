@@ -267,13 +267,24 @@ class _Without(Messenger):
 
 
 def _check_parameters(sites: dict[str, Any], left_out: tuple[str, ...]) -> None:
-    """Refuses what a random walk cannot move."""
+    """Refuses what a random walk cannot move, and sites that hang on what the particle filter takes."""
     for name, site in sites.items():
-        if site["type"] != "sample" or site["is_observed"]:
+        if site["type"] != "sample" or name in left_out:
             continue
-        if isinstance(site["fn"], StatePath):
+        if isinstance(site["fn"], StatePath) and not site["is_observed"]:
             raise ValueError(
                 f"`left_out` must name the path {name!r}, which the particle filter takes; got {left_out}."
             )
-        if site["fn"].support.is_discrete:
-            raise ValueError(f"The site {name!r} is discrete: the random walk of `PseudoMarginal` cannot move it.")
+        hint = f"If it is of the observations, whose part the particle filter takes, name it: {(*left_out, name)}."
+        if not site["is_observed"] and site["fn"].support.is_discrete:
+            raise ValueError(
+                f"The site {name!r} is discrete: the random walk of `PseudoMarginal` cannot move it. `left_out` is "
+                f"{left_out}. {hint}"
+            )
+        with validation_enabled(False):
+            density = site["fn"].log_prob(site["value"])
+        if not is_traced(density) and jnp.isnan(density).any():
+            raise ValueError(
+                f"The log density of the site {name!r} is not a number where the sites in `left_out`, {left_out}, are "
+                f"left out: it depends on them. {hint}"
+            )

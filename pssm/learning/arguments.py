@@ -8,12 +8,12 @@ import numpy as np
 
 from pssm._checks import as_float, check_choice, check_series
 from pssm._types import Array, ArrayLike
-from pssm.learning.maximise import PARTS, Constraint, Limits, Structure
+from pssm.learning.constraints import COVARIANCES, Pairs, Spaces, on_spaces, only_diagonal
+from pssm.learning.maximise import PARTS, Limits, Structure
 from pssm.learning.start import subspace_start
 from pssm.linalg import factor_from_covariance
 from pssm.ssm import LinearGaussianSSM, check_inputs
 
-COVARIANCES = ("P0", "Q", "R")
 ROUNDED = 16  # steps
 MOST_FOR_A_START = 10**6  # observed values, up to which a start from the data is tried beside the given one
 
@@ -78,7 +78,7 @@ def start_like(ssm: LinearGaussianSSM, y: Any, u: Any, structure: Structure) -> 
     size = sum(np.size(part) for part in (y if isinstance(y, list | tuple) else [y]))
     if not free or size > MOST_FOR_A_START or ssm.chol_Q.shape[-1] < ssm.n_state:
         return None
-    if min(np.linalg.eigvalsh(np.asarray(x, float)).min() for x in (ssm.Q, ssm.R)) <= 0:
+    if min(np.linalg.eigvalsh(np.asarray(x, float)).min() for x in (ssm.P0, ssm.Q, ssm.R)) <= 0:
         return None
     found = found_start(y, ssm.n_state, u, offsets=ssm.d is not None)
     return found.replace(b=jnp.zeros(ssm.n_state, found.dtype)) if ssm.b is not None else found
@@ -97,8 +97,9 @@ def make_structure(
     diagonal: tuple[str, ...],
     isotropic: tuple[str, ...],
     tied: dict[str, list[int]],
+    constrained: tuple[str, ...] = (),
 ) -> Structure:
-    """The structure that the arguments `fixed`, `diagonal`, `isotropic` and `tied` describe."""
+    """The structure that the arguments `fixed`, `diagonal`, `isotropic` and `tied` describe, `constrained` aside."""
     for name, value in (("fixed", fixed), ("diagonal", diagonal), ("isotropic", isotropic)):
         if isinstance(value, str):
             raise TypeError(f"`{name}` must be a tuple of names; got {value!r}. Write ({value!r},).")
@@ -107,7 +108,7 @@ def make_structure(
     ties: dict[str, tuple[int, ...]] = {}
     for name in COVARIANCES:
         size = ssm.n_obs if name == "R" else ssm.n_state
-        if name in diagonal:
+        if name in diagonal or (size == 1 and name not in constrained):  # a single variance is diagonal
             ties[name] = tuple(range(size))
         if name in isotropic:
             ties[name] = (0,) * size
@@ -144,9 +145,11 @@ def choose_form(ssm: LinearGaussianSSM, y: Array, lengths: Array | None, structu
     return "augmented" if missing == "augmented" or not is_diagonal else "observed"
 
 
-def check_size(y: Array, lengths: Array | None, structure: Structure, n_state: int) -> None:
+def check_size(y: Array, lengths: Array | None, structure: Structure, n_state: int, pairs: Pairs) -> None:
     """Refuses a full `R` that the data cannot determine: its likelihood has no upper bound."""
     if "R" in structure.fixed or structure.groups("R") is not None:
+        return
+    if "R" in pairs and only_diagonal(pairs["R"], y.shape[-1]):
         return
     steps = y.shape[0] * y.shape[1] if lengths is None else int(np.sum(np.asarray(lengths)))
     n_obs = y.shape[-1]
@@ -157,22 +160,9 @@ def check_size(y: Array, lengths: Array | None, structure: Structure, n_state: i
         )
 
 
-def affine_space(ssm: LinearGaussianSSM, offset: ArrayLike, basis: ArrayLike) -> Constraint:
-    """The argument `constraint`, checked."""
-    size = ssm.n_state**2
-    f, G = as_float("constraint[0]", offset), as_float("constraint[1]", basis)
-    if f.shape != (size,) or G.ndim != 2 or G.shape[0] != size:
-        raise ValueError(
-            f"`constraint` must be (f, G) of shapes ({size},) and ({size}, free); got {f.shape} and {G.shape}."
-        )
-    if np.linalg.eigvalsh(np.asarray(ssm.Q)).min() <= 0:
-        raise ValueError("`constraint` needs a `Q` without noise-free directions at the start.")
-    return Constraint(f.astype(ssm.dtype), G.astype(ssm.dtype))
-
-
-def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | None) -> LinearGaussianSSM:
+def conform(ssm: LinearGaussianSSM, structure: Structure, spaces: Spaces) -> LinearGaussianSSM:
     """The start, projected on the structure that all later models have."""
-    fields: dict[str, Array] = {}
+    fields: dict[str, Array | None] = {}
     if "Q" not in structure.fixed and ssm.chol_Q.shape[1] != ssm.n_state:
         fields["chol_Q"] = factor_from_covariance("Q", ssm.Q)  # square, as the factors to come are
     for name, groups in structure.ties:
@@ -181,9 +171,7 @@ def conform(ssm: LinearGaussianSSM, structure: Structure, space: Constraint | No
             variances = jnp.diagonal(getattr(ssm, name))
             means = jax.ops.segment_sum(variances, index) / jax.ops.segment_sum(jnp.ones_like(variances), index)
             fields[f"chol_{name}"] = jnp.diag(jnp.sqrt(means[index]))
-    if space is not None:
-        free = jnp.linalg.lstsq(space.basis, ssm.A.T.reshape(-1) - space.offset)[0]
-        fields["A"] = (space.offset + space.basis @ free).reshape(ssm.A.shape).T
+    fields |= on_spaces(ssm, spaces)
     return ssm.replace(**fields) if fields else ssm
 
 

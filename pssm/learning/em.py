@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from pssm._checks import also_called, check_count
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, Float, KeyLike
 from pssm.learning.arguments import (
-    affine_space,
     check_size,
     choose_form,
     conform,
@@ -26,7 +25,9 @@ from pssm.learning.arguments import (
     start_like,
     tied_noise,
 )
-from pssm.learning.maximise import Constraint, Limits, Structure, maximise
+from pssm.learning.constraints import Spaces, checked_pairs, make_spaces
+from pssm.learning.first import most_likely_start
+from pssm.learning.maximise import Limits, Structure, maximise
 from pssm.learning.moments import expectations
 from pssm.learning.polish import polish
 from pssm.learning.priors import Prior, checked, log_prior
@@ -48,8 +49,9 @@ class EMResult(NamedTuple):
         log_likelihoods: `log p(y)` of the start, after the first iteration, and so on; the last is that of `ssm`.
         log_priors: log density of the parameters at the same points, up to a constant; zeros without a prior. The sum
             of the two never falls.
-        reason: why it stopped: "converged", "num_iters", "polished", "interrupted", or "floor" (a variance of the noise
-            is as small as it may be, and rounding ends the climb).
+        reason: why it stopped: "converged", "num_iters", "polished", "interrupted", "floor" (a variance of the noise
+            is as small as it may be, and rounding ends the climb), or "stuck" (`polish_steps` took no step, although a
+            slope is left).
     """
 
     ssm: LinearGaussianSSM
@@ -86,7 +88,7 @@ def fit_em(
     diagonal: tuple[str, ...] = (),
     isotropic: tuple[str, ...] = (),
     tied: dict[str, list[int]] | None = None,
-    constraint: tuple[ArrayLike, ArrayLike] | None = None,
+    constraint: Mapping[str, Any] | tuple[ArrayLike, ArrayLike] | None = None,
     prior: Prior | None = None,
     missing: str = "auto",
     floor: float = 1e-8,
@@ -111,11 +113,15 @@ def fit_em(
         u: inputs, shaped as `y`, where the model has `B` or `D`.
         num_iters: most iterations.
         tol: stop when an iteration gains less than `tol` nats for each observed value; 0 for never.
-        fixed: parameters that are held. `P0` by default: from one sequence alone it shrinks to zero.
-        diagonal: covariances among `P0`, `Q`, `R` that are diagonal.
+        fixed: parameters that are held. `P0` by default: from one sequence alone it shrinks to zero. A free `m0` with a
+            singular `P0` (zero: the first state is a parameter) moves to the maximum of the likelihood itself.
+        diagonal: covariances among `P0`, `Q`, `R` that are diagonal, as one of size 1 x 1 always is.
         isotropic: covariances that are a multiple of the identity.
         tied: for a covariance, the group of each variable; it is diagonal, with one variance for each group.
-        constraint: `(f, G)` with `vec(A) = f + G a`, columns of `A` one below the other; `a` is fitted.
+        constraint: for the names in it, linear constraints on the entries: an array of the parameter's shape in which
+            NaN is free and the other entries are held, or a pair `(f, G)` with `vec(X) = f + G a`, columns of `X` one
+            below the other; `a` is fitted. Any of the parameters; covariances need symmetric matrices. A pair without a
+            name is that of `A`. The start is brought to it.
         prior: conjugate priors, see `Prior`; EM then finds a mode of the posterior (MAP) and it is the sum of
             log-likelihood and log prior that must not fall.
         missing: exact form of the update where entries are missing: "augmented" for any `R`, "observed" (fewer
@@ -135,7 +141,7 @@ def fit_em(
     Warns:
         UserWarning: iterations ended before convergence, with an estimate of what was left; a sensor is constant, a
             copy of another or stuck; the noise of a sensor went to the floor, so that the likelihood has no maximum
-            above it; 32 bits do not hold an offset.
+            above it; `polish_steps` took no step from a slope; 32 bits do not hold an offset.
 
     Raises:
         LikelihoodFellError: the log-likelihood (with a prior, its sum with the log prior) fell; the error carries the
@@ -152,7 +158,7 @@ def fit_em(
         (1, 1)
 
     Source:
-        Shumway & Stoffer 1982; missing entries with any `R`: Holmes 2013.
+        Shumway & Stoffer 1982; missing entries with any `R`, linear constraints, a certain start: Holmes 2013.
     """
     check_count("num_iters", num_iters)
     check_count("restarts", restarts, least=0)
@@ -165,7 +171,8 @@ def fit_em(
             raise ValueError(f"`ssm` must be time-invariant and without batch axes; it has {what}.")
     rows = stacked(y, None if given is None else given.n_obs)
     groups = None if rows is None else tied_noise(rows.shape[1], isotropic, tied or {})
-    units = units_of(y, u, given, () if isinstance(fixed, str) else tuple(fixed), groups)
+    named = frozenset(constraint) if isinstance(constraint, Mapping) else frozenset()
+    units = units_of(y, u, given, () if isinstance(fixed, str) else tuple(fixed), groups, named)
     y, u = units.data(y), units.inputs(u)
     if isinstance(ssm, int):  # of sensors with a spread of exactly 1: the start then does not depend on units either
         ssm = units.spread(found_start(units.even(y), check_count("ssm", ssm), u))
@@ -177,30 +184,31 @@ def fit_em(
     inputs = None if inputs is None else inputs.astype(dtype)
     if series.shape[1] < 2:
         raise ValueError(f"`y` must have a sequence of at least 2 steps to learn a transition; got {series.shape[1]}.")
-    structure = make_structure(ssm, fixed, diagonal, isotropic, tied or {})
+    structure = make_structure(ssm, fixed, diagonal, isotropic, tied or {}, tuple(named))
     if ssm.diffuse and not {"m0", "P0"} <= set(structure.fixed):
         raise ValueError('`fixed` must have "m0" and "P0": the diffuse start of `ssm` has no parameters to learn.')
+    pairs = checked_pairs(constraint, ssm, structure.fixed, (*diagonal, *isotropic, *(tied or {})))
     form = choose_form(ssm, series, lengths, structure, missing)
     if prior is None or prior.emission is None:
-        check_size(series, lengths, structure, ssm.n_state)
-    space = None if constraint is None else affine_space(ssm, *constraint)
-    ssm = conform(ssm, structure, space)
+        check_size(series, lengths, structure, ssm.n_state, pairs)
+    ssm = conform(ssm, structure, Spaces())
+    ssm, spaces = make_spaces(ssm, {name: units.pair(name, *pair) for name, pair in pairs.items()}, structure.fixed)
     limits, own = make_limits(ssm, series, floor), checked(prior, ssm)
     count = jnp.asarray(np.sum(~np.isnan(np.asarray(series))), dtype)
-    data = _Data(series, inputs, lengths, limits, space, units.prior(own, ssm), count)
+    data = _Data(series, inputs, lengths, limits, spaces, units.prior(own, ssm), count)
     shift = np.array([units.log_jacobian, units.log_prior_change(own)])
     run = partial(_run, data=data, form=form, structure=structure, tol=tol, progress_bar=progress_bar, shift=shift)
     try:
         result = _best(run, ssm, data, structure, num_iters, restarts, polish_steps, key, shift)
     except LikelihoodFellError as error:
-        error.result = error.result._replace(ssm=units.back(error.result.ssm, given, structure.fixed))
+        error.result = error.result._replace(ssm=units.back(error.result.ssm, given, structure.fixed, pairs))
         raise
     found = doubts(result, ssm, rows, limits, structure, tol)
-    if given is not None and result.reason != "interrupted" and space is None and num_iters >= AFTER:
+    if given is not None and result.reason != "interrupted" and not pairs and num_iters >= AFTER:
         found += _other_start(result, ssm, y, u, run, structure)
     for text in found:
         warnings.warn(text, stacklevel=3)
-    return result._replace(ssm=units.back(result.ssm, given, structure.fixed))
+    return result._replace(ssm=units.back(result.ssm, given, structure.fixed, pairs))
 
 
 def _best(
@@ -215,10 +223,9 @@ def _best(
     shift: np.ndarray,
 ) -> EMResult:
     """The fit from the start or the best of several, polished if it is to be; the model in the units of EM."""
-    space = data.constraint
     if restarts:
         seeds = jax.random.split(as_key(key), restarts)
-        starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, space) for seed in seeds)]
+        starts = [ssm, *(conform(perturbed(ssm, seed, structure.fixed), structure, data.spaces) for seed in seeds)]
         tries = [_attempt(run, start, max(num_iters // 5, 1)) for start in starts]
         best = max(tries, key=lambda r: r.log_joint[-1] if len(r.log_joint) else -np.inf)
         if any(r.reason == "interrupted" for r in tries):
@@ -226,11 +233,13 @@ def _best(
         ssm = best.ssm
     result = run(ssm, num_iters=num_iters)
     if polish_steps and result.reason != "interrupted":
-        polished, value, density = polish(result.ssm, data.y, data.u, structure, space, data.prior, polish_steps)
-        value, density = value + shift[0], density + shift[1]
-        if value + density > result.log_joint[-1]:
+        found = polish(result.ssm, data.y, data.u, structure, data.spaces, data.prior, polish_steps)
+        value, density = found.log_likelihood + shift[0], found.log_prior + shift[1]
+        if found.moved and value + density > result.log_joint[-1]:
             values = np.append(result.log_likelihoods, value), np.append(result.log_priors, density)
-            result = EMResult(polished, *values, "polished")
+            result = EMResult(found.ssm, *values, "polished")
+        elif not found.flat:
+            result = result._replace(reason="stuck")
     return result
 
 
@@ -242,7 +251,7 @@ def _other_start(
     if other is None:
         return []
     try:
-        tried = _attempt(partial(run, progress_bar=False), conform(other, structure, None), AFTER).log_joint
+        tried = _attempt(partial(run, progress_bar=False), conform(other, structure, Spaces()), AFTER).log_joint
     except (ValueError, FloatingPointError, np.linalg.LinAlgError):  # no start for these data
         return []
     apart = float(tried[-1] - result.log_joint[-1]) if len(tried) else 0.0
@@ -269,7 +278,7 @@ class _Data(NamedTuple):
     u: Array | None
     lengths: Array | None
     limits: Limits
-    constraint: Constraint | None
+    spaces: Spaces
     prior: Prior
     count: Array
 
@@ -377,5 +386,7 @@ def _iterate(
 ) -> tuple[LinearGaussianSSM, Float[Array, "2"]]:
     """The next model, and the log-likelihood and log prior of this one."""
     moments = expectations(ssm, data.y, data.u, data.lengths, form)
-    new = maximise(ssm, moments, structure, data.limits, data.constraint, data.prior)
+    new = maximise(ssm, moments, structure, data.limits, data.spaces, data.prior)
+    if data.spaces.first is not None:
+        new = most_likely_start(new, data.y, data.u, data.spaces.first, data.prior)
     return new, jnp.stack([moments.log_likelihood, log_prior(ssm, data.prior)])

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 
 from pssm._types import Array
+from pssm.learning.constraints import SIDES, Spaces, fit_coefficients, fit_covariance, solve_least, unstack
 from pssm.learning.moments import Moments, Regression, stack
 from pssm.learning.priors import MatrixNormalInverseWishart, Prior, strength, with_prior
-from pssm.linalg import unless
 from pssm.ssm import LinearGaussianSSM, rebuild
 
 PARTS = ("m0", "P0", "A", "B", "b", "Q", "C", "D", "d", "R")
@@ -52,58 +51,60 @@ class Limits(NamedTuple):
     R: Array
 
 
-class Constraint(NamedTuple):
-    """`vec(A) = offset + basis a`, columns of `A` one below the other, `a` free."""
-
-    offset: Array
-    basis: Array
-
-
 def maximise(
     ssm: LinearGaussianSSM,
     moments: Moments,
     structure: Structure,
     limits: Limits,
-    constraint: Constraint | None,
+    spaces: Spaces,
     prior: Prior,
 ) -> LinearGaussianSSM:
-    """The model after one M-step."""
+    """The model after one M-step; `m0` is held where `spaces.first` says that it comes from the likelihood itself."""
     moments = with_prior(moments, prior)
-    old = stack(ssm.A, ssm.B, ssm.b)
-    if constraint is None or "A" in structure.fixed:
-        transition = _fit(old, ("A", "B", "b"), ssm, moments.transition, structure)
+    if spaces.transition is None:
+        transition = _fit(stack(ssm.A, ssm.B, ssm.b), SIDES["transition"], ssm, moments.transition, structure)
     else:
-        transition = _constrained(ssm, moments.transition, old, structure, constraint)
-    emission = _fit(stack(ssm.C, ssm.D, ssm.d), ("C", "D", "d"), ssm, moments.emission, structure)
+        transition = fit_coefficients(spaces.transition, moments.transition, ssm.Q, ssm, "transition")
+    if spaces.emission is None:
+        emission = _fit(stack(ssm.C, ssm.D, ssm.d), SIDES["emission"], ssm, moments.emission, structure)
+    else:
+        emission = fit_coefficients(spaces.emission, moments.emission, ssm.R, ssm, "emission")
     fields = {
         "m0": ssm.m0,
         "chol_P0": ssm.chol_P0,
         "chol_Q": ssm.chol_Q,
         "chol_R": ssm.chol_R,
-        **_unstack(ssm, transition, ("A", "B", "b")),
-        **_unstack(ssm, emission, ("C", "D", "d")),
+        **unstack(ssm, transition, SIDES["transition"]),
+        **unstack(ssm, emission, SIDES["emission"]),
     }
-    m0, W, count = _first_state(ssm, moments, structure, prior.initial)
-    if "m0" not in structure.fixed:
-        fields["m0"] = m0
-    if "P0" not in structure.fixed:
+    m0, W, count = _first_state(ssm, moments, "m0" in structure.fixed or spaces.first is not None, prior.initial)
+    fields["m0"] = m0
+    if spaces.P0 is not None:
+        fields["chol_P0"] = fit_covariance(spaces.P0, W, count, ssm.P0, limits.P0)
+    elif "P0" not in structure.fixed:
         fields["chol_P0"] = _factor(W, count, structure.groups("P0"), limits.P0)
-    if "Q" not in structure.fixed:
-        fields["chol_Q"] = _noise(moments.transition, transition, structure.groups("Q"), limits.Q, ssm.chol_Q)
-    if "R" not in structure.fixed:
-        fields["chol_R"] = _noise(moments.emission, emission, structure.groups("R"), limits.R, ssm.chol_R)
+    for name, r, found, space in (
+        ("Q", moments.transition, transition, spaces.Q),
+        ("R", moments.emission, emission, spaces.R),
+    ):
+        chol, least = getattr(ssm, f"chol_{name}"), getattr(limits, name)
+        if space is not None:
+            W = _left_over(r, found)
+            fields[f"chol_{name}"] = fit_covariance(space, W, r.count, getattr(ssm, name), least)
+        elif name not in structure.fixed:
+            fields[f"chol_{name}"] = _noise(r, found, structure.groups(name), least, chol)
     return rebuild(fields, (), ssm.diffuse)
 
 
 def _first_state(
-    ssm: LinearGaussianSSM, moments: Moments, structure: Structure, prior: MatrixNormalInverseWishart | None
+    ssm: LinearGaussianSSM, moments: Moments, held: bool, prior: MatrixNormalInverseWishart | None
 ) -> tuple[Array, Array, Array]:
     """Mean of the first state, the summed products of the deviations from it, and their number."""
     count = jnp.asarray(len(moments.first_mean), ssm.dtype)
     total, weight = jnp.sum(moments.first_mean, axis=0), count
     if prior is not None:
         total, weight = total + prior.precision[0, 0] * prior.mean[:, 0], weight + prior.precision[0, 0]
-    m0 = ssm.m0 if "m0" in structure.fixed else total / weight
+    m0 = ssm.m0 if held else total / weight
     apart = moments.first_mean - m0
     W = count * moments.first_cov + apart.T @ apart
     if prior is not None:
@@ -123,7 +124,7 @@ def _fit(old: Array, names: tuple[str, ...], ssm: LinearGaussianSSM, r: Regressi
 
     def solve(right: Array, cross: Array, old: Array) -> Array:
         cross = cross[..., free] - old[..., kept] @ right[kept][:, free]
-        return old.at[..., free].set(_solve(right[free][:, free], cross))
+        return old.at[..., free].set(solve_least(right[free][:, free], cross))
 
     if r.right.ndim == 2:
         return solve(r.right, r.cross, old)
@@ -141,70 +142,19 @@ def _columns(ssm: LinearGaussianSSM, names: tuple[str, ...], fixed: frozenset[st
     return held
 
 
-def _unstack(ssm: LinearGaussianSSM, coefficients: Array, names: tuple[str, ...]) -> dict[str, Array | None]:
-    found: dict[str, Array | None] = {}
-    start = 0
-    for name in names:
-        x = getattr(ssm, name)
-        if x is None:
-            found[name] = None
-        elif x.ndim == 1:
-            found[name] = coefficients[:, start]
-        else:
-            found[name] = coefficients[:, start : start + x.shape[1]]
-            start += x.shape[1]
-    return found
-
-
-def _solve(right: Array, cross: Array) -> Array:
-    """`cross right^{-1}`; where `right` is singular, the smallest coefficients of all that fit best."""
-    scale = jnp.sqrt(jnp.diagonal(right))
-    scale = jnp.where(scale > 0, scale, 1.0)
-    scaled, wanted = right / scale / scale[:, None], (cross / scale).T
-    factor = jnp.linalg.cholesky(scaled)
-    rounding = 10 * len(scale) * jnp.finfo(right.dtype).eps
-    good = jnp.min(jnp.diagonal(factor)) > jnp.sqrt(rounding)  # false for NaN
-
-    def singular() -> Array:
-        values, vectors = jnp.linalg.eigh(scaled)
-        live = values > rounding * values[-1]
-        inverse = jnp.where(live, 1.0 / jnp.where(live, values, 1.0), 0.0)
-        return (vectors * inverse) @ (vectors.T @ wanted)
-
-    return unless(good, jsl.cho_solve((factor, True), wanted), singular).T / scale
-
-
-def _constrained(
-    ssm: LinearGaussianSSM, r: Regression, old: Array, structure: Structure, constraint: Constraint
-) -> Array:
-    """Coefficients with `vec(A)` in its affine space: generalised least squares, weighed by the inverse of the old `Q`.
-
-    `Q` comes after it, with these coefficients: each of the two raises the expected log-likelihood given the other.
-    """
-    n, columns = old.shape
-    free = [i for i, held in enumerate(_columns(ssm, ("A", "B", "b"), structure.fixed)) if i >= n and not held]
-    eye = jnp.eye(n * columns, dtype=old.dtype)
-    others = jnp.concatenate([eye[:, n * i : n * i + n] for i in free], axis=1) if free else eye[:, :0]
-    basis = jnp.concatenate([jnp.pad(constraint.basis, ((0, n * (columns - n)), (0, 0))), others], axis=1)
-    held = old.at[:, jnp.asarray(free, int)].set(0.0) if free else old
-    offset = jnp.concatenate([constraint.offset, held.T.reshape(-1)[n * n :]])
-    weight = jnp.linalg.inv(ssm.Q)
-    # vec(weight X right) = (right kron weight) vec(X), the columns of X one below the other.
-    inner = basis.T @ jnp.kron(r.right, weight) @ basis
-    wanted = r.cross - offset.reshape(columns, n).T @ r.right
-    found = jnp.linalg.solve(inner, basis.T @ (weight @ wanted).T.reshape(-1))
-    return (offset + basis @ found).reshape(columns, n).T
-
-
 def _noise(r: Regression, coefficients: Array, groups: tuple[int, ...] | None, least: Array, old: Array) -> Array:
     """The factor of the noise's covariance."""
     if r.right.ndim == 3 and groups is not None:  # each observed variable separately
         fitted = jnp.einsum("pk,pkl,pl->p", coefficients, r.right, coefficients)
         W = r.left - 2 * jnp.sum(coefficients * r.cross, axis=1) + fitted
         return _diagonal_factor(W, r.count, groups, least, old)
+    return _factor(_left_over(r, coefficients), r.count, groups, least)
+
+
+def _left_over(r: Regression, coefficients: Array) -> Array:
+    """Summed products of the residuals."""
     both = coefficients @ r.cross.T
-    W = r.left - both - both.T + coefficients @ r.right @ coefficients.T
-    return _factor(W, r.count, groups, least)
+    return r.left - both - both.T + coefficients @ r.right @ coefficients.T
 
 
 def _factor(W: Array, count: Array, groups: tuple[int, ...] | None, least: Array) -> Array:

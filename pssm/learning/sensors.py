@@ -94,6 +94,11 @@ def doubts(
             f"{gains[-1]:.2g} nats, and {about} may be left. Raise `num_iters`, add `polish_steps=200`, or start from "
             "the data (`fit_em(y, num_states)`)."
         )
+    if result.reason == "stuck":
+        found.append(
+            "`polish_steps`: L-BFGS took no step, although a slope is left: the fit is not at a maximum. Scale the "
+            "data and states to sizes near 1, use 64 bits, or start elsewhere."
+        )
     if y is not None and start.d is not None and start.dtype == jnp.float32 and is_rounded(y):
         found.append(
             "`y` needs 64 bits: the fit subtracted the means in 64, but the offsets `d` of its result are rounded to "

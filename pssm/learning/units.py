@@ -11,6 +11,7 @@ import numpy as np
 
 from pssm._checks import as_float, unmasked
 from pssm._types import ArrayLike
+from pssm.learning.constraints import COVARIANCES, Pairs, held_entries
 from pssm.learning.priors import MatrixNormalInverseWishart, Prior, strength
 from pssm.ssm import LinearGaussianSSM
 
@@ -81,9 +82,13 @@ class Units(NamedTuple):
         )
 
     def back(
-        self, ssm: LinearGaussianSSM, start: LinearGaussianSSM | None, fixed: tuple[str, ...]
+        self,
+        ssm: LinearGaussianSSM,
+        start: LinearGaussianSSM | None,
+        fixed: tuple[str, ...],
+        pairs: Pairs | None = None,
     ) -> LinearGaussianSSM:
-        """The way back; what is held is that of the `start`, bit by bit."""
+        """The way back; what is held, in `fixed` or in a linear constraint of `pairs`, is as it came, bit by bit."""
         C, D, d, B, b, R = (_wide(x) for x in (ssm.C, ssm.D, ssm.d, ssm.B, ssm.b, ssm.chol_R))
         D = None if D is None else D * self.unit[:, None] / self.u_unit
         B = None if B is None else B / self.u_unit
@@ -96,6 +101,8 @@ class Units(NamedTuple):
             B=B,
             b=None if b is None else b - (0.0 if B is None else B @ self.u_centre),
         )
+        entries = {name: held_entries(getattr(found, name), pair) for name, pair in (pairs or {}).items()}
+        found = _replaced(found, **{name: x for name, x in entries.items() if name not in COVARIANCES})
         if start is None:
             return found
         held = {FIELD.get(name, name) for name in fixed}
@@ -117,6 +124,22 @@ class Units(NamedTuple):
             emission = _turned(prior.emission, turn, self.unit, shift)
         return prior._replace(transition=transition, emission=emission)
 
+    def pair(self, name: str, f: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A linear constraint `vec(X) = f + G a` on a parameter in these units."""
+        if not self.count.size:
+            return f, G
+        sizes = {
+            "C": lambda k: np.tile(1.0 / self.unit, k),
+            "D": lambda k: np.outer(self.u_unit, 1.0 / self.unit).reshape(-1),
+            "d": lambda k: 1.0 / self.unit,
+            "B": lambda k: np.repeat(self.u_unit, k),
+            "R": lambda k: np.outer(1.0 / self.unit, 1.0 / self.unit).reshape(-1),
+        }
+        if name not in sizes:
+            return f, G
+        by = sizes[name](len(f) // len(self.u_unit if name == "B" else self.unit))
+        return (f - self.centre if name == "d" else f) * by, G * by[:, None]
+
     def _turn(self, n: int, m: int, constant: bool) -> np.ndarray:
         """`w = T w'` of regressors `(z, u, 1)` as they came and in these units."""
         turn = np.eye(n + m + constant)
@@ -135,11 +158,13 @@ def units_of(
     ssm: LinearGaussianSSM | None,
     fixed: tuple[str, ...] = (),
     groups: np.ndarray | None = None,
+    constrained: frozenset[str] = frozenset(),
 ) -> Units:
     """Units of the data and inputs of `fit_em`, as they come.
 
     Sensors count from their means where the model has an offset `d` (or is yet to be found, `ssm` None); inputs from
-    theirs where free offsets can take up the change. Sensors whose variances are tied (`groups`) share a unit.
+    theirs where free offsets, neither fixed nor `constrained`, can take up the change. Sensors whose variances are tied
+    (`groups`) share a unit.
     """
     rows, inputs = stacked(y, None if ssm is None else ssm.n_obs), None if u is None else stacked(u, None)
     if rows is None or (u is not None and inputs is None):
@@ -160,7 +185,8 @@ def units_of(
     if inputs is not None:
         width = inputs.std(0)
         u_unit = _power_of_two(np.where(width > 0, width, 1.0))
-        if ssm is not None and _free(ssm, "D", "d", fixed) and _free(ssm, "B", "b", fixed):
+        moved = ssm is not None and not constrained & {"b", "d"}
+        if moved and _free(ssm, "D", "d", fixed) and _free(ssm, "B", "b", fixed):
             u_centre = inputs.mean(0)
     unit = _power_of_two(spread)
     return Units(mean if has_mean else np.zeros_like(mean), unit, u_centre, u_unit, count, spread / unit)
