@@ -10,6 +10,7 @@ from pssm.infer.causal import causal_draws
 from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.nowcasts import NowcastDraws, nowcast
+from pssm.infer.path_marginal import PathMarginal, PathPosterior, path_marginal
 from pssm.infer.predict import forecast, sample_states, smoothed_states
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
@@ -24,6 +25,8 @@ __all__ = [
     "MCMCFit",
     "ModelCheck",
     "NowcastDraws",
+    "PathMarginal",
+    "PathPosterior",
     "PointFit",
     "PseudoMarginal",
     "SVIFit",
@@ -46,6 +49,7 @@ __all__ = [
     "nowcast",
     "one_step_probabilities",
     "particle_gibbs",
+    "path_marginal",
     "load",
     "posterior_draws",
     "record_of",
