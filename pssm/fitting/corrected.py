@@ -17,7 +17,7 @@ from pssm._checks import check_count
 from pssm._types import Array, Key
 from pssm.fitting.chains import ChainsRun
 from pssm.fitting.loop import Arrays, Parts
-from pssm.fitting.nodes import Kept, NodesFit, evidence
+from pssm.fitting.nodes import Kept, evidence
 from pssm.fitting.results import FitRecord, trace_with
 from pssm.fitting.weights import doubts, effective, normalised, pareto_shape, resampled
 from pssm.guides.guided_filter import guided_paths
@@ -196,9 +196,12 @@ class CorrectedEngine:
         values |= {n.removeprefix("path/"): x[chosen, copies % self.picks] for n, x in paths.items()}
         values |= _deterministic(self.model.plain_model, values, self.args, self.kwargs)
         chains = max(s.chains, 1)
+        weights = all_weights - np.logaddexp.reduce(all_weights.ravel())
         draws = {n: x.reshape(chains, -1, *x.shape[1:]) for n, x in values.items()}
         value, error = (float("nan"), float("nan")) if s.chains else evidence(all_weights)
         flaws = doubts(khat, efficiency)
+        ratios = (weighed - s.base.ravel()[: run.steps])[np.isfinite(weighed)]
+        spread = float(np.std(ratios)) if len(ratios) else float("nan")
         filtered = bool(run.state["filtered"])
         estimator = f"a filter with {self.num_particles} particles" if filtered else f"{self.num_paths} paths"
         shifts = _shifts({n: x[: run.steps] for n, x in s.values.items()}, s.base.ravel()[: run.steps], weighed)
@@ -215,14 +218,14 @@ class CorrectedEngine:
             f"estimate with uneven weights ({s.method}, not exact)" if flaws else f"{EXACT} ({s.method}, corrected)",
             ended=ended, warnings=tuple(warnings),
             message=f"by {estimator} a draw: {100 * efficiency:.0f} % of the draws are effective, k-hat {khat:.2f}, sd of "
-            f"log weights {np.std(weighed[np.isfinite(weighed)] - s.base.ravel()[: run.steps][np.isfinite(weighed)]):.2f}; "
-            f"the largest shift is {max(shifts.values(), default=0.0):.2f} posterior sds.",
-            stats=_stats(s, all_weights), seed=seed, seconds=run.seconds, run=run, engine=self, exact=not flaws, khat=khat,
+            f"log weights {spread:.2f}; the largest shift is {max(shifts.values(), default=0.0):.2f} posterior sds.",
+            stats={"log_weight": weights.reshape(chains, -1) if s.chains else weights.ravel()[chosen][None],
+                   "source_draw": chosen.reshape(chains, -1)}, seed=seed, seconds=run.seconds, run=run, engine=self, exact=not flaws, khat=khat,
             ess=ess, efficiency=efficiency, effective_draws=s.effective * efficiency if s.chains else ess,
-            log_weight_sd=float(np.std((weighed - s.base.ravel()[: run.steps])[np.isfinite(weighed)])),
+            log_weight_sd=spread,
             path_sd=float(run.state["path_sd"]), estimator=estimator, shifts=shifts, log_evidence=value,
             standard_error=error,
-            log_weights=(all_weights - np.logaddexp.reduce(all_weights.ravel())).reshape(max(s.chains, 1), -1),
+            log_weights=weights.reshape(chains, -1),
         )  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -248,10 +251,10 @@ class CorrectedEngine:
                 found = model.posterior(values, *args, **kwargs)
                 total, sds, single, paths = jnp.zeros(()), [], True, {}
                 for i, (name, chain) in enumerate(found.chains.items()):
-                    ratio, sd, drawn = weigh(jax.random.fold_in(key, i), chain, found.log_liks[name], size, picks)
-                    counts = found.counted[name]
-                    total = total + jnp.sum(jnp.where(counts, ratio - found.log_values[name], 0.0))
-                    sds.append(jnp.max(jnp.where(counts, sd, 0.0)))
+                    series = found.series[name]
+                    ratio, sd, drawn = weigh(jax.random.fold_in(key, i), chain, series.log_lik, size, picks)
+                    total = total + jnp.sum(jnp.where(series.counted, ratio - series.log_value, 0.0))
+                    sds.append(jnp.max(jnp.where(series.counted, sd, 0.0)))
                     single = single and not chain.batch_shape
                     paths[name] = drawn
                 split = jax.vmap(found.split)(paths)
@@ -271,7 +274,7 @@ def _by_paths(key: Key, chain: Any, log_lik: Any, size: int, picks: int) -> tupl
     weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
     value = jax.nn.logsumexp(weights, axis=0) - jnp.log(size)
     chosen = jax.random.categorical(pick_key, weights, axis=0, shape=(picks, *weights.shape[1:]))
-    spread = jnp.std(jnp.where(jnp.isfinite(weights), weights, jnp.nanmin(jnp.where(jnp.isfinite(weights), weights, 0))), 0)
+    spread = jnp.where(jnp.isfinite(weights).all(0), jnp.std(weights, axis=0), jnp.inf)
     return value, spread, jnp.take_along_axis(paths, chosen[..., None, None], axis=0)
 
 
@@ -302,17 +305,3 @@ def _shifts(values: Arrays, before: np.ndarray, after: np.ndarray) -> dict[str, 
         sd = np.sqrt(np.maximum(new @ (flat - mean) ** 2, 1e-300))
         found[name] = float(np.max(np.abs(mean - old @ flat) / sd, initial=0.0))
     return found
-
-
-def _stats(s: Source, log_weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The weights of a Markov chain's draws, before resampling, `(chain, draw)`."""
-    if not s.chains:
-        return {}
-    found = log_weights - np.logaddexp.reduce(log_weights.ravel())
-    return {"log_weight": found.reshape(s.chains, -1)}
-
-
-def source_of_nodes(fit: NodesFit) -> Source:
-    """The nodes, with their weights."""
-    chosen = int(fit.engine.num_samples)
-    return Source(fit.nodes, fit.run.log_ratios, 0, chosen, fit.ess, fit.method)

@@ -87,7 +87,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
-    args, kwargs, labels = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
+    args, kwargs, labels = prepared_arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
         args,
@@ -160,7 +160,7 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
-    args, kwargs, labels = _arguments("fit_mclmc", model, args, kwargs)
+    args, kwargs, labels = prepared_arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
 
@@ -233,7 +233,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
-    args, kwargs, labels = _arguments("fit_svi", model, args, kwargs, SVI)
+    args, kwargs, labels = prepared_arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
         rank=rank,
@@ -295,7 +295,7 @@ def fit_ml(
     Source:
         Durbin & Koopman 2012, chapter 7.
     """
-    args, kwargs, labels = _arguments("fit_ml", model, args, kwargs)
+    args, kwargs, labels = prepared_arguments("fit_ml", model, args, kwargs)
     return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
@@ -320,11 +320,11 @@ def fit_map(
         >>> bool(fit.log_joint < fit.log_likelihood)
         True
     """
-    args, kwargs, labels = _arguments("fit_map", model, args, kwargs)
+    args, kwargs, labels = prepared_arguments("fit_map", model, args, kwargs)
     return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
 
 
-def _arguments(
+def prepared_arguments(
     function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """The model's arguments as plain arrays with NaN, and the labels of its data (`_labels_of`).

@@ -17,13 +17,14 @@ from pssm.fitting.climb import Rules, ascend, newton
 from pssm.fitting.loop import Arrays, Parts
 from pssm.fitting.results import FitRecord
 from pssm.fitting.target import Values
-from pssm.fitting.weights import doubts, effective, pareto_shape, resampled
+from pssm.fitting.weights import doubts, effective, normalised, pareto_shape, resampled
 from pssm.storage.folder import SavedFitError
 
 MOST = 4  # parameters
 SETS = 8  # of nodes, scrambled independently: their spread is the error of the evidence
 FREEDOM, WIDER = 4.0, 1.3  # of the t distribution, and of its scale matrix over the inverse curvature
 STARTS = 4
+ROUNDS, PILOT, EVEN = 4, 128, 0.7  # of looks for a better shape: nodes in each, share of effective ones to stop at
 FIELDS = ("mode", "root", "scramble", "points", "log_ratios")
 EXACT = "exact posterior up to Monte Carlo error (weighted nodes)"
 
@@ -55,7 +56,7 @@ class NodesFit(FitRecord):
 
 
 class NodesRun(NamedTuple):
-    """Where a run is: the mode, a root of the scale matrix, a seed, points `(set, node, size)` and their log ratios."""
+    """Where a run is: the centre, a root of the scale matrix, a seed, points `(set, node, size)` and their log ratios."""
 
     mode: np.ndarray
     root: np.ndarray
@@ -119,10 +120,31 @@ class NodesEngine:
         matrix = peak.information
         eigen, basis = np.linalg.eigh(np.where(np.isfinite(matrix), matrix, np.eye(f.size)))
         eigen = np.maximum(eigen, 1e-3 * max(eigen.max(initial=0.0), 1e-6))  # a flat direction is given some length
-        root = basis / np.sqrt(eigen) * np.sqrt(WIDER)
-        none = np.zeros((0, self.num_nodes // SETS))
         scramble = np.asarray(jax.random.key_data(key)).ravel()
-        return NodesRun(peak.z, root, scramble, np.zeros((*none.shape, f.size)), none)
+        centre, root = self._shaped(peak.z, basis / np.sqrt(eigen), scramble)
+        none = np.zeros((0, self.num_nodes // SETS))
+        return NodesRun(centre, root, scramble, np.zeros((*none.shape, f.size)), none)
+
+    def _shaped(self, centre: np.ndarray, root: np.ndarray, scramble: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and root of the scale: of the mode, or of weighted moments where these give more even weights.
+
+        The moments are those of a few nodes, with the shape before counting as some more.
+        """
+        best = (0.0, centre, root * np.sqrt(WIDER))
+        for i in range(ROUNDS):
+            wide = root * np.sqrt(WIDER)
+            points, log_q = _scatter(centre, wide, PILOT, [*scramble, SETS + i])
+            log_ratios = self.density.many(points) - log_q
+            count = effective(log_ratios)
+            best = max(best, (count, centre, wide), key=lambda found: found[0])
+            if not 1 < count < EVEN * PILOT:
+                break
+            weights = normalised(log_ratios)
+            centre, before = weights @ points, root @ root.T
+            spread = (points - centre).T @ (weights[:, None] * (points - centre))
+            shares = np.array([count, len(centre) + 2.0]) / (count + len(centre) + 2.0)
+            root = np.linalg.cholesky(shares[0] * spread + shares[1] * before)
+        return best[1:]
 
     def advance(self, run: NodesRun, count: int) -> NodesRun:
         """Weighs a set of nodes."""
@@ -175,6 +197,7 @@ class NodesEngine:
         ess, khat = effective(log_ratios), pareto_shape(log_ratios)
         key = jax.random.key(0) if seed is None else seed
         chosen = resampled(jax.random.fold_in(key, 1), log_ratios, self.num_samples)
+        weights = log_ratios - np.logaddexp.reduce(log_ratios)
         nodes = self.density.values(run.points.reshape(len(log_ratios), -1))
         draws = {n: x[chosen][None] for n, x in nodes.items()}
         integrated = hasattr(self.model, "complete")
@@ -190,8 +213,8 @@ class NodesEngine:
             kind if not flaws else f"estimate with uneven weights ({kind})", ended=ended,
             message=f"log evidence {value:.6g} +- {error:.2g}; {ess:.0f} of {len(log_ratios)} nodes are effective, "
             f"k-hat {khat:.2f}.",
-            warnings=tuple(flawed), seed=seed, seconds=run.seconds, run=run, engine=self, log_evidence=value,
-            standard_error=error, khat=khat, ess=ess, log_weights=log_ratios - np.logaddexp.reduce(log_ratios),
+            warnings=tuple(flawed), stats={"log_weight": weights[chosen][None], "node": chosen[None]}, seed=seed, seconds=run.seconds, run=run, engine=self, log_evidence=value,
+            standard_error=error, khat=khat, ess=ess, log_weights=weights,
             nodes={n: x for n, x in nodes.items() if n in self.density.names}, approximate=integrated,
         )  # fmt: skip
 

@@ -6,9 +6,13 @@ from pssm.fitting.point import PointFit
 from pssm.fitting.results import FitRecord, MCMCFit, SVIFit, TrainingError, elbo, posterior_draws, record_of
 from pssm.fitting.saved import load, resume, save
 from pssm.guides.transport import transport_reparam
+from pssm.fitting.corrected import CorrectedFit
+from pssm.fitting.nodes import NodesFit
 from pssm.infer.causal import causal_draws
+from pssm.infer.correct import corrected
 from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
+from pssm.infer.nodes import nodes
 from pssm.infer.nowcasts import NowcastDraws, nowcast
 from pssm.infer.path_marginal import PathMarginal, PathPosterior, path_marginal
 from pssm.infer.predict import forecast, sample_states, smoothed_states
@@ -20,10 +24,12 @@ from pssm.storage.folder import SavedFitError
 
 __all__ = [
     "Constrained",
+    "CorrectedFit",
     "EvidenceBound",
     "FitRecord",
     "MCMCFit",
     "ModelCheck",
+    "NodesFit",
     "NowcastDraws",
     "PathMarginal",
     "PathPosterior",
@@ -37,6 +43,7 @@ __all__ = [
     "causal_draws",
     "check_model",
     "constrain",
+    "corrected",
     "elbo",
     "fit_map",
     "fit_mclmc",
@@ -46,6 +53,7 @@ __all__ = [
     "forecast",
     "importance_bound",
     "log_weights",
+    "nodes",
     "nowcast",
     "one_step_probabilities",
     "particle_gibbs",

@@ -38,6 +38,7 @@ class PathPosterior(NamedTuple):
         log_joint: `log p(paths, data | values)` of a dict of paths, by the names of the model or of `chains`.
         split: from a dict of paths by the names of `chains` to one by the names of the model.
         converged: whether the search has, `()`.
+        series: of each of `chains`, what the parts of `log_value` are.
     """
 
     log_value: Array
@@ -45,6 +46,21 @@ class PathPosterior(NamedTuple):
     log_joint: Callable[[dict[str, Array]], Array]
     split: Callable[[dict[str, Array]], dict[str, Array]]
     converged: Array
+    series: dict[str, "Series"]
+
+
+class Series(NamedTuple):
+    """The series of one chain: the log-likelihood of a path and the approximate integral, `(*batch,)` each.
+
+    Attributes:
+        log_lik: of paths `(*batch, time, state)`, everything but the path's own density.
+        log_value: its integral, approximately.
+        counted: whether a series counts: none that a mask takes out.
+    """
+
+    log_lik: Callable[[Array], Array]
+    log_value: Array
+    counted: Array
 
 
 class _Found(NamedTuple):
@@ -55,6 +71,7 @@ class _Found(NamedTuple):
     chain: Callable[[], LowRankChain]
     total: Array
     converged: Array
+    series: Series
 
 
 class PathMarginal:
@@ -158,7 +175,8 @@ class PathMarginal:
         total = jnp.sum(jnp.stack([*rest, *(parts.total for parts in found.values())]))
         chains = {group.name: parts.chain() for group, parts in found.items()}
         converged = jnp.all(jnp.stack([jnp.all(parts.converged) for parts in found.values()]))
-        return PathPosterior(total, chains, log_joint, split, converged)
+        series = {group.name: parts.series for group, parts in found.items()}
+        return PathPosterior(total, chains, log_joint, split, converged, series)
 
     def centres(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """The paths about which the posterior is, given the other latent sites; NaN where the search has failed."""
@@ -261,7 +279,8 @@ class PathMarginal:
         def chain() -> LowRankChain:
             return LowRankChain.from_potential(stacked.prior, potential_of(found))
 
-        return _Found(stacked, found, chain, total, found.is_mode)
+        seen = jnp.broadcast_to(True if mask is None else mask, value.shape)
+        return _Found(stacked, found, chain, total, found.is_mode, Series(log_lik, value, seen))
 
 
 def _still(x: Any) -> Any:
