@@ -1,6 +1,7 @@
 """A model with its paths of states integrated out, approximately: samplers see the parameters only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.guides.plates import apart
 from pssm.infer.path_groups import Group, Layout, Stacked, layout_of, stack
-from pssm.infer.reference import Reference, find_reference, fingerprint, is_known
+from pssm.infer.reference import Moments, Reference, find_reference, fingerprint, is_known
 from pssm.linalg.random import standard_normal
+from pssm.modes.bound import Bound, covariances_at, fit_bound
 from pssm.modes.marginal import Expansion, Mode, estimate, expand, find_mode, potential_of
 
 APPROXIMATIONS = ("variational", "laplace", "importance")
@@ -64,14 +66,19 @@ class Series(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Of one group: the joint path, Laplace's expansion about its mode, the value of each series, and their sum."""
+    """Of one group: the joint path, its posterior, the sum of the values of all series, and which have converged."""
 
     stacked: Stacked
-    expansion: Expansion
-    chain: Callable[[], LowRankChain]
+    posterior: Expansion | Bound
     total: Array
     converged: Array
     series: Series
+
+    @property
+    def chain(self) -> LowRankChain:
+        """The posterior of the joint path."""
+        q = self.posterior
+        return LowRankChain.from_potential(self.stacked.prior, potential_of(q.path, q.slope, q.J))
 
 
 class PathMarginal:
@@ -91,7 +98,7 @@ class PathMarginal:
         self.approximation, self.num_iters = approximation, num_iters
         self.num_samples, self.max_search = num_samples, max_search
         self.reference: Reference | None = None
-        self._busy = False
+        self._busy = self._light = False
 
     @property
     def objective(self) -> str:
@@ -109,9 +116,14 @@ class PathMarginal:
         declared = handlers.trace(handlers.block(still, hide=hidden)).get_trace(*args, **kwargs)
         values = {n: s["value"] for n, s in declared.items() if s["type"] == "param" or n in layout.latent}
         indices = {n: s["value"] for n, s in declared.items() if s["type"] == "plate"}
-        for group in layout.groups:
-            found = self._integrate(args, kwargs, indices, values, layout, group)
-            total = found.total
+        if self._light:
+            return
+
+        @jax.jit  # a call with numbers is compiled as a whole
+        def integrals(values: dict[str, Array]) -> list[Array]:
+            return [self._integrate(args, kwargs, indices, values, layout, g).total for g in layout.groups]
+
+        for group, total in zip(layout.groups, integrals(values), strict=True):
             for name in (n for n in group.sites if n in latent):  # declared above, with another path
                 total = total - site_log_prob(declared[name])
             numpyro.factor(f"{group.paths[0]}_marginal", total)
@@ -130,15 +142,20 @@ class PathMarginal:
         Returns:
             Itself.
         """
-        self._busy = True
-        try:
-            self.reference = None
-            with apart(), jax.ensure_compile_time_eval():
-                for _ in range(2):
-                    self.reference = find_reference(self, args, kwargs)
-        finally:
-            self._busy = False
+        with apart(), jax.ensure_compile_time_eval():
+            self.reference = find_reference(self, args, kwargs)
         return self
+
+    @contextmanager
+    def beginning(self, moments: Moments | None, *, parameters_only: bool = False) -> Iterator[None]:
+        """For a preparation: searches begin at these moments of the paths; or the paths are left out."""
+        before = self.reference, self._busy, self._light
+        self.reference = None if moments is None else Reference("", {}, *moments)
+        self._busy, self._light = True, parameters_only
+        try:
+            yield
+        finally:
+            self.reference, self._busy, self._light = before
 
     def posterior(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> PathPosterior:
         """The paths given values of all other latent sites.
@@ -173,21 +190,26 @@ class PathMarginal:
         trace = run.trace({**values, **{n: self._path(s, layout) for n, s in self._paths(run, values, layout).items()}})
         rest = [site_log_prob(trace[n]) for n in layout.observed]
         total = jnp.sum(jnp.stack([*rest, *(parts.total for parts in found.values())]))
-        chains = {group.name: parts.chain() for group, parts in found.items()}
+        chains = {group.name: parts.chain for group, parts in found.items()}
         converged = jnp.all(jnp.stack([jnp.all(parts.converged) for parts in found.values()]))
         series = {group.name: parts.series for group, parts in found.items()}
         return PathPosterior(total, chains, log_joint, split, converged, series)
 
-    def centres(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """The paths about which the posterior is, given the other latent sites; NaN where the search has failed."""
+    def moments(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Centres of the paths given the other latent sites; covariances, where they are known, of the joint paths.
+
+        Both are NaN where the search has failed.
+        """
         layout = layout_of(self.model, args, kwargs)
         values = {n: jnp.asarray(x) for n, x in values.items() if n in layout.latent}
-        paths = {}
+        paths, covs = {}, {}
         for group in layout.groups:
             found = self._integrate(args, kwargs, {}, values, layout, group)
-            centre = jnp.where(found.converged[..., None, None], found.expansion.path, jnp.nan)
+            centre = jnp.where(found.converged[..., None, None], found.posterior.path, jnp.nan)
             paths |= dict(zip(group.paths, found.stacked.split(centre), strict=True))
-        return paths
+            if isinstance(found.posterior, Bound):
+                covs[group.name] = found.posterior.cov
+        return paths, covs
 
     def complete(self, draws: dict[str, Any], key: Key, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Draws of the other sites `(chain, draw, ...)` with a path for each, and what the model computes from it."""
@@ -265,9 +287,13 @@ class PathMarginal:
         stacked, log_lik, start, site = parts(ModelRun(self.model, args, kwargs, indices), values)
         check_series(group, log_lik, start)
         prior, far, _, _ = parts(ModelRun(self.model, *frozen[:2], indices), frozen[2])
-        mode = find_mode(prior.prior, far, start, num_iters=self.max_search)
-        found = expand(stacked.prior, log_lik, Mode(*jax.lax.stop_gradient(tuple(mode))))
-        value = found.value
+        if self.approximation == "variational":
+            found = self._bound(group, stacked, log_lik, prior, far, start)
+            value, converged = found.value, jnp.isfinite(found.value)
+        else:
+            mode = find_mode(prior.prior, far, start, num_iters=self.max_search)
+            found = expand(stacked.prior, log_lik, Mode(*jax.lax.stop_gradient(tuple(mode))))
+            value, converged = found.value, found.is_mode
         if self.approximation == "importance":
             half = (self.num_samples // 2, *start.shape[:-2], stacked.prior.noise_size)
             noise = standard_normal(jax.random.key(0), half, start.dtype)
@@ -276,11 +302,29 @@ class PathMarginal:
         counted = value if mask is None else jnp.where(mask, value, 0.0)
         total = jnp.sum(counted) * (1.0 if site["scale"] is None else site["scale"])
 
-        def chain() -> LowRankChain:
-            return LowRankChain.from_potential(stacked.prior, potential_of(found))
-
         seen = jnp.broadcast_to(True if mask is None else mask, value.shape)
-        return _Found(stacked, found, chain, total, found.is_mode, Series(log_lik, value, seen))
+        return _Found(stacked, found, total, converged, Series(log_lik, value, seen))
+
+    def _bound(
+        self,
+        group: Group,
+        stacked: Stacked,
+        log_lik: Callable[[Array], Array],
+        prior: Stacked,
+        far: Callable[[Array], Array],
+        start: Array,
+    ) -> Bound:
+        """The bound, from the stored moments; from those at the mode (of `prior` and `far`) where there are none."""
+        if not stacked.prior.is_linear:
+            raise ValueError(
+                f"`approximation`: the transition of the path `{group.name}` is a function, and "
+                '"variational" takes matrices only. Use "laplace" or "importance".'
+            )
+        cov = None if self.reference is None else self.reference.covs.get(group.name)
+        if cov is None or cov.shape != (*start.shape, start.shape[-1]):
+            start = find_mode(prior.prior, far, start, num_iters=self.max_search).path
+            cov = covariances_at(prior.prior, far, start)
+        return fit_bound(stacked.prior, log_lik, start, jnp.asarray(cov), num_iters=self.num_iters)
 
 
 def _still(x: Any) -> Any:
