@@ -117,7 +117,7 @@ class CorrectedEngine:
 
     def start(self, key: Key) -> ChainsRun:
         """Tries some of the draws: where single paths weigh too unevenly, a particle filter weighs all."""
-        chosen = np.unique(np.linspace(0, self.total - 1, min(PILOT, self.total)).astype(int))
+        chosen = np.unique(resampled(jax.random.fold_in(key, 0), self.source.base.ravel(), min(PILOT, self.total)))
         found = self._weigh(chosen, jax.random.fold_in(key, 1), False)
         sd = float(np.sqrt(np.mean(np.square(found["path_sd"]))))
         filtered = sd > UNEVEN and bool(found["single"].all())
@@ -179,7 +179,8 @@ class CorrectedEngine:
         """`(set, draw)`, minus infinity for draws that are not weighed yet."""
         found = np.concatenate([piece["log_ratio"] for piece in run.draws])
         found = np.append(found, np.full(self.total - len(found), -np.inf)).reshape(self.source.base.shape)
-        return self.source.base + np.where(np.isnan(found), -np.inf, found)
+        known = np.isfinite(self.source.base) & np.isfinite(found)  # where the approximation has failed there is nothing
+        return np.where(known, self.source.base + np.where(known, found, 0.0), -np.inf)
 
     def result(self, run: ChainsRun, ended: str, seed: Any) -> CorrectedFit:
         """Resampled draws, with what the weights say about themselves."""
@@ -196,12 +197,12 @@ class CorrectedEngine:
         values |= {n.removeprefix("path/"): x[chosen, copies % self.picks] for n, x in paths.items()}
         values |= _deterministic(self.model.plain_model, values, self.args, self.kwargs)
         chains = max(s.chains, 1)
-        weights = all_weights - np.logaddexp.reduce(all_weights.ravel())
+        with np.errstate(divide="ignore"):
+            weights = np.log(normalised(all_weights.ravel())).reshape(all_weights.shape)
         draws = {n: x.reshape(chains, -1, *x.shape[1:]) for n, x in values.items()}
         value, error = (float("nan"), float("nan")) if s.chains else evidence(all_weights)
         flaws = doubts(khat, efficiency)
-        ratios = (weighed - s.base.ravel()[: run.steps])[np.isfinite(weighed)]
-        spread = float(np.std(ratios)) if len(ratios) else float("nan")
+        spread = _spread(weighed, s.base.ravel()[: run.steps])
         filtered = bool(run.state["filtered"])
         estimator = f"a filter with {self.num_particles} particles" if filtered else f"{self.num_paths} paths"
         shifts = _shifts({n: x[: run.steps] for n, x in s.values.items()}, s.base.ravel()[: run.steps], weighed)
@@ -293,6 +294,15 @@ def _deterministic(model: Any, values: Arrays, args: tuple[Any, ...], kwargs: di
 
     rows = {n: jnp.asarray(x) for n, x in values.items()}
     return {n: np.asarray(x) for n, x in jax.jit(lambda rows: jax.lax.map(one, rows, batch_size=TOGETHER))(rows).items()}
+
+
+def _spread(after: np.ndarray, before: np.ndarray) -> float:
+    """Standard deviation, over the draws as they were weighted before, of the log ratio that the correction adds."""
+    seen = np.isfinite(after)
+    if not seen.any():
+        return float("nan")
+    share, ratio = normalised(before[seen]), (after - np.where(seen, before, 0.0))[seen]
+    return float(np.sqrt(share @ (ratio - share @ ratio) ** 2))
 
 
 def _shifts(values: Arrays, before: np.ndarray, after: np.ndarray) -> dict[str, float]:

@@ -197,7 +197,8 @@ class NodesEngine:
         ess, khat = effective(log_ratios), pareto_shape(log_ratios)
         key = jax.random.key(0) if seed is None else seed
         chosen = resampled(jax.random.fold_in(key, 1), log_ratios, self.num_samples)
-        weights = log_ratios - np.logaddexp.reduce(log_ratios)
+        with np.errstate(divide="ignore"):
+            weights = np.log(normalised(log_ratios))
         nodes = self.density.values(run.points.reshape(len(log_ratios), -1))
         draws = {n: x[chosen][None] for n, x in nodes.items()}
         integrated = hasattr(self.model, "complete")
@@ -251,12 +252,11 @@ class Completed:
 
 def evidence(log_ratios: np.ndarray) -> tuple[float, float]:
     """`log p(y)` from log ratios `(set, node)`, and its standard error by the spread of the sets."""
-    each = np.logaddexp.reduce(log_ratios, axis=1) - np.log(log_ratios.shape[1])
-    top = each.max()
+    top = log_ratios.max(initial=-np.inf)
     if not np.isfinite(top):
         return -np.inf, float("nan")
-    ratio = np.exp(each - top)
-    error = ratio.std(ddof=1) / np.sqrt(len(each)) / ratio.mean() if len(each) > 1 else float("nan")
+    ratio = np.exp(log_ratios - top).mean(axis=1)
+    error = ratio.std(ddof=1) / np.sqrt(len(ratio)) / ratio.mean() if len(ratio) > 1 else float("nan")
     return float(top + np.log(ratio.mean())), float(error)
 
 
