@@ -16,9 +16,9 @@ from scipy import stats
 from pssm import LinearGaussianSSM, kalman_filter
 from pssm.diagnostics import khat, leave_future_out, log_evidence
 from pssm.diagnostics.bound import elbo_and_khat
-from pssm.fitting.weights import pareto_shape
 from pssm.diagnostics.crossval import _Refit
 from pssm.distributions import LinearGaussianMarginal
+from pssm.fitting.weights import pareto_shape
 from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi
 
 QUIET = {"progress_bar": False}

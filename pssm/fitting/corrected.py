@@ -18,16 +18,13 @@ from pssm._types import Array, Key
 from pssm.fitting.chains import ChainsRun
 from pssm.fitting.loop import Arrays, Parts
 from pssm.fitting.nodes import Kept, evidence
-from pssm.fitting.results import FitRecord, trace_with
+from pssm.fitting.path_draws import TOGETHER, by_filter, by_paths, deterministic
+from pssm.fitting.results import FitRecord
 from pssm.fitting.weights import doubts, effective, normalised, pareto_shape, resampled
-from pssm.guides.guided_filter import guided_paths
-from pssm.linalg.random import standard_normal
 from pssm.storage.folder import SavedFitError
 
-TOGETHER = 50  # draws in a piece of the compiled program
 PILOT = 32  # draws that tell how uneven the weights of single paths are
 UNEVEN = 1.5  # standard deviation of one path's log weight, above which a particle filter takes over
-BLOCK = 10  # steps between two looks at the filter's weights
 EXACT = "exact posterior up to Monte Carlo error"
 INSTEAD = (
     'A method that works here: "nuts:transport" or "nuts:states" in `compare` (`transport_reparam`), `particle_gibbs`, or '
@@ -179,7 +176,9 @@ class CorrectedEngine:
         """`(set, draw)`, minus infinity for draws that are not weighed yet."""
         found = np.concatenate([piece["log_ratio"] for piece in run.draws])
         found = np.append(found, np.full(self.total - len(found), -np.inf)).reshape(self.source.base.shape)
-        known = np.isfinite(self.source.base) & np.isfinite(found)  # where the approximation has failed there is nothing
+        known = np.isfinite(self.source.base) & np.isfinite(
+            found
+        )  # where the approximation has failed there is nothing
         return np.where(known, self.source.base + np.where(known, found, 0.0), -np.inf)
 
     def result(self, run: ChainsRun, ended: str, seed: Any) -> CorrectedFit:
@@ -195,7 +194,7 @@ class CorrectedEngine:
         paths = {n: np.concatenate([p[n] for p in run.draws]) for n in run.draws[0] if n.startswith("path/")}
         values = {n: x[chosen] for n, x in s.values.items()}
         values |= {n.removeprefix("path/"): x[chosen, copies % self.picks] for n, x in paths.items()}
-        values |= _deterministic(self.model.plain_model, values, self.args, self.kwargs)
+        values |= deterministic(self.model.plain_model, values, self.args, self.kwargs)
         chains = max(s.chains, 1)
         with np.errstate(divide="ignore"):
             weights = np.log(normalised(all_weights.ravel())).reshape(all_weights.shape)
@@ -243,7 +242,7 @@ class CorrectedEngine:
 
     def _program(self, filtered: bool) -> Callable[..., Any]:
         if filtered not in self._programs:
-            weigh = _by_filter if filtered else _by_paths
+            weigh = by_filter if filtered else by_paths
             size = self.num_particles if filtered else self.num_paths
             model, args, kwargs, picks = self.model, self.args, self.kwargs, self.picks
 
@@ -264,36 +263,6 @@ class CorrectedEngine:
 
             self._programs[filtered] = jax.jit(lambda v, k: jax.lax.map(one, (v, k), batch_size=TOGETHER))
         return self._programs[filtered]
-
-
-def _by_paths(key: Key, chain: Any, log_lik: Any, size: int, picks: int) -> tuple[Array, Array, Array]:
-    """The log estimate of each series, the sd of one path's log weight, and paths by their weights `(pick, ...)`."""
-    noise_key, pick_key = jax.random.split(key)
-    half = standard_normal(noise_key, (size // 2, *chain.batch_shape, chain.prior.noise_size), chain.K.dtype)
-    paths = chain.path_from_noise(jnp.concatenate([half, -half]))
-    weights = jax.vmap(log_lik)(paths) - chain.log_ratio(paths)
-    weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
-    value = jax.nn.logsumexp(weights, axis=0) - jnp.log(size)
-    chosen = jax.random.categorical(pick_key, weights, axis=0, shape=(picks, *weights.shape[1:]))
-    spread = jnp.where(jnp.isfinite(weights).all(0), jnp.std(weights, axis=0), jnp.inf)
-    return value, spread, jnp.take_along_axis(paths, chosen[..., None, None], axis=0)
-
-
-def _by_filter(key: Key, chain: Any, log_lik: Any, size: int, picks: int) -> tuple[Array, Array, Array]:
-    """The same by a particle filter that the chain steers; of a single series."""
-    value, _, paths = guided_paths(key, chain, log_lik, size, min(BLOCK, chain.prior.num_steps), picks)
-    return value, jnp.zeros(()), paths
-
-
-def _deterministic(model: Any, values: Arrays, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arrays:
-    """What the model computes from the draws."""
-
-    def one(row: dict[str, Array]) -> dict[str, Array]:
-        trace = trace_with(model, row, *args, **kwargs)
-        return {n: site["value"] for n, site in trace.items() if site["type"] == "deterministic" and n not in row}
-
-    rows = {n: jnp.asarray(x) for n, x in values.items()}
-    return {n: np.asarray(x) for n, x in jax.jit(lambda rows: jax.lax.map(one, rows, batch_size=TOGETHER))(rows).items()}
 
 
 def _spread(after: np.ndarray, before: np.ndarray) -> float:

@@ -115,7 +115,9 @@ class NodesEngine:
         ends = [ascend(f, z, f.rules) for z in f.starts(key, STARTS)]
         best, value = max(ends, key=lambda end: end[1])
         if not np.isfinite(value):
-            raise ValueError("`model`: its log density is not finite at any start. Look at its priors, or scale the data.")
+            raise ValueError(
+                "`model`: its log density is not finite at any start. Look at its priors, or scale the data."
+            )
         peak = newton(f, best, f.rules)
         matrix = peak.information
         eigen, basis = np.linalg.eigh(np.where(np.isfinite(matrix), matrix, np.eye(f.size)))
@@ -293,7 +295,7 @@ class _Density:
         if not 1 <= self.size <= MOST:
             raise ValueError(
                 f"`model` has {self.size} unconstrained parameters ({', '.join(self.names) or 'none'}); nodes are for 1 "
-                f"to {MOST}. Use a Markov chain: `fit_nuts(path_marginal(model), ...)`, in `compare` \"nuts:variational\"."
+                f'to {MOST}. Use a Markov chain: `fit_nuts(path_marginal(model), ...)`, in `compare` "nuts:variational".'
             )
         self._centre, self._dtype = np.asarray(flat, np.float64), flat.dtype
         self.rules = Rules(
