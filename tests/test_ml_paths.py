@@ -53,8 +53,11 @@ def test_linear_model_with_its_path_has_the_exact_maximum(exact, sampled):
     for name in ("q", "r"):
         np.testing.assert_allclose(sampled.params[name], exact.params[name], rtol=1e-4)
         np.testing.assert_allclose(sampled.errors[name], exact.errors[name], rtol=1e-3)
-    assert sampled.aic == pytest.approx(exact.aic) and sampled.num_observations == 12
-    assert sampled.converged and "Laplace" in sampled.objective and "Laplace" in sampled.message
+    assert sampled.aic == pytest.approx(exact.aic)
+    assert sampled.num_observations == 12
+    assert sampled.converged
+    assert "Laplace" in sampled.objective
+    assert "Laplace" in sampled.message
     assert "Laplace" not in exact.objective
 
 
@@ -105,7 +108,8 @@ def test_profile_of_the_nile_against_a_search_over_the_other_parameter():
     for end in (found.low, found.high):
         np.testing.assert_allclose(held(np.log(end)), fit.log_likelihood - chi2.ppf(0.95, 1) / 2, atol=1e-4)
     assert found.low < float(fit.params["sigma_level"]) < found.high
-    assert (np.diff(found.values) > 0).all() and found.log_likelihoods.max() == pytest.approx(fit.log_likelihood)
+    assert (np.diff(found.values) > 0).all()
+    assert found.log_likelihoods.max() == pytest.approx(fit.log_likelihood)
     with pytest.raises(ValueError, match="`name` must be one of"):
         fit.profile("sigma")
     with pytest.raises(ValueError, match="`level`"):

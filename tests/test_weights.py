@@ -72,7 +72,9 @@ def exact(approximate):
 
 def test_corrected_nodes_meet_brute_force(approximate, exact):
     value, q, last = brute()
-    assert exact.exact and exact.khat < 0.7 and exact.objective.startswith("exact posterior up to Monte Carlo error")
+    assert exact.exact
+    assert exact.khat < 0.7
+    assert exact.objective.startswith("exact posterior up to Monte Carlo error")
     assert "approximate" in approximate.objective
     assert abs(exact.log_evidence - value) < 4 * exact.standard_error < 0.1
     draws = exact.draws()
@@ -87,12 +89,14 @@ def test_what_follows_a_fit_takes_corrected_nodes(exact, tmp_path):
     tree = to_datatree(exact, states=True, forecast=2)
     assert {"posterior", "sample_stats", "smoothed_states", "forecast"} <= set(tree.children)
     assert tree["sample_stats"]["log_weight"].shape == (1, 1000)
-    assert forecast(exact, 2).mean.shape == (2, 1) and smoothed_states(exact).state.mean.shape == (3, 1)
+    assert forecast(exact, 2).mean.shape == (2, 1)
+    assert smoothed_states(exact).state.mean.shape == (3, 1)
     folder = save(exact, tmp_path / "fit")
     again = load(folder, path_marginal(counts, approximation="laplace"))
     for name, x in exact.draws().items():
         np.testing.assert_array_equal(again.draws()[name], x)
-    assert again.log_evidence == exact.log_evidence and again.exact
+    assert again.log_evidence == exact.log_evidence
+    assert again.exact
     with pytest.raises(ValueError, match="has weighed all of its draws"):
         resume(folder, path_marginal(counts, approximation="laplace"), progress_bar=False)
     with pytest.raises(ValueError, match=r"`model` must be the `path_marginal"):
@@ -113,7 +117,9 @@ def test_weights_of_a_linear_model_are_equal():
     np.testing.assert_allclose(found.log_weights, known.log_weights, atol=1e-6)
     np.testing.assert_allclose(found.log_evidence, known.log_evidence, atol=1e-8)
     after = corrected(found, num_paths=4, progress_bar=False)
-    assert after.log_weight_sd < 1e-8 and after.path_sd < 1e-8 and max(after.shifts.values()) < 1e-8
+    assert after.log_weight_sd < 1e-8
+    assert after.path_sd < 1e-8
+    assert max(after.shifts.values()) < 1e-8
     np.testing.assert_allclose(after.log_evidence, known.log_evidence, atol=1e-8)
     np.testing.assert_allclose(after.draws()["z"].mean(1)[0], smoothed_states(known).state.mean, atol=0.1)
 
@@ -123,8 +129,10 @@ def test_corrected_chain_keeps_its_chains():
     options = {"num_warmup": 200, "num_samples": 150, "num_chains": 2, "progress_bar": False}
     fit = fit_nuts(marginal, COUNTS, **options)
     after = corrected(fit, progress_bar=False)
-    assert after.draws()["z"].shape == (2, 150, 3, 1) and after.log_weights.shape == (2, 150)
-    assert 0 < after.effective_draws <= 300 and after.efficiency > 0.8
+    assert after.draws()["z"].shape == (2, 150, 3, 1)
+    assert after.log_weights.shape == (2, 150)
+    assert 0 < after.effective_draws <= 300
+    assert after.efficiency > 0.8
     where = np.asarray(after.stats["source_draw"]).ravel()
     assert (np.diff(where) >= 0).all()
     before = np.asarray(fit.get_samples()["q"])
@@ -157,8 +165,10 @@ def test_weights_that_cannot_be_trusted_say_so():
     heavy = np.random.default_rng(0).standard_cauchy(1000)
     assert not doubts(pareto_shape(even), effective(even) / 1000)
     found = doubts(pareto_shape(np.abs(heavy)), effective(np.abs(heavy)) / 1000)
-    assert len(found) == 2 and "k-hat" in found[0]
-    assert effective(np.full(4, -np.inf)) == 0 and pareto_shape(np.array([0.0, np.nan, 1.0])) == float("inf")
+    assert len(found) == 2
+    assert "k-hat" in found[0]
+    assert effective(np.full(4, -np.inf)) == 0
+    assert pareto_shape(np.array([0.0, np.nan, 1.0])) == float("inf")
     index = resampled(jax.random.key(0), np.array([-0.7, -np.inf, -0.7]), 10)
     np.testing.assert_array_equal(np.bincount(index, minlength=3), [5, 0, 5])
 

@@ -1,8 +1,8 @@
 """The engine of corrections: draws from an approximate posterior get unbiased weights, and a path each.
 
-A model whose paths are integrated out approximately (`path_marginal`) gives draws of its other sites from `p~(theta | y)`.
-With an unbiased estimate `p^(y | theta)` by `S` paths of a chain, or by a particle filter, the weights `p^ / p~` make
-them draws from the exact posterior; so do the paths, one drawn by its weight for each.
+A model whose paths are integrated out approximately (`path_marginal`) gives draws of its other sites from
+`p~(theta | y)`. With an unbiased estimate `p^(y | theta)` by `S` paths of a chain, or by a particle filter, the
+weights `p^ / p~` make them draws from the exact posterior; so do the paths, one drawn by its weight for each.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ PILOT = 32  # draws that tell how uneven the weights of single paths are
 UNEVEN = 1.5  # standard deviation of one path's log weight, above which a particle filter takes over
 EXACT = "exact posterior up to Monte Carlo error"
 INSTEAD = (
-    'A method that works here: "nuts:transport" or "nuts:states" in `compare` (`transport_reparam`), `particle_gibbs`, or '
-    "`PseudoMarginal`."
+    'A method that works here: "nuts:transport" or "nuts:states" in `compare` (`transport_reparam`), '
+    "`particle_gibbs`, or `PseudoMarginal`."
 )
 
 
@@ -48,7 +48,9 @@ class CorrectedFit(FitRecord):
         shifts: how far the correction has moved the mean of each parameter, in posterior standard deviations.
         log_evidence: of the data, and `standard_error`; NaN for a Markov chain.
         standard_error: of it.
-        log_weights: of the draws before resampling, normalised, `(chain, draw)` of a Markov chain, `(1, node)` of nodes.
+        log_weights: of the draws before resampling, normalised, `(chain, draw)` of a Markov chain, `(1, node)` of
+            nodes.
+        divergences: of the Markov chain.
     """
 
     exact: bool = False
@@ -63,6 +65,7 @@ class CorrectedFit(FitRecord):
     log_evidence: float = float("nan")
     standard_error: float = float("nan")
     log_weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
+    divergences: int = 0
 
 
 class Source(NamedTuple):
@@ -75,6 +78,7 @@ class Source(NamedTuple):
         num_samples: equally weighted draws to make.
         effective: the least effective number of draws of a parameter.
         method: in words.
+        divergences: of the Markov chain.
     """
 
     values: Arrays
@@ -83,6 +87,7 @@ class Source(NamedTuple):
     num_samples: int
     effective: float
     method: str
+    divergences: int = 0
 
 
 class CorrectedEngine:
@@ -153,6 +158,7 @@ class CorrectedEngine:
         s = self.source
         numbers = {"num_paths": self.num_paths, "num_particles": self.num_particles, "chains": s.chains}
         words = {"num_samples": s.num_samples, "effective": s.effective, "method": s.method}
+        words["divergences"] = s.divergences
         return {"settings": {**numbers, **words}}, {"base": s.base, **{f"source/{n}": x for n, x in s.values.items()}}
 
     @classmethod
@@ -161,7 +167,13 @@ class CorrectedEngine:
         s, arrays = saved.manifest["settings"], saved.arrays
         values = {n.removeprefix("source/"): x for n, x in arrays.items() if n.startswith("source/")}
         source = Source(
-            values, arrays["base"], int(s["chains"]), int(s["num_samples"]), float(s["effective"]), str(s["method"])
+            values,
+            arrays["base"],
+            int(s["chains"]),
+            int(s["num_samples"]),
+            float(s["effective"]),
+            str(s["method"]),
+            int(s["divergences"]),
         )
         options = {n: int(s[n]) for n in ("num_paths", "num_particles")}
         return cls(saved.model, saved.args, saved.kwargs, source, **options)
@@ -176,9 +188,7 @@ class CorrectedEngine:
         """`(set, draw)`, minus infinity for draws that are not weighed yet."""
         found = np.concatenate([piece["log_ratio"] for piece in run.draws])
         found = np.append(found, np.full(self.total - len(found), -np.inf)).reshape(self.source.base.shape)
-        known = np.isfinite(self.source.base) & np.isfinite(
-            found
-        )  # where the approximation has failed there is nothing
+        known = np.isfinite(self.source.base) & np.isfinite(found)  # elsewhere the approximation has failed
         return np.where(known, self.source.base + np.where(known, found, 0.0), -np.inf)
 
     def result(self, run: ChainsRun, ended: str, seed: Any) -> CorrectedFit:
@@ -213,20 +223,37 @@ class CorrectedEngine:
             )
         if ended == "interrupted":
             warnings.append(f"Interrupted with {run.steps} of {self.total} draws weighed.")
+        found = weights.reshape(chains, -1) if s.chains else weights.ravel()[chosen][None]
         return CorrectedFit(
-            f"{s.method}, corrected", self.model.plain_model, self.args, self.kwargs, Kept(draws),
+            f"{s.method}, corrected",
+            self.model.plain_model,
+            self.args,
+            self.kwargs,
+            Kept(draws),
             f"estimate with uneven weights ({s.method}, not exact)" if flaws else f"{EXACT} ({s.method}, corrected)",
-            ended=ended, warnings=tuple(warnings),
-            message=f"by {estimator} a draw: {100 * efficiency:.0f} % of the draws are effective, k-hat {khat:.2f}, sd of "
-            f"log weights {spread:.2f}; the largest shift is {max(shifts.values(), default=0.0):.2f} posterior sds.",
-            stats={"log_weight": weights.reshape(chains, -1) if s.chains else weights.ravel()[chosen][None],
-                   "source_draw": chosen.reshape(chains, -1)}, seed=seed, seconds=run.seconds, run=run, engine=self, exact=not flaws, khat=khat,
-            ess=ess, efficiency=efficiency, effective_draws=s.effective * efficiency if s.chains else ess,
+            ended=ended,
+            warnings=tuple(warnings),
+            message=f"by {estimator} a draw: {100 * efficiency:.0f} % of the draws are effective, k-hat {khat:.2f}, sd "
+            f"of log weights {spread:.2f}; the largest shift is {max(shifts.values(), default=0.0):.2f} posterior sds.",
+            stats={"log_weight": found, "source_draw": chosen.reshape(chains, -1)},
+            seed=seed,
+            seconds=run.seconds,
+            run=run,
+            engine=self,
+            exact=not flaws,
+            khat=khat,
+            ess=ess,
+            efficiency=efficiency,
+            effective_draws=s.effective * efficiency if s.chains else ess,
             log_weight_sd=spread,
-            path_sd=float(run.state["path_sd"]), estimator=estimator, shifts=shifts, log_evidence=value,
+            path_sd=float(run.state["path_sd"]),
+            estimator=estimator,
+            shifts=shifts,
+            log_evidence=value,
             standard_error=error,
             log_weights=weights.reshape(chains, -1),
-        )  # fmt: skip
+            divergences=s.divergences,
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class NodesFit(FitRecord):
 
 
 class NodesRun(NamedTuple):
-    """Where a run is: the centre, a root of the scale matrix, a seed, points `(set, node, size)` and their log ratios."""
+    """Where a run is: centre, root of the scale matrix, seed, points `(set, node, size)` and their log ratios."""
 
     mode: np.ndarray
     root: np.ndarray
@@ -212,14 +212,28 @@ class NodesEngine:
             flawed.append(f"Interrupted with {run.steps} of {SETS} sets of nodes.")
         return NodesFit(
             f"nodes ({self.model.approximation})" if integrated else "nodes",
-            getattr(self.model, "plain_model", self.model), self.args, self.kwargs, sample,
-            kind if not flaws else f"estimate with uneven weights ({kind})", ended=ended,
+            getattr(self.model, "plain_model", self.model),
+            self.args,
+            self.kwargs,
+            sample,
+            kind if not flaws else f"estimate with uneven weights ({kind})",
+            ended=ended,
             message=f"log evidence {value:.6g} +- {error:.2g}; {ess:.0f} of {len(log_ratios)} nodes are effective, "
             f"k-hat {khat:.2f}.",
-            warnings=tuple(flawed), stats={"log_weight": weights[chosen][None], "node": chosen[None]}, seed=seed, seconds=run.seconds, run=run, engine=self, log_evidence=value,
-            standard_error=error, khat=khat, ess=ess, log_weights=weights,
-            nodes={n: x for n, x in nodes.items() if n in self.density.names}, approximate=integrated,
-        )  # fmt: skip
+            warnings=tuple(flawed),
+            stats={"log_weight": weights[chosen][None], "node": chosen[None]},
+            seed=seed,
+            seconds=run.seconds,
+            run=run,
+            engine=self,
+            log_evidence=value,
+            standard_error=error,
+            khat=khat,
+            ess=ess,
+            log_weights=weights,
+            nodes={n: x for n, x in nodes.items() if n in self.density.names},
+            approximate=integrated,
+        )
 
 
 def _engine(model: Any, args: Any, kwargs: Any, num_nodes: int, num_samples: int) -> NodesEngine:
@@ -233,6 +247,7 @@ class Kept(NamedTuple):
     values: dict[str, Any]
 
     def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All of them, whatever is asked for."""
         return self.values
 
 
@@ -294,8 +309,9 @@ class _Density:
         self.names, self.size = tuple(info.param_info.z), len(flat)
         if not 1 <= self.size <= MOST:
             raise ValueError(
-                f"`model` has {self.size} unconstrained parameters ({', '.join(self.names) or 'none'}); nodes are for 1 "
-                f'to {MOST}. Use a Markov chain: `fit_nuts(path_marginal(model), ...)`, in `compare` "nuts:variational".'
+                f"`model` has {self.size} unconstrained parameters ({', '.join(self.names) or 'none'}); nodes are for "
+                f"1 to {MOST}. Use a Markov chain: `fit_nuts(path_marginal(model), ...)`, which is "
+                '"nuts:variational" in `compare`.'
             )
         self._centre, self._dtype = np.asarray(flat, np.float64), flat.dtype
         self.rules = Rules(

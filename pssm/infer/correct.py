@@ -80,7 +80,7 @@ def _source(fit: Any) -> tuple[Any, Source]:
         found = Source(fit.nodes, fit.run.log_ratios, 0, fit.engine.num_samples, fit.ess, fit.method)
         return fit.engine.model, found
     model = fit.sampler.model if isinstance(fit, MCMC) else None
-    if not hasattr(model, "posterior"):
+    if not isinstance(fit, MCMC) or not hasattr(model, "posterior"):
         raise TypeError(
             "`fit` must be of a model whose paths are integrated out approximately, such as "
             f"`fit_nuts(path_marginal(model), ...)` or `nodes(model, ...)`; got {record_of(fit).method}."
@@ -93,4 +93,6 @@ def _source(fit: Any) -> tuple[Any, Source]:
     chains, count = np.shape(next(iter(latent.values())))[:2]
     least = min(float(np.min(effective_sample_size(np.asarray(x, np.float64)))) for x in latent.values())
     values = {n: x.reshape(-1, *x.shape[2:]) for n, x in latent.items()}
-    return model, Source(values, np.zeros((1, chains * count)), chains, chains * count, least, record_of(fit).method)
+    diverging = int(np.sum(fit.get_extra_fields().get("diverging", 0)))
+    base, total = np.zeros((1, chains * count)), chains * count
+    return model, Source(values, base, chains, total, least, record_of(fit).method, diverging)
