@@ -110,7 +110,27 @@ def _positive(W: Array) -> Array:
     """Curvatures without their negative part; where there is none, with all derivatives."""
     if W.shape[-1] == 1:
         return jnp.maximum(W, 0.0)
-    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(W))
-    low = jnp.minimum(values, 0.0)
-    low = jnp.where(low < -1e-12 * jnp.max(jnp.abs(values), axis=-1, keepdims=True), low, 0.0)
-    return W - jax.lax.stop_gradient((vectors * low[..., None, :]) @ jnp.swapaxes(vectors, -1, -2))
+
+    def cut(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        W, _ = state
+        values, vectors = jnp.linalg.eigh(W)
+        return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2), jnp.zeros((), bool)
+
+    still = jax.lax.stop_gradient(W)
+    negative = jnp.any(_least_pivot(still) < 0)
+    kept, _ = jax.lax.while_loop(lambda s: s[1], cut, (still, negative))  # also under `vmap` only where it is needed
+    return W + jax.lax.stop_gradient(kept - still)
+
+
+def _least_pivot(W: Array) -> Array:
+    """The smallest pivot of an unrolled factorisation, as zero where rounding may explain it."""
+    eps = 1e2 * jnp.finfo(W.dtype).eps
+    size, least = jnp.max(jnp.abs(W), axis=(-2, -1)), jnp.zeros(W.shape[:-2], W.dtype)
+    for j in range(W.shape[-1]):
+        pivot, column = W[..., j, j], W[..., :, j]
+        live = pivot > eps * size
+        left = jnp.where(live, 0.0, jnp.max(jnp.abs(column), axis=-1))  # a column without a pivot must be empty
+        least = jnp.minimum(least, jnp.where(left > 10 * eps * size, -left, 0.0))
+        scaled = jnp.where(live[..., None], column / jnp.where(live, pivot, 1.0)[..., None], 0.0)
+        W = W - scaled[..., :, None] * column[..., None, :]
+    return least

@@ -92,7 +92,7 @@ def find_mode(prior: StatePath, log_lik: LogLik, start: Array, *, num_iters: int
     """
     dtype = start.dtype
     eps = float(jnp.finfo(dtype).eps)
-    short = eps**0.35  # in standard deviations: the step that is taken in the end squares what is left
+    short = 3e-3  # in standard deviations: this step is taken, then one more, and each squares what is left
     batch = start.shape[:-2]
     whiteners = whiteners_of(prior)
 
@@ -118,7 +118,7 @@ def find_mode(prior: StatePath, log_lik: LogLik, start: Array, *, num_iters: int
         done_now = done | (proper & jnp.isfinite(value) & jnp.all(still, axis=(-2, -1)))
         slack = 100 * eps * (1.0 + jnp.abs(value))
         climbs = jnp.isfinite(reached) & ((reached >= value - slack) | ~jnp.isfinite(value))
-        taken = proper & climbs & ~done_now
+        taken = proper & climbs & ~done
         path = jnp.where(wide(taken), trial, path)
         slope = jnp.where(wide(taken), slope + wide(length) * (step.slope - slope), slope)
         size = jnp.where(newton, size, jnp.where(taken, jnp.minimum(2.0 * size, 1.0), 0.25 * size))

@@ -17,7 +17,7 @@ from pssm.batch import map_batch
 from pssm.distributions import StatePath
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import Diagonal, as_matrix
-from pssm.linalg.small import TINY, matmul, matvec
+from pssm.linalg.small import TINY, cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import solve_lower
 from pssm.modes.mode import through_noise
 
@@ -25,12 +25,12 @@ LogLik = Callable[[Array], Array]
 
 
 class Messages(NamedTuple):
-    """Of all steps of one path: `J`, `h`, `G = (1 + J Q)^{-1}`, a root of `(Q^{-1} + J)^{-1}`, and `-log |M| / 2`."""
+    """Of all steps of one path: `J`, `h`, `G = (1 + J Q)^{-1}`, `V = (Q^{-1} + J)^{-1}`, and `-log |M| / 2`."""
 
     J: Array
     h: Array
     reduce: Array
-    root: Array
+    V: Array
     half: Array
 
 
@@ -45,12 +45,12 @@ class Step(NamedTuple):
     @property
     def variance(self) -> Array:
         """Conditional variances `(..., time, state)`."""
-        return jnp.sum(self.messages.root**2, axis=-1)
+        return jnp.diagonal(self.messages.V, axis1=-2, axis2=-1)
 
     @property
     def proper(self) -> Array:
         """Whether the curvature is positive definite."""
-        return jnp.all(jnp.isfinite(self.messages.half), axis=-1)
+        return jnp.all(jnp.isfinite(self.variance), axis=(-2, -1))  # of a Cholesky factor
 
 
 def signed_sites(log_lik: LogLik, path: Array) -> tuple[Array, Array]:
@@ -98,31 +98,60 @@ def linearise(prior: StatePath, a: dict[str, Any], z: Array) -> tuple[Array, Arr
 
 
 def backward(prior: StatePath, a: dict[str, Any], g: Array, W: Array, A: Array, offset: Array) -> Messages:
-    """The messages about one path."""
+    """The messages about one path.
 
-    def noise(factor: Any, J: Array) -> tuple[Array, Array, Array, Array]:
-        rows = as_matrix(factor)
-        reduce, spread, inverse = through_noise(rows, J)
-        return reduce, spread, matmul(rows, inverse.T), jnp.sum(jnp.log(jnp.diagonal(inverse)))
+    The loop has only the recursion; what follows from `J` at each step is computed for all steps at once.
+    """
 
-    def back(message: tuple[Array, Array], xs: tuple) -> tuple[tuple, Messages]:
+    def back(message: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         J, h = message
         g, W, A, o, t = xs
-        reduce, spread, root, half = noise({**a, **t}["chol_Q"], J)
+        factor = as_matrix({**a, **t}["chol_Q"])
+        loaded = matmul(J, factor)
+        spread = matmul(loaded, inverse(matmul(factor.T, loaded)))
+        reduce = jnp.eye(J.shape[0], dtype=J.dtype) - matmul(spread, factor.T)
+        if J.shape == factor.shape == (1, 1):
+            J_before = matmul(reduce, J)
+        else:  # nothing cancels
+            J_before = matmul(matmul(reduce, J), reduce.T) + matmul(spread, spread.T)
         h_before = matvec(reduce, h - matvec(J, o))
-        J_before = matmul(matmul(reduce, J), reduce.T) + matmul(spread, spread.T)
-        return (W + matmul(A.T, matmul(J_before, A)), g + matvec(A.T, h_before)), Messages(J, h, reduce, root, half)
+        before = W + matmul(A.T, matmul(J_before, A)), g + matvec(A.T, h_before)
+        return before, message
 
-    first, later = jax.lax.scan(back, (W[-1], g[-1]), (g[:-1], W[:-1], A, offset, prior.timed(a)), reverse=True)
-    reduce, _, root, half = noise(a["chol_P0"], first[0])
-    start = Messages(*first, reduce, root, half)
-    if root.shape[-1] != later.root.shape[-1]:  # noise of fewer columns than the first state has
-        columns = max(root.shape[-1], later.root.shape[-1])
-        start, later = (
-            m._replace(root=jnp.pad(m.root, [(0, 0)] * (m.root.ndim - 1) + [(0, columns - m.root.shape[-1])]))
-            for m in (start, later)
-        )
-    return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), start, later)
+    timed = prior.timed(a)
+    first, (J, h) = jax.lax.scan(back, (W[-1], g[-1]), (g[:-1], W[:-1], A, offset, timed), reverse=True)
+    start = given(a["chol_P0"], first[0])
+    if "chol_Q" in timed:
+        later = jax.vmap(given)(timed["chol_Q"], J)
+    else:
+        later = jax.vmap(given, (None, 0))(a["chol_Q"], J)
+    J, h, *rest = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), (*first, *start), (J, h, *later))
+    return Messages(J, h, *rest)
+
+
+def given(factor: Any, J: Array) -> tuple[Array, Array, Array]:
+    """`G`, `V` and `-log |M| / 2` of a step, NaN where `M` is not positive definite."""
+    rows = as_matrix(factor)
+    reduce, _, inverse = through_noise(rows, J)
+    root = matmul(rows, inverse.T)
+    return reduce, matmul(root, root.T), jnp.sum(jnp.log(jnp.diagonal(inverse)))
+
+
+def inverse(inner: Array) -> Array:
+    """`(1 + inner)^{-1}`, by pivots without square roots where it is small."""
+    size = inner.shape[0]
+    matrix = jnp.eye(size, dtype=inner.dtype) + (inner if size == 1 else 0.5 * (inner + inner.T))
+    if size > TINY:
+        lower = invert_lower(cholesky(matrix))
+        return matmul(lower.T, lower)
+    rows = jnp.eye(size, dtype=inner.dtype)  # becomes the inverse of the unit lower triangle
+    reciprocals = []
+    for j in range(size):
+        reciprocals.append(1.0 / matrix[j, j])
+        below = jnp.where(jnp.arange(size) > j, matrix[:, j] * reciprocals[-1], 0.0)
+        matrix = matrix - below[:, None] * matrix[j][None, :]
+        rows = rows - below[:, None] * rows[j][None, :]
+    return matmul(rows.T, jnp.stack(reciprocals)[:, None] * rows)
 
 
 def newton_step(prior: StatePath, path: Array, gradient: Array, W: Array, *, covariances: bool = False) -> Step:
@@ -131,25 +160,25 @@ def newton_step(prior: StatePath, path: Array, gradient: Array, W: Array, *, cov
     def one(a: dict[str, Any]) -> Step:
         A, offset = linearise(prior, a, a["z"])
         found = backward(prior, a, a["g"], a["W"], A, offset)
+        V, keep = found.V[1:], jax.vmap(lambda G, A: matmul(G.T, A))(found.reduce[1:], A)
+        added = jax.vmap(lambda V, G, h, o: matvec(V, h) + matvec(G.T, o))(V, found.reduce[1:], found.h[1:], offset)
+        mu = a["m0"] - a["z"][0]
+        start = matvec(found.V[0], found.h[0]) + matvec(found.reduce[0].T, mu)
 
-        def absorb(m: Messages, mu: Array) -> tuple[Array, Array]:
-            pull = m.h - matvec(m.J, mu)
-            return mu + matvec(m.root, matvec(m.root.T, pull)), matvec(m.reduce, pull)
+        def forward(x: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
+            x = xs[0] + matvec(xs[1], x)
+            return x, x
 
-        def forward(carry: tuple[Array, Any], xs: tuple) -> tuple[tuple[Array, Any], tuple[Array, Array, Any]]:
-            m, A, o = xs
-            x, cov = carry
-            x, slope = absorb(m, o + matvec(A, x))
-            if covariances:
-                keep = matmul(m.reduce.T, A)
-                cov = matmul(m.root, m.root.T) + matmul(matmul(keep, cov), keep.T)
-            return (x, cov), (x, slope, cov)
+        def widen(cov: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
+            cov = xs[0] + matmul(matmul(xs[1], cov), xs[1].T)
+            return cov, cov
 
-        start, later = (jax.tree.map(cut, found) for cut in (lambda x: x[0], lambda x: x[1:]))
-        x, slope = absorb(start, a["m0"] - a["z"][0])
-        first = x, slope, matmul(start.root, start.root.T) if covariances else None
-        _, rest = jax.lax.scan(forward, (x, first[2]), (later, A, offset))
-        move, slope, cov = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
+        move = jnp.concatenate([start[None], jax.lax.scan(forward, start, (added, keep))[1]])
+        means = jnp.concatenate([mu[None], offset + jax.vmap(matvec)(A, move[:-1])])
+        slope = jax.vmap(lambda G, h, J, mu: matvec(G, h - matvec(J, mu)))(found.reduce, found.h, found.J, means)
+        cov = None
+        if covariances:
+            cov = jnp.concatenate([found.V[:1], jax.lax.scan(widen, found.V[0], (V, keep))[1]])
         return Step(move, slope, found, cov)
 
     return map_paths(prior, one, {"z": path, "g": gradient, "W": W}, {"z": 2, "g": 2, "W": 3})
