@@ -39,7 +39,7 @@ from pssm.linalg.small import SMALL, matmul
 class LowRankChain(dist.Distribution):
     """`q(z_{1:T}) = prod_t p(z_t | z_{t-1}) psi_t(z_t) / Z_t(z_{t-1})`, event shape `(time, state)`.
 
-        psi_t(z) = exp(k_t'x + (K_t b_t)'x - x'(diag(diag_t) + K_t K_t')x / 2),    x = z - center_t
+        psi_t(z) = exp(k_t'x + (K_t b_t)'x - x'(diag(diag_t) + K_t K_t' + precision_t)x / 2),    x = z - center_t
 
     Each conditional `q(z_t | z_{t-1})` is Gaussian with a covariance that does not depend on `z_{t-1}`; the marginals
     are free. Draws are whole trajectories, `log_prob` is exact, and so is the expected log ratio to the prior given a
@@ -56,13 +56,17 @@ class LowRankChain(dist.Distribution):
         prior: the path prior, linear or not.
         k: slopes, `(..., time, state)`; None for zero.
         K: factors, `(..., time, state, rank)`; rank 0 is allowed.
-        diag: diagonal precisions, `(..., time, state)`, not negative; None for none (the published family).
+        diag: diagonal precisions, `(..., time, state)`; None for none (the published family). Negative ones are right
+            as long as the noise bounds them: `Q_t^{-1} + diag(diag_t)` must be positive definite.
         center: points that the potentials are written around, `(..., time, state)`; None for zero. A centre near the
             posterior's mean keeps float32 free of cancellation.
         b: slopes along the columns of `K`, `(..., time, rank)`; None for zero. `K b` in place of `k` is the tied form.
+        precision: symmetric matrices `(..., time, state, state)` of any sign, for small states; None for zero. As for
+            `diag`, `Q_t^{-1} + diag(min(diag_t, 0)) + precision_t` must be positive definite.
 
     Raises:
-        ValueError, TypeError: a shape does not fit the prior; the message names the argument.
+        ValueError, TypeError: a shape does not fit the prior, or (outside of `jit`; else NaN) a step has no positive
+            definite conditional covariance. The message names the argument.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -89,26 +93,24 @@ class LowRankChain(dist.Distribution):
         diag: ArrayLike | None = None,
         center: ArrayLike | None = None,
         b: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
         validate_args: bool | None = None,
     ):
         if not isinstance(prior, StatePath):
             raise TypeError(f"`prior` must be a StatePath; got {type(prior).__name__}.")
         self.prior = prior
-        given = Potential(K, diag, b, center, k)
+        given = Potential(K, diag, b, center, k, precision=precision)
         self.potential = as_potential(given, prior.num_steps, prior.n_state, prior.m0.dtype)
-        diagonal = self.potential.diagonal
-        if diagonal is not None and not is_traced(diagonal):
-            least = np.asarray(diagonal).min(initial=0.0)
-            if least < 0:
-                raise ValueError(f"`diag` must not be negative; its smallest entry is {least:.3g}.")
         batch = jnp.broadcast_shapes(prior.batch_shape, self.potential.batch_shape)
         super().__init__(batch, prior.event_shape, validate_args=validate_args)
+        self._check_signs()
 
     @classmethod
     def from_potential(cls, prior: StatePath, potential: Potential, **options: Any) -> "LowRankChain":
         """The chain of a prior and a `Potential`, in the units of the state."""
         p = potential.psi()
-        return cls(prior, p.slope, p.factor, diag=p.diagonal, center=p.center, b=p.factor_slope, **options)
+        parts = {"diag": p.diagonal, "center": p.center, "b": p.factor_slope, "precision": p.precision}
+        return cls(prior, p.slope, p.factor, **parts, **options)
 
     K = property(lambda self: self.potential.factor)
     diag = property(lambda self: self.potential.diagonal)
@@ -292,6 +294,32 @@ class LowRankChain(dist.Distribution):
         return self._map(one)
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _check_signs(self) -> None:
+        """An error where a negative part leaves a step without a positive definite conditional covariance."""
+        p = self.potential
+        signed = {"diag": p.diagonal, "precision": p.precision}
+        given = {name: x for name, x in signed.items() if x is not None}
+        if not given or any(is_traced(x) for x in jax.tree.leaves((p, self.prior))):
+            return
+        if p.precision is None and np.asarray(p.diagonal).min(initial=0.0) >= 0:
+            return
+        if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(p)):
+            return  # no question of signs; the results are NaN
+
+        def logdets(a: dict[str, Any]) -> Array:
+            first, later = self._updates(a)
+            return jnp.concatenate([first.half_logdet[None], later.half_logdet])
+
+        bad = np.isnan(np.asarray(self._map(logdets)))
+        if bad.any():
+            step = int(np.argwhere(bad)[0][-1])
+            names = " and ".join(f"`{name}`" for name in given)
+            raise ValueError(
+                f"{names} must leave every conditional covariance positive definite: the precision of the noise plus "
+                f"what is negative there must be above zero. It is not at step {step} (counted from 0). Raise the "
+                "negative curvature of that step towards zero."
+            )
 
     def _map(self, fn: Any, values: dict[str, Array] | None = None, core: int = 0, batch: tuple | None = None) -> Any:
         arrays, cores = self.prior.arrays()

@@ -123,6 +123,8 @@ class LowRankMomentMatched(dist.Distribution):
         p = potential.psi()
         if p.diagonal is not None:
             raise ValueError("`potential` must have no `diagonal`: the published recursion knows none.")
+        if p.precision is not None:
+            raise ValueError("`potential` must have no `precision`: the published recursion knows a factor alone.")
         return cls(prior, p.slope, p.factor, key, num_samples, center=p.center, b=p.factor_slope, **options)
 
     def _filter(self, a: dict[str, Any]) -> Moments:

@@ -248,6 +248,21 @@ class _ChainDraws(NamedTuple):
         return self.fit.get_samples(group_by_chain=True)
 
 
+class _CompletedDraws(NamedTuple):
+    """The draws of a Markov chain whose model has integrated its paths out, with a path for each; made once."""
+
+    fit: MCMC
+
+    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        draws = self.fit.get_samples(group_by_chain=True)
+        kept = getattr(self.fit, "_completed", None)
+        if kept is None or kept[0] is not self.fit.last_state:  # the chain may have gone on
+            found = self.fit.sampler.model.complete(draws, jax.random.key(0), *self.fit._args, **self.fit._kwargs)
+            kept = self.fit.last_state, {n: x for n, x in found.items() if n not in draws}
+            vars(self.fit)["_completed"] = kept
+        return {**draws, **kept[1]}
+
+
 class _GuideDraws(NamedTuple):
     """The draws of a guide, for any arguments."""
 
@@ -269,13 +284,17 @@ def _of_mcmc(fit: MCMC) -> FitRecord:
             f"{int(diverging.sum())} of {diverging.size} transitions diverged: parts of the posterior may be missing. "
             "Raise `target_accept_prob` (0.95), or integrate the states out."
         )
+    method, model, kind, draws = type(fit.sampler).__name__, fit.sampler.model, EXACT, _ChainDraws(fit)
+    if hasattr(model, "complete"):  # the paths are integrated out, and drawn for whoever asks
+        method, kind, draws = f"{method} ({model.approximation})", model.objective, _CompletedDraws(fit)
+        model = model.plain_model
     return FitRecord(
-        type(fit.sampler).__name__,
-        fit.sampler.model,
+        method,
+        model,
         fit._args,
         fit._kwargs,
-        _ChainDraws(fit),
-        EXACT,
+        draws,
+        kind,
         warnings=tuple(warnings),
         stats=stats,
         labels=getattr(fit, "labels", None),

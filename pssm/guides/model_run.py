@@ -93,8 +93,10 @@ class ModelRun:
             return (y[..., None] if y.ndim == len(lead) else y), batch
         return jnp.concatenate([x.reshape(*lead, -1) for x in found.values()], axis=-1), batch
 
-    def log_lik(self, path: str, values: dict[str, Array]) -> Callable[[Array], Array]:
-        """Log density of everything but the path itself, as a function of it.
+    def log_lik(
+        self, path: str, values: dict[str, Array], sites: tuple[str, ...] | None = None
+    ) -> Callable[[Array], Array]:
+        """Log density of everything but the path itself, as a function of it; where `sites` are named, theirs alone.
 
         Its shape is the path's batch shape: each term is credited to the series that it belongs to, by its plates. A
         term that several series share (a sum over them, observed outside of their plate) cannot be: the axes of the
@@ -109,6 +111,8 @@ class ModelRun:
             found = {}
             for name, site in self.trace({**values, path: z}).items():
                 if site["type"] != "sample" or name == path or not (site["is_observed"] or name in values):
+                    continue
+                if sites is not None and name not in sites:
                     continue
                 term = site["fn"].log_prob(site["value"])
                 scale = 1.0 if site["scale"] is None else site["scale"]

@@ -17,6 +17,14 @@ with `K` of shape `(n, r)`. Their product is Gaussian with a covariance that doe
 Nothing is divided by `q`, so noise-free directions are exact. No large numbers cancel where `K` is large, since `K`
 multiplies only differences from `c`. Cost O(n r + r^2). With a general factor `F` the diagonal of the potential becomes
 n further columns of `K`: O(n^2 (n + r)), meant for small states.
+
+Potentials may be negative as long as `V` is positive definite. A negative `delta` needs `1 + delta q > 0`: `s` is then
+above one. With a general factor, or with a `precision` matrix `M` in the potential, the negative part of `delta` and
+`M` come first: with `L L' = 1 + F'(M + diag(min(delta, 0)))F` the factor `F L^{-T}` of `Qt` takes the place of `F`, and
+
+    N = M + diag(min(delta, 0)),     x = mu + Qt (k + N (c - mu)),     w = (1 - N Qt)(N (c - mu) + k + K (...)).
+
+What is not positive definite on the way gives NaN.
 """
 
 from typing import Any, NamedTuple
@@ -98,13 +106,16 @@ class Update(NamedTuple):
     """All quantities for conditioning `N(mu, F F')` on a potential, except `mu`. Symbols as in the module's head.
 
     Attributes:
-        potential: every part filled in; in the general case with the square roots of `delta` in front of `K`.
-        shrink: `s`.
+        potential: every part filled in; in the general case with the square roots of `delta` in front of `K`, and `N`
+            as its precision.
+        shrink: `s`; one in the general case.
+        root: the factor of `Qt`.
         offset: `(1 - s) c + Qt k`.
         gain: `Qt K (Y Y')^{-1}`.
         inverse: `Y^{-1}`.
         half_logdet: `(log |Q| - log |V|) / 2`.
         kl_constant: the part of `KL(N(m, V) || N(mu, Q))` that does not depend on `mu`.
+        pull: `Qt N`; None where there is no `N`.
     """
 
     potential: Potential
@@ -114,6 +125,8 @@ class Update(NamedTuple):
     inverse: Array
     half_logdet: Array
     kl_constant: Array
+    root: Factor
+    pull: Array | None
 
     @property
     def columns(self) -> int:
@@ -128,50 +141,67 @@ def condition(factor: Factor, p: Potential) -> Update:
     zero = jnp.zeros(n, K.dtype)
     k, c, delta = (zero if x is None else x for x in (p.slope, p.center, p.diagonal))
     b = jnp.zeros(rank, K.dtype) if p.factor_slope is None else p.factor_slope
-    if isinstance(factor, Diagonal):
+    matrix, pull = None, None
+    if isinstance(factor, Diagonal) and p.precision is None:
         sd = factor.scale
-        shrink = 1.0 / (1.0 + delta * sd**2)
+        widen = 1.0 + delta * sd**2
+        shrink = 1.0 / jnp.where(widen > 0, widen, jnp.nan)
         log_shrink = -jnp.log1p(delta * sd**2)
+        first_logdet, first_trace = -0.5 * jnp.sum(log_shrink), jnp.sum(shrink - 1.0)
+        root = Diagonal(sd * jnp.sqrt(shrink))
         scaled = (sd * jnp.sqrt(shrink))[:, None] * K
         loaded = (sd**2 * shrink)[:, None] * K
         moved = sd**2 * shrink * k
         traced = (sd * shrink)[:, None] * K  # Q^{-1/2} Qt K
     else:
+        root, matrix = as_matrix(factor), p.precision
         if p.diagonal is not None:
+            lowered = jnp.diag(jnp.minimum(delta, 0.0))
+            matrix = lowered if matrix is None else matrix + lowered
             # The offset changes no value; it keeps the derivative with respect to `delta` right where that is zero.
-            extra = jnp.sqrt(delta + 1e6 * jnp.finfo(delta.dtype).tiny)
+            extra = jnp.sqrt(jnp.maximum(delta, 0.0) + 1e6 * jnp.finfo(delta.dtype).tiny)
             K = jnp.concatenate([extra[:, None] * jnp.eye(n, dtype=K.dtype), K], axis=1)
             b = jnp.concatenate([jnp.zeros(n, b.dtype), b])
             delta = zero
-        shrink, log_shrink = jnp.ones_like(zero), zero
-        scaled = apply_transpose(factor, K)
-        loaded = matmul(factor, scaled)
-        moved = matvec(factor, matvec(factor.T, k))
-        traced = scaled
-    root = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + matmul(scaled.T, scaled))
-    inverse = invert_lower(root)
-    half_logdet = jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * jnp.sum(log_shrink)
+        shrink, first_logdet, first_trace, thin = jnp.ones_like(zero), 0.0, 0.0, None
+        if matrix is not None:
+            inner = matmul(root.T, matmul(matrix, root))
+            lower = cholesky(jnp.eye(inner.shape[0], dtype=K.dtype) + 0.5 * (inner + inner.T))
+            thin = invert_lower(lower)
+            first_logdet = jnp.sum(jnp.log(jnp.diagonal(lower)))
+            first_trace = jnp.sum(thin**2) - inner.shape[0]
+            root = matmul(root, thin.T)
+            pull = matmul(root, matmul(root.T, matrix))
+        scaled = matmul(root.T, K)
+        loaded = matmul(root, scaled)
+        moved = matvec(root, matvec(root.T, k))
+        traced = scaled if thin is None else matmul(thin.T, scaled)
+    chol = cholesky(jnp.eye(K.shape[1], dtype=K.dtype) + matmul(scaled.T, scaled))
+    inverse = invert_lower(chol)
+    half_logdet = jnp.sum(jnp.log(jnp.diagonal(chol))) + first_logdet
     removed = jnp.sum(matmul(traced, inverse.T) ** 2)
     return Update(
-        potential=Potential(K, delta, b, c, k),
+        potential=Potential(K, delta, b, c, k, precision=matrix),
         shrink=shrink,
+        root=root,
         offset=(1.0 - shrink) * c + moved,
         gain=matmul(loaded, matmul(inverse.T, inverse)),
         inverse=inverse,
         half_logdet=half_logdet,
-        kl_constant=half_logdet + 0.5 * (jnp.sum(shrink - 1.0) - removed),
+        kl_constant=half_logdet + 0.5 * (first_trace - removed),
+        pull=pull,
     )
 
 
 def posterior_mean(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
     """Mean `m` of the conditioned Gaussian."""
-    return _absorb(update, update.shrink * mu + update.offset, update.potential.factor_slope)
+    return _absorb(update, _before_factor(update, mu), update.potential.factor_slope)
 
 
-def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pull_noise: Array) -> Array:
+def posterior_sample(update: Update, factor: Factor, mu: Array, noise: Array, pull_noise: Array) -> Array:  # noqa: ARG001
     """A draw from the conditioned Gaussian; `noise (noise,)` and `pull_noise (columns of K,)` are standard normal."""
-    e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
-    return _absorb(update, update.shrink * mu + update.offset + e, update.potential.factor_slope - pull_noise)
+    e = apply_factor(update.root, noise)
+    return _absorb(update, _before_factor(update, mu) + e, update.potential.factor_slope - pull_noise)
 
 
 def map_gain(update: Update) -> Float[Array, "state cols"]:
@@ -184,13 +214,19 @@ def map_gain(update: Update) -> Float[Array, "state cols"]:
     return matmul(update.gain, invert_lower(one + update.inverse))
 
 
-def posterior_map(update: Update, lift: Array, factor: Factor, mu: Array, noise: Array) -> Array:
+def posterior_map(update: Update, lift: Array, factor: Factor, mu: Array, noise: Array) -> Array:  # noqa: ARG001
     """`m + G noise` with `G G' = V`: a draw that is one to one with its standard normal `noise (noise,)`.
 
     `lift` is `map_gain(update)`. Where `Q` is singular so is `G`, along the same directions.
     """
-    e = jnp.sqrt(update.shrink) * apply_factor(factor, noise)
+    e = apply_factor(update.root, noise)
     return posterior_mean(update, mu) + e - matvec(lift, matvec(update.potential.factor.T, e))
+
+
+def _before_factor(update: Update, mu: Array) -> Array:
+    """`x`: the mean after all of the potential but its factor."""
+    x = update.shrink * mu + update.offset
+    return x if update.pull is None else x + matvec(update.pull, update.potential.center - mu)
 
 
 def _absorb(update: Update, x: Array, pull: Array) -> Array:
@@ -199,17 +235,20 @@ def _absorb(update: Update, x: Array, pull: Array) -> Array:
 
 def posterior_transition(update: Update, A: Float[Array, "state state"]) -> Float[Array, "state state"]:
     """`dm / dz` where `mu = A z + ...`."""
-    moved = update.shrink[:, None] * A
+    moved = update.shrink[:, None] * A if update.pull is None else A - matmul(update.pull, A)
     return moved - matmul(update.gain, matmul(update.potential.factor.T, moved))
 
 
 def posterior_slope(update: Update, mu: Float[Array, " state"]) -> Float[Array, " state"]:
     """`w` with `m - mu = Q w`, without a division by `Q`."""
     p = update.potential
-    x = update.shrink * mu + update.offset
+    x = _before_factor(update, mu)
     rest = p.factor_slope - matvec(p.factor.T, x - p.center)
     a = matvec(update.inverse.T, matvec(update.inverse, rest))
-    return update.shrink * (p.diagonal * (p.center - mu) + p.slope + matvec(p.factor, a))
+    if update.pull is None:
+        return update.shrink * (p.diagonal * (p.center - mu) + p.slope + matvec(p.factor, a))
+    w = matvec(p.precision, p.center - mu) + p.slope + matvec(p.factor, a)
+    return w - matvec(update.pull.T, w)
 
 
 def kl(update: Update, factor: Factor, mu: Float[Array, " state"]) -> Array:
@@ -223,7 +262,11 @@ def log_ratio(update: Update, factor: Factor, mu: Float[Array, " state"], z: Flo
     p, w = update.potential, posterior_slope(update, mu)
     step = apply_factor(factor, apply_transpose(factor, w[:, None])[:, 0])
     rest = z - (mu + step)
-    quadratic = jnp.sum(p.diagonal * rest**2) + jnp.sum(matvec(p.factor.T, rest) ** 2)
+    quadratic = jnp.sum(matvec(p.factor.T, rest) ** 2)
+    if update.pull is None:
+        quadratic = quadratic + jnp.sum(p.diagonal * rest**2)
+    else:
+        quadratic = quadratic + jnp.vdot(rest, matvec(p.precision, rest))
     return update.half_logdet + jnp.vdot(rest, w) + 0.5 * (jnp.vdot(step, w) - quadratic)
 
 
@@ -234,6 +277,7 @@ def log_potential(p: Potential, z: Float[Array, " state"]) -> Array:
     value = -0.5 * jnp.sum(pull**2)
     value = value if p.slope is None else value + jnp.vdot(p.slope, x)
     value = value if p.factor_slope is None else value + jnp.vdot(p.factor_slope, pull)
+    value = value if p.precision is None else value - 0.5 * jnp.vdot(x, matvec(p.precision, x))
     return value if p.diagonal is None else value - 0.5 * jnp.sum(p.diagonal * x**2)
 
 
@@ -242,21 +286,21 @@ def log_normaliser(update: Update, factor: Factor, mu: Float[Array, " state"]) -
     return -log_ratio(update, factor, mu, update.potential.center)
 
 
-def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]:
+def posterior_variance(update: Update, factor: Factor) -> Float[Array, " state"]:  # noqa: ARG001
     """Diagonal of `V`."""
-    if not isinstance(factor, Diagonal):
+    if not isinstance(update.root, Diagonal):
         return jnp.diagonal(posterior_covariance(update, factor))
-    noise = factor.scale**2 * update.shrink
+    noise = update.root.scale**2
     removed = matmul(noise[:, None] * update.potential.factor, update.inverse.T)
     return noise - jnp.sum(removed**2, axis=1)
 
 
 def posterior_covariance(update: Update, factor: Factor) -> Float[Array, "state state"]:
     """`V` as a matrix, in the form that cannot turn negative; for small states and tests."""
-    matrix = as_matrix(factor)
+    matrix = as_matrix(update.root)
     n = update.potential.factor.shape[0]
     keep = jnp.eye(n, dtype=matrix.dtype) - matmul(update.gain, update.potential.factor.T)
-    root = jnp.concatenate([matmul(keep, jnp.sqrt(update.shrink)[:, None] * matrix), update.gain], axis=1)
+    root = jnp.concatenate([matmul(keep, matrix), update.gain], axis=1)
     return matmul(root, root.T)
 
 

@@ -1,6 +1,6 @@
 """The potential: a Gaussian-shaped factor on the state, the one form in which guides, modes and filters pass it on.
 
-    psi(z) = exp((slope + factor factor_slope)'x - x'(diag(diagonal) + factor factor')x / 2),    x = z - center
+    psi(z) = exp((slope + factor factor_slope)'x - x'(diag(diagonal) + factor factor' + precision)x / 2), x = z - center
 
 It stands for what data say about the state, such as a backward message `p(y_{t:T} | z_t)`. In formulas `k` is the
 slope, `K` the factor, `b` the slope along the columns of the factor. In the tied form there is no `slope`: as with the
@@ -17,16 +17,20 @@ import jax.numpy as jnp
 from pssm._checks import as_float, check_shape
 from pssm._types import Array
 
-CORES = {"factor": 3, "slope": 2, "diagonal": 2, "center": 2, "factor_slope": 2, "scale": 2, "mask": 1}  # with time
-ARGUMENTS = {"slope": "k", "factor": "K", "diagonal": "diag", "center": "center", "factor_slope": "b"}
+CORES = {  # with time
+    "factor": 3, "slope": 2, "diagonal": 2, "center": 2, "factor_slope": 2, "scale": 2, "mask": 1, "precision": 3
+}  # fmt: skip
+ARGUMENTS = {
+    "slope": "k", "factor": "K", "diagonal": "diag", "center": "center", "factor_slope": "b", "precision": "precision"
+}  # fmt: skip
 OLD_NAMES = {"K": "factor", "k": "slope", "diag": "diagonal", "delta": "diagonal", "c": "center", "b": "factor_slope"}
 
 
 class Potential(eqx.Module):
     """Potentials of all steps of a path, or of one step (without the time axis); a pytree.
 
-    The product of two potentials is their sum, `p + q`. Values are taken as they are: whether a diagonal may be
-    negative is for the user of a potential to decide.
+    The product of two potentials is their sum, `p + q`. Values are taken as they are: how far a diagonal or a precision
+    may be negative is for the user of a potential to decide.
 
     Attributes:
         factor: factors of the precision, `(..., time, state, rank)`; rank 0 is allowed.
@@ -39,6 +43,8 @@ class Potential(eqx.Module):
             `diagonal` times its variance. `factor_slope` has no unit, `center` that of the state.
         scale: conditional standard deviations of the posterior with these potentials, a natural unit of the state,
             `(..., time, state)`; where they are known.
+        precision: a symmetric matrix beside the two, of any sign, `(..., time, state, state)`; None for zero. It is for
+            small states: curvature in all directions, some of it negative, cannot be a diagonal plus a factor.
 
     The names `K`, `k`, `diag`, `delta`, `c` and `b` stand for `factor`, `slope`, `diagonal` (twice), `center` and
     `factor_slope`, as arguments and as attributes.
@@ -57,6 +63,7 @@ class Potential(eqx.Module):
     mask: Any
     relative: bool = eqx.field(static=True)
     scale: Any
+    precision: Any
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Potential(eqx.Module):
         mask: Any = None,
         relative: bool = False,
         scale: Any = None,
+        precision: Any = None,
         **old_names: Any,
     ):
         given = {"factor": factor, "diagonal": diagonal, "factor_slope": factor_slope, "center": center, "slope": slope}
@@ -80,7 +88,7 @@ class Potential(eqx.Module):
             raise TypeError("`factor` is required, of shape (..., time, state, rank); its rank may be 0.")
         for name, x in given.items():
             setattr(self, name, x)
-        self.mask, self.relative, self.scale = mask, relative, scale
+        self.mask, self.relative, self.scale, self.precision = mask, relative, scale, precision
 
     K = property(lambda self: self.factor)
     k = property(lambda self: self.slope)
@@ -121,6 +129,12 @@ class Potential(eqx.Module):
             b = jnp.zeros_like(p.factor[..., 0, :]) if p.factor_slope is None else p.factor_slope
             along.append(b + jnp.einsum("...nr,...n->...r", p.factor, own - center))
         slopes = [p.slope for p in (x, y) if p.slope is not None]
+        for p, own, d in zip((x, y), centers, diagonals, strict=True):
+            if p.precision is not None:
+                slopes.append(jnp.einsum("...nm,...m->...n", p.precision, own - center))
+            if x.diagonal is not None and y.diagonal is not None:  # diagonals that cancel have no common center
+                slopes.append(jnp.where(total != 0, 0.0, d * (own - center)))
+        precisions = [p.precision for p in (x, y) if p.precision is not None]
         return Potential(
             jnp.concatenate([x.factor, y.factor], axis=-1),
             None if x.diagonal is None and y.diagonal is None else total,
@@ -128,13 +142,14 @@ class Potential(eqx.Module):
             center,
             sum(slopes) if slopes else None,
             None if x.mask is None or y.mask is None else x.mask | y.mask,
+            precision=sum(precisions) if precisions else None,
         )
 
     def masked(self) -> "Potential":
         """The same with factors of one where `mask` is false."""
         if self.mask is None:
             return self
-        names = [name for name in ("factor", "diagonal", "slope") if getattr(self, name) is not None]
+        names = [name for name in ("factor", "diagonal", "slope", "precision") if getattr(self, name) is not None]
 
         def kept(name: str) -> Array:
             axes = tuple(range(1 - CORES[name], 0))
@@ -148,17 +163,19 @@ class Potential(eqx.Module):
             return self
         diagonal = None if self.diagonal is None else self.diagonal / sd**2
         slope = None if self.slope is None else self.slope / sd
-        return replace(self, factor=self.factor / sd[..., None], diagonal=diagonal, slope=slope, relative=False)
+        matrix = None if self.precision is None else self.precision / (sd[..., None] * sd[..., None, :])
+        changed = {"diagonal": diagonal, "slope": slope, "precision": matrix}
+        return replace(self, factor=self.factor / sd[..., None], relative=False, **changed)
 
     def psi(self) -> "Potential":
         """What makes the density alone: masked, without the mask and the scale."""
         if self.relative:
             raise ValueError("`relative`: bring it into the units of the state first, with `in_state_units`.")
         p = self.masked()
-        return Potential(p.factor, p.diagonal, p.factor_slope, p.center, p.slope)
+        return Potential(p.factor, p.diagonal, p.factor_slope, p.center, p.slope, precision=p.precision)
 
     def arguments(self) -> dict[str, Array]:
-        """Arguments of `LowRankChain` beside its prior: `k`, `K`, `diag`, `center`, `b`, those that are there."""
+        """Arguments of `LowRankChain` beside its prior: `k`, `K`, `diag`, `center`, `b`, `precision`, where given."""
         p = self.psi()
         found = {old: getattr(p, name) for name, old in ARGUMENTS.items()}
         found["k"] = jnp.zeros(p.factor.shape[:-1], p.factor.dtype) if p.slope is None else p.slope
@@ -197,5 +214,8 @@ def as_potential(given: Any, num_steps: int, n_state: int, dtype: Any, prefix: s
     for name, argument in ARGUMENTS.items():
         if found[name] is not None and name != "factor":
             size, meaning = (K.shape[-1], "rank") if name == "factor_slope" else (n_state, "state")
-            check_shape(f"{prefix}{argument}", found[name], (num_steps, size), f"time, {meaning}")
+            shape, meaning = (num_steps, size), f"time, {meaning}"
+            if name == "precision":
+                shape, meaning = (num_steps, n_state, n_state), "time, state, state"
+            check_shape(f"{prefix}{argument}", found[name], shape, meaning)
     return Potential(**found)

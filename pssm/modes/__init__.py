@@ -3,5 +3,14 @@
 from pssm.modes.guided import guided_proposal
 from pssm.modes.laplace import laplace_path
 from pssm.modes.mode import mode_path, mode_potentials
+from pssm.modes.variational import VariationalFit, variational_fit, variational_potentials
 
-__all__ = ["guided_proposal", "laplace_path", "mode_path", "mode_potentials"]
+__all__ = [
+    "VariationalFit",
+    "guided_proposal",
+    "laplace_path",
+    "mode_path",
+    "mode_potentials",
+    "variational_fit",
+    "variational_potentials",
+]
