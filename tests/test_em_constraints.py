@@ -252,3 +252,16 @@ def test_bad_constraints_are_named(constraint, words):
     ssm, ys, _ = problem()
     with warnings.catch_warnings(), pytest.raises(ValueError, match=words):
         fit_em(ys, ssm, constraint=constraint)
+
+
+def test_restarts_and_a_number_of_states_keep_the_constraint(x64):
+    ssm, ys, _ = problem(lengths=(20, 15))
+    held = {"C": [[1.0, NAN], [0.0, 1.0]], "A": [[NAN, 0.0], [0.0, NAN]]}
+    for start, options in ((ssm, dict(restarts=1)), (2, {})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few iterations
+            result = fit_em(ys, start, num_iters=5, constraint=held, **options)
+        assert np.diff(result.log_likelihoods).min() > -1e-9
+        for name, x in held.items():
+            found, free = np.asarray(getattr(result.ssm, name)), np.isnan(x)
+            np.testing.assert_array_equal(found[~free], np.asarray(x)[~free])

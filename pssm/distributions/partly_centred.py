@@ -142,9 +142,9 @@ class PartiallyCenteredPath(Reparam):
 
     The site `name` becomes deterministic; `name_base`, of event shape `(time, state)`, is sampled, with its exact
     density: with the mean `mu_t` of a step and the triangular factor `T` of its noise, `x_t ~ N(c_t mu_t, T_c T_c')`,
-    where `T_c` is the identity at `c = 0` and `T` at `c = 1` (`T^c` for a diagonal one). Every weight has the same posterior of the path; for NUTS the best one lies near the share of
-    what is known of a step's noise once the data are seen, which `pssm.infer.centering` estimates.
-    Noise-free directions stay non-centred.
+    where `T_c` is the identity at `c = 0` and `T` at `c = 1` (`T^c` for a diagonal one). Every weight has the same
+    posterior of the path; for NUTS the best one lies near the share of a step's noise that the data tell, which
+    `pssm.infer.centering` estimates. Noise-free directions stay non-centred.
 
     Args:
         centered: weights in [0, 1]: a number, one for each state, or of shape `(..., time, state)`.
