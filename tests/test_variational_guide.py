@@ -6,13 +6,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import pytest
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
 
 from pssm.distributions import StatePath, observe
 from pssm.guides import AutoStateSpace
-from pssm.infer import transport_reparam
+from pssm.infer import elbo, fit_svi, refine, transport_reparam
 from pssm.modes import variational_fit
 
 T = 30
@@ -72,3 +73,25 @@ def test_nuts_through_the_map_of_variational_potentials(x64):
     assert extra["diverging"].sum() == 0
     assert extra["num_steps"].mean() < 12
     assert np.isfinite(mcmc.get_samples()["log_q"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:SVI has not converged")
+def test_refined_potentials_are_no_worse(x64):
+    """From a few noisy steps with a far too large learning rate, back to the bound."""
+    y = data()
+
+    def model(y):
+        z = numpyro.sample("z", StatePath(jnp.zeros(1), jnp.eye(1), 0.95 * jnp.eye(1), jnp.exp(-1.5) * jnp.eye(1), T))
+        observe("y", dist.Normal(0.0, jnp.exp(z / 2)).to_event(2), y)
+
+    guide = AutoStateSpace(model, rank=1)
+    fit = fit_svi(model, y, guide=guide, num_steps=30, learning_rate=0.3, progress_bar=False)
+    before = elbo(fit, num_particles=500)[0]
+    better = refine(fit)
+    after = elbo(better, num_particles=500)[0]
+    assert after > before + 0.1
+    assert abs(after - bound(-1.5, y)) < 0.1
+    assert guide.sample_posterior(jax.random.key(0), better.params, y, sample_shape=(2,))["z"].shape == (2, T, 1)
+    other = AutoStateSpace(model, rank=1, potentials="mode")
+    with pytest.raises(TypeError, match="`fit` must have an AutoStateSpace"):
+        refine(fit_svi(model, y, guide=other, num_steps=10, progress_bar=False))

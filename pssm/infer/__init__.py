@@ -11,6 +11,7 @@ from pssm.infer.exact import one_step_probabilities
 from pssm.infer.importance import EvidenceBound, importance_bound, log_weights
 from pssm.infer.nowcasts import NowcastDraws, nowcast
 from pssm.infer.predict import forecast, sample_states, smoothed_states
+from pssm.infer.refine import refine
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "posterior_draws",
     "record_of",
+    "refine",
     "resume",
     "save",
     "sample_states",

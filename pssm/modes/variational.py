@@ -86,8 +86,8 @@ def variational_fit(
         prior: the path prior, up to 64 states.
         log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch`, with axes of length 1 (or none)
             where series share a term; each step's state enters its own summand only.
-        start: None for the better of the path's mode and the prior; a `Potential`; or a pair `(mean, cov)` of
-            marginals `(*batch, time, state)`, `(*batch, time, state, state)`.
+        start: None for the best of the prior and the modes found from two paths; a `Potential`; or a pair
+            `(mean, cov)` of marginals `(*batch, time, state)`, `(*batch, time, state, state)`.
         num_iters: most steps; exactly so many without a line search.
         points: Gauss-Hermite points a dimension. By default 5, 5 and 3 for one to three states, and 2n cubature points
             beyond; 64 fixed antithetic draws where series share a term.
@@ -190,12 +190,14 @@ def variational_potentials(
     return in_form(prior, fit.potential, rank, diagonal)
 
 
-def in_form(prior: StatePath, potential: Potential, rank: int, diagonal: bool = True) -> Potential:
+def in_form(
+    prior: StatePath, potential: Potential, rank: int, diagonal: bool = True, *, signed: bool = True
+) -> Potential:
     """A fit's potential with `rank` columns, and the chain's conditional standard deviations as its `scale`."""
     whole = LowRankChain.from_potential(prior, potential)
     scale = jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(whole.conditional_variance(), 0.0)))
     n = prior.n_state
-    if rank >= n and diagonal:
+    if rank >= n and diagonal and signed:
         return Potential(
             potential.factor, potential.diagonal, None, potential.center, potential.slope, scale=scale,
             precision=potential.precision,
@@ -232,11 +234,23 @@ def _first(prior: StatePath, log_lik: LogLik, start: Any, path: Array, rule: Rul
         return state_of(prior, log_lik, chain, rule, emission)
     n = prior.n_state
     nothing = Chain(jnp.zeros((*path.shape, n), path.dtype), jnp.zeros_like(path), path)
-    blank = state_of(prior, log_lik, nothing, rule, emission)
-    mode = mode_path(prior, log_lik, rank=n, start=path, strict=False)
-    found = gauss_newton(prior, log_lik, mode)
-    at_mode = state_of(prior, log_lik, Chain(found.J, found.slope, mode + found.move), rule, emission)
-    return select(at_mode.bound > blank.bound, at_mode, blank)
+    mean, root, _ = forward(prior, nothing, rule)
+    # An expansion under the wide prior sees a slope where a point may sit on a saddle (z^3 at 0).
+    wide, *_ = forward(prior, _step(prior, log_lik, mean, root, rule, emission), rule)
+    starts = jnp.stack([path, jnp.where(jnp.isfinite(wide), wide, path)])
+
+    def at_mode(start: Array) -> Chain:
+        mode = mode_path(prior, log_lik, rank=n, start=start, strict=False)
+        found = gauss_newton(prior, log_lik, mode)
+        return Chain(found.J, found.slope, mode + found.move)
+
+    chains = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), nothing, jax.vmap(at_mode)(starts))
+    states = jax.vmap(lambda chain: state_of(prior, log_lik, chain, rule, emission))(chains)
+    best = jax.tree.map(lambda x: x[0], states)
+    for k in (1, 2):
+        state = jax.tree.map(lambda x, k=k: x[k], states)
+        best = select(state.bound > best.bound, state, best)
+    return best
 
 
 def _chain_of(prior: StatePath, potential: Potential, path: Array) -> Chain:
