@@ -2,7 +2,8 @@
 
     python docs/benchmarks/variational.py [--out FILE.json]
 
-Float64. Evidence of scalar states from a grid, that of Van der Pol from weights of 100 000 paths of the variational chain.
+Float64. Evidence of scalar states from a grid, that of Van der Pol from weights of 100 000 paths of the variational
+chain.
 "gap" is evidence less bound in nats, "means" the root mean square error of the states' means in posterior standard
 deviations, "sds" the median ratio of the standard deviations, "khat" the tail of the importance weights of 4000 paths.
 """
@@ -50,8 +51,8 @@ def scalar_cases():
     z = walk(150, 0.95, 0.6, rng)
     y = z**3 / 5 + rng.normal(size=150)
     yield "cubic, y = z^3 / 5 + e, T=150", (1.5, 0.95, 0.6), lambda z: dist.Normal(z**3 / 5, 1.0), y, 10, 40
-    y = z**2 / 20 + 0.5 * rng.normal(size=150)
-    yield "two modes, y = z^2 / 20 + e, T=150", (1.5, 0.95, 0.6), lambda z: dist.Normal(z**2 / 20, 0.5), y, 12, 40
+    y = z**2 / 4 + 0.5 * rng.normal(size=150)
+    yield "two modes, y = z^2 / 4 + e, T=150", (1.5, 0.95, 0.6), lambda z: dist.Normal(z**2 / 4, 0.5), y, 12, 40
 
 
 def grid_posterior(arguments, emission, y, reach):
@@ -92,12 +93,12 @@ def row_of(name, prior, log_lik, num_iters, truth):
     """A row of the table; `truth` is evidence, means and sds, or None."""
 
     @jax.jit
-    def fit():
-        return variational_fit(prior, log_lik, num_iters=num_iters)
+    def fit(zero):  # an argument, so that nothing is computed while compiling
+        return variational_fit(prior, lambda z: log_lik(z + zero), num_iters=num_iters)
 
-    found = jax.block_until_ready(fit())
+    found = jax.block_until_ready(fit(0.0))
     begun = time.perf_counter()
-    jax.block_until_ready(fit())
+    jax.block_until_ready(fit(0.0))
     seconds = time.perf_counter() - begun
 
     @jax.jit
@@ -111,6 +112,7 @@ def row_of(name, prior, log_lik, num_iters, truth):
         many = jax.jit(lambda k: weights_of(prior, log_lik, found.potential, k, 2000))
         every = np.concatenate([np.asarray(many(k)) for k in jax.random.split(jax.random.key(3), 50)])
         truth = np.logaddexp.reduce(every) - np.log(len(every)), None, None
+        found = found._replace(bound=every.mean())  # the fit's own is that of fewer paths
     evidence, mean, sd = truth
     khat = float(array_stats.psislw(-np.asarray(weights, np.float64))[1])  # takes minus the log ratio
     row = {"model": name, "evidence": float(evidence), "gap": float(evidence - found.bound.sum())}
