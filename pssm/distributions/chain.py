@@ -24,6 +24,7 @@ from pssm.linalg.low_rank import (
     kl,
     log_ratio,
     map_gain,
+    not_definite,
     posterior_covariance,
     posterior_map,
     posterior_mean,
@@ -307,11 +308,8 @@ class LowRankChain(dist.Distribution):
         if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(p)):
             return  # no question of signs; the results are NaN
 
-        def logdets(a: dict[str, Any]) -> Array:
-            first, later = self._updates(a)
-            return jnp.concatenate([first.half_logdet[None], later.half_logdet])
-
-        bad = np.isnan(np.asarray(self._map(logdets)))
+        prior = self.prior
+        bad = not_definite(prior.chol_P0, prior.chol_Q, "chol_Q" in prior.time_varying, p)
         if bad.any():
             step = int(np.argwhere(bad)[0][-1])
             names = " and ".join(f"`{name}`" for name in given)

@@ -7,7 +7,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pssm._checks import check_choice
 from pssm.guides.paths import PathGuide
-from pssm.guides.posteriors import AtMode, Form, Free
+from pssm.guides.posteriors import AtMode, Form, Free, Variational
 
 
 class AutoStateSpace(PathGuide):
@@ -27,11 +27,12 @@ class AutoStateSpace(PathGuide):
         rank: columns of the low-rank factors.
         diagonal: whether a diagonal goes beside them: much sharper at small rank. Not for "moment_matched".
         family: "chain", "moment_matched" or "diagonal" (a chain of rank 0).
-        potentials: "free" (trained parameters, started at the mode) or "mode" (found again at every evaluation for the
-            current values of the other sites; nothing of them is trained, gradients flow through the mode).
+        potentials: "free" (trained parameters, started at the mode), or found again at every evaluation for the current
+            values of the other sites, nothing of them trained: "mode" (at the mode of the path; gradients flow through
+            it) or "variational" (those of the highest bound, `pssm.modes.variational_fit`; up to 64 states).
         global_guide: makes the guide of the other latent sites, from a model: an AutoGuide class or a function.
         num_samples: particles inside "moment_matched".
-        mode_iters: Gauss-Newton steps at every evaluation with `potentials="mode"`.
+        mode_iters: steps at every evaluation with `potentials="mode"` or "variational".
         prefix: as in NumPyro's guides; parameters are called `{site}_{prefix}_K` and so on.
         init_loc_fn: start of the other sites.
         create_plates: as in NumPyro's guides.
@@ -70,11 +71,12 @@ class AutoStateSpace(PathGuide):
         create_plates: Callable[..., Any] | None = None,
         own_site: Callable[..., Any] | None = None,
     ):
-        check_choice("potentials", potentials, ("free", "mode"))
+        check_choice("potentials", potentials, ("free", "mode", "variational"))
         form = Form.of(family, rank, diagonal, num_samples)
+        found_again = {"mode": AtMode, "variational": Variational}
         super().__init__(
             model,
-            Free(form) if potentials == "free" else AtMode(form, mode_iters),
+            Free(form) if potentials == "free" else found_again[potentials](form, mode_iters),
             global_guide=global_guide,
             prefix=prefix,
             init_loc_fn=init_loc_fn,

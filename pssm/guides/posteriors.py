@@ -14,6 +14,7 @@ from pssm.distributions import LowRankChain, LowRankMomentMatched, StatePath
 from pssm.guides.model_run import PathSite
 from pssm.linalg.potential import Potential
 from pssm.modes.mode import noise_scale
+from pssm.modes.variational import in_form, variational_fit
 
 FAMILIES = ("chain", "moment_matched", "diagonal")
 START_ITERS = 30  # most Gauss-Newton steps of a search that begins at the prior's path
@@ -43,6 +44,10 @@ class Posterior(Protocol):
 
     def evaluated(self) -> "Posterior":
         """The posterior outside of training."""
+        return self
+
+    def with_derivatives(self) -> "Posterior":
+        """The posterior whose potentials have their full derivatives by the other sites, for samplers on its map."""
         return self
 
     def given_past(self) -> "Posterior":
@@ -120,6 +125,56 @@ class AtMode(FromPotentials):
 
     def given_past(self) -> "AtMode":  # noqa: D102
         return AtMode(replace(self.form, family="chain"), stored=False)
+
+
+@dataclass(frozen=True)
+class Variational(FromPotentials):
+    """Potentials of the highest bound, found again at every evaluation for the current values of the other sites.
+
+    No gradient goes through the search: at its end the bound has no slope along the potentials, so the gradient by the
+    other sites is that of the bound at these potentials. `with_derivatives` takes a fixed number of steps instead, with
+    sites clipped at zero, and differentiates through them.
+
+    Attributes:
+        num_iters: steps from the moments that are stored.
+        stored: the search begins at moments from the start of the fit, parameters; else, and for data of another shape,
+            at the mode or the prior.
+        through: whether the potentials have derivatives.
+    """
+
+    num_iters: int = 4
+    stored: bool = True
+    through: bool = False
+
+    def distribution(self, site: PathSite) -> LowRankChain | LowRankMomentMatched:  # noqa: D102
+        start, num_iters = None, 2 * self.num_iters
+        if self.stored:
+            made: list[Potential] = []
+
+            def param(part: str) -> Array:
+                def init(_: Key) -> Array:
+                    if not made:
+                        made.append(jax.jit(lambda: start_of(self.form, site))())
+                    return getattr(made[0], part)
+
+                return jax.lax.stop_gradient(site.param(part, init))
+
+            center, scale = param("center"), param("scale")
+            if center.shape == site.shape:
+                spread = scale[..., None] ** 2 * jnp.eye(scale.shape[-1], dtype=scale.dtype)
+                start, num_iters = (center, spread), self.num_iters
+        values = site.values if self.through else jax.lax.stop_gradient(site.values)
+        prior, log_lik = site.run.path_prior(site.name, values), site.run.log_lik(site.name, values)
+        options = {"line_search": not self.through, "through": self.through}
+        fit = variational_fit(prior, log_lik, start=start, num_iters=num_iters, **options)
+        found = in_form(prior, fit.potential, self.form.rank, self.form.diagonal)
+        return self.form.distribution(site.prior, found if self.through else jax.lax.stop_gradient(found))
+
+    def with_derivatives(self) -> "Variational":  # noqa: D102
+        return replace(self, through=True)
+
+    def given_past(self) -> "Variational":  # noqa: D102
+        return Variational(replace(self.form, family="chain"), stored=False)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def transported(guide: Any, model: Callable[..., Any], params: dict[str, Any] | 
     missing = sorted(guide._params - given.keys())
     if missing:
         raise ValueError(f"`params` must hold the guide's own parameters; there is no {', '.join(missing)}.")
-    posterior, prefix, paths = guide.posterior.evaluated(), guide.prefix, guide._paths
+    posterior, prefix, paths = guide.posterior.evaluated().with_derivatives(), guide.prefix, guide._paths
     others = [name for name in guide._latent if name not in paths]
     hidden = [name for name in guide.prototype_trace if name not in others]
 
@@ -115,10 +115,10 @@ def transport_reparam(
     density is `N(e) p(z) / q(z)`, so the posterior is exactly the model's own; where the guide is good `e` is nearly
     standard normal whatever the other sites are, which is the easiest thing there is for NUTS.
 
-    A guide with `potentials="mode"` finds its potentials for the current values of the other sites: each step costs
-    more, and bends more; so does one whose networks read the data. With `potentials="free"` they are those of the fit,
-    cheap and fixed. The site `name` becomes
-    deterministic (in the draws like any other), `name_base` of event shape `(noise_size,)` is what is sampled.
+    A guide with `potentials="mode"` or "variational" finds its potentials for the current values of the other sites:
+    each step costs more, and bends more; so does one whose networks read the data. With `potentials="free"` they are
+    those of the fit, cheap and fixed. The site `name` becomes deterministic (in the draws like any other), `name_base`
+    of event shape `(noise_size,)` is what is sampled.
 
     Args:
         model: a NumPyro model, as a rule `handlers.substitute(model, data=fit.params)`, so that learned parameters

@@ -18,6 +18,7 @@ from pssm.infer.nowcasts import NowcastDraws, nowcast
 from pssm.infer.path_marginal import PathMarginal, PathPosterior, path_marginal
 from pssm.infer.points import fit_map, fit_ml
 from pssm.infer.predict import forecast, sample_states, smoothed_states
+from pssm.infer.refine import refine
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.kernels.gibbs import particle_gibbs
 from pssm.kernels.pseudo_marginal import PseudoMarginal
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "posterior_draws",
     "record_of",
+    "refine",
     "resume",
     "save",
     "sample_states",

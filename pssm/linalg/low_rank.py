@@ -309,3 +309,23 @@ def gaussian_entropy(factor: Factor) -> Array:
     pivots = jnp.abs(factor.scale) if isinstance(factor, Diagonal) else jnp.diagonal(triangularise(factor))
     live = pivots > 0
     return jnp.sum(jnp.where(live, 0.5 * (LOG_2PI + 1.0) + jnp.log(jnp.where(live, pivots, 1.0)), 0.0))
+
+
+def not_definite(first: Factor, later: Factor, timed: bool, p: Potential) -> np.ndarray:
+    """Where `1 + F'N F` is not positive definite, `N` the negative part, `(..., time)`; in NumPy, for checks."""
+    n = p.factor.shape[-2]
+    matrix = np.zeros((n, n)) if p.precision is None else np.asarray(p.precision, float)
+    if p.diagonal is not None:
+        matrix = matrix + np.minimum(np.asarray(p.diagonal, float), 0.0)[..., None] * np.eye(n)
+    found = []
+    for factor, steps in ((first, slice(None, 1)), (later, slice(1, None))):
+        if isinstance(factor, Diagonal):
+            F = np.asarray(factor.scale, float)[..., None] * np.eye(n)
+        else:
+            F = np.asarray(factor, float)
+        F = F[..., 1:, :, :] if timed and steps.stop is None else F[..., None, :, :]
+        N = matrix[..., steps, :, :]
+        inner = np.swapaxes(F, -1, -2) @ N @ F
+        found.append(np.linalg.eigvalsh(np.eye(inner.shape[-1]) + inner)[..., 0] <= 0)
+    batch = np.broadcast_shapes(*(x.shape[:-1] for x in found))
+    return np.concatenate([np.broadcast_to(x, (*batch, x.shape[-1])) for x in found], axis=-1)

@@ -70,7 +70,7 @@ def expected_value(log_lik: Callable[[Array], Array], mean: Array, root: Array, 
     groups = group_shape(log_lik, mean)
 
     def at(xi: Array) -> Array:
-        return jnp.reshape(log_lik(mean + _spread(root, xi)), groups)
+        return jnp.reshape(log_lik(mean + _spread(root, xi)), groups).astype(mean.dtype)
 
     values = jax.lax.map(at, jnp.asarray(rule.points, mean.dtype), batch_size=32)
     return jnp.tensordot(jnp.asarray(rule.weights, mean.dtype), values, 1)
@@ -88,7 +88,7 @@ def expand(log_lik: Callable[[Array], Array], mean: Array, root: Array, rule: Ru
     def at(x: tuple[Array, Array]) -> tuple[Array, ...]:
         xi, weight = x
         z = mean + _spread(root, xi)
-        value = jnp.reshape(log_lik(z), groups)
+        value = jnp.reshape(log_lik(z), groups).astype(mean.dtype)
         gradient, times = hessian_times(log_lik, z)
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
         stein = gradient[..., :, None] * jnp.broadcast_to(xi, mean.shape)[..., None, :]
