@@ -291,6 +291,7 @@ def test_plain_numpyro_and_a_fit_of_pssm():
     assert tree["posterior"]["z"].dims[2:] == ("time", "state")
 
 
+@pytest.mark.filterwarnings("ignore:.*transitions diverged")  # the warm-up is short
 def test_a_fit_is_saved_and_goes_on(tmp_path):
     """The same draws after a break, and paths for each of them."""
     y = returns().astype(np.float32)[:12]
