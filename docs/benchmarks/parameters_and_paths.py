@@ -13,9 +13,6 @@ import time
 from pathlib import Path
 
 import jax
-
-jax.config.update("jax_enable_x64", True)
-
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -28,6 +25,7 @@ from pssm.fitting.weights import normalised
 from pssm.infer import corrected, nodes
 from pssm.linalg.low_rank import as_matrix
 
+jax.config.update("jax_enable_x64", True)
 OUT = Path(__file__).with_suffix(".json")
 ONE = jnp.eye(1)
 NODES = 512
