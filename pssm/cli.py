@@ -152,7 +152,7 @@ def _compare(a: argparse.Namespace) -> int:
     import pssm
     from pssm import models
     from pssm._checks import check_choice
-    from pssm.study.methods import METHODS
+    from pssm.study.method_names import METHODS
 
     check_choice("--model", a.model, models.NAMES)
     for method in methods:

@@ -15,9 +15,10 @@ from scipy import stats
 
 from pssm import LinearGaussianSSM, kalman_filter
 from pssm.diagnostics import khat, leave_future_out, log_evidence
-from pssm.diagnostics.bound import _pareto_shape, elbo_and_khat
+from pssm.diagnostics.bound import elbo_and_khat
 from pssm.diagnostics.crossval import _Refit
 from pssm.distributions import LinearGaussianMarginal
+from pssm.fitting.weights import pareto_shape
 from pssm.infer import SVIFit, elbo, fit_nuts, fit_svi
 
 QUIET = {"progress_bar": False}
@@ -89,7 +90,7 @@ def test_khat_of_an_exact_guide_is_zero(num_particles):
 def test_weights_equal_up_to_rounding_have_no_tail(noise, expected):
     # log weights near -600 in float32: their last digit is 6e-5
     log_weights = (-600 + noise * np.random.default_rng(0).normal(size=2000)).astype(np.float32)
-    found = _pareto_shape(log_weights)
+    found = pareto_shape(log_weights)
     assert found == expected if expected is not None else 0 != found < 0.5
 
 

@@ -12,6 +12,7 @@ from numpyro.infer.util import initialize_model, unconstrain_fn
 from pssm._keys import as_key
 from pssm._types import KeyLike
 from pssm.fitting.results import SVIFit
+from pssm.fitting.weights import pareto_shape
 from pssm.infer.importance import log_weights
 
 
@@ -36,27 +37,13 @@ def khat(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> float:
     Source:
         Yao, Vehtari, Simpson & Gelman 2018; Vehtari, Simpson, Gelman, Yao & Gabry 2024, algorithm 1.
     """
-    return _pareto_shape(log_weights(fit, key=key, num_particles=num_particles))
+    return pareto_shape(log_weights(fit, key=key, num_particles=num_particles))
 
 
 def elbo_and_khat(fit: SVIFit, *, key: KeyLike = 0, num_particles: int = 4000) -> tuple[float, float, float]:
     """The ELBO, its standard error, and `khat`, from the same draws: the ELBO is the mean of the log weights."""
     found = log_weights(fit, key=key, num_particles=num_particles).astype(np.float64)
-    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(num_particles)), _pareto_shape(found)
-
-
-def _pareto_shape(log_weights: np.ndarray) -> float:
-    """The shape of the tail of weights, by ArviZ; 0 where that tail is flat."""
-    from arviz_stats.base.array import array_stats
-
-    count = int(np.ceil(min(0.2 * len(log_weights), 3 * np.sqrt(len(log_weights)))))
-    tail = np.sort(log_weights)[-count - 1 :]
-    if not np.isfinite(tail[-1]):
-        return float("inf")
-    rounding = 16 * np.finfo(log_weights.dtype).eps * abs(float(tail[-1]))
-    if tail[-1] - tail[0] <= max(rounding, 1e-3):
-        return 0.0
-    return float(array_stats.psislw(-log_weights.astype(np.float64))[1])  # takes minus the log ratio
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(num_particles)), pareto_shape(found)
 
 
 class Evidence(NamedTuple):
@@ -118,4 +105,4 @@ def log_evidence(
     top = log_ratios.max()
     weights = np.exp(log_ratios - top)
     error = weights.std(ddof=1) / np.sqrt(num_particles) / weights.mean()
-    return Evidence(float(top + np.log(weights.mean())), float(error), _pareto_shape(log_ratios))
+    return Evidence(float(top + np.log(weights.mean())), float(error), pareto_shape(log_ratios))

@@ -19,8 +19,6 @@ from pssm.devices import is_here
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
-from pssm.fitting.ml import ModeEngine, PointEngine
-from pssm.fitting.point import PointFit
 from pssm.fitting.results import FitRecord, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.fitting.training import Settings
@@ -87,7 +85,7 @@ def fit_nuts(
         >>> mcmc.get_samples()["sigma_obs"].shape
         (100,)
     """
-    args, kwargs, labels = _arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
+    args, kwargs, labels = prepared_arguments("fit_nuts", model, args, kwargs, NUTS, MCMC)
     engine = NutsEngine(
         model,
         args,
@@ -160,7 +158,7 @@ def fit_mclmc(
     Source:
         Robnik, De Luca, Silverstein & Seljak 2023, "Microcanonical Hamiltonian Monte Carlo".
     """
-    args, kwargs, labels = _arguments("fit_mclmc", model, args, kwargs)
+    args, kwargs, labels = prepared_arguments("fit_mclmc", model, args, kwargs)
     options = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     return begin(MCLMCEngine(model, args, kwargs, **options), key, checkpoint, progress_bar, labels)
 
@@ -233,7 +231,7 @@ def fit_svi(
         >>> fit.losses.shape, fit.converged
         ((2000,), True)
     """
-    args, kwargs, labels = _arguments("fit_svi", model, args, kwargs, SVI)
+    args, kwargs, labels = prepared_arguments("fit_svi", model, args, kwargs, SVI)
     settings = Settings(
         guide=guide,
         rank=rank,
@@ -251,80 +249,7 @@ def fit_svi(
     return begin(SVIEngine(model, args, kwargs, settings), key, checkpoint, progress_bar, labels)
 
 
-def fit_ml(
-    model: Callable[..., Any],
-    *args: Any,
-    num_starts: int = 8,
-    key: KeyLike = 0,
-    checkpoint: str | Path | None = None,
-    progress_bar: bool = True,
-    **kwargs: Any,
-) -> PointFit:
-    """Maximum likelihood: the parameters under which the observed sites of a NumPyro model are most probable.
-
-    `max log p(y | theta)` over all latent sites. The priors give the supports and the starts, and do not enter;
-    `numpyro.factor` does. Parts of a model that are integrated out count as they are: the first state of pssm's models
-    keeps its wide normal prior. The climb is L-BFGS in unconstrained coordinates, in 64-bit arithmetic whatever the
-    session's, then Newton's steps until the slopes are at the level of rounding. A maximum at the boundary of a support
-    (a variance that is zero) is found there, exactly, and named.
-
-    Args:
-        model: a NumPyro model with continuous parameters, its states integrated out.
-        args: the model's positional arguments, the data first.
-        num_starts: climbs, from the median of the prior and from the best of its draws.
-        key: random key, or a whole number; the same key gives the same fit.
-        checkpoint: a new folder for the ends of the climbs; `pssm.infer.resume` goes on from it.
-        progress_bar: show a progress bar, and the maximum in words.
-        kwargs: the model's keyword arguments.
-
-    Returns:
-        A `PointFit`: `.params`, `.log_likelihood`, `.aic`, `.aicc`, `.bic`, `.errors`, `.covariance`, `.summary()`.
-        `to_datatree`, `forecast`, `smoothed_states`, `sample_states` and `save` take it like any other fit, as one
-        draw: its forecasts do not know how uncertain the parameters are.
-
-    Raises:
-        ValueError: a site is discrete or a path of states, a plate takes a part of its data, the model has
-            `numpyro.param` sites, or more unknowns than observations.
-
-    Example:
-        >>> from pssm import datasets, models
-        >>> fit = fit_ml(models.local_level, datasets.load("nile").y, progress_bar=False)
-        >>> round(float(fit.params["sigma_obs"]) ** 2), round(float(fit.params["sigma_level"]) ** 2)
-        (15099, 1469)
-
-    Source:
-        Durbin & Koopman 2012, chapter 7.
-    """
-    args, kwargs, labels = _arguments("fit_ml", model, args, kwargs)
-    return begin(PointEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
-
-
-def fit_map(
-    model: Callable[..., Any],
-    *args: Any,
-    num_starts: int = 8,
-    key: KeyLike = 0,
-    checkpoint: str | Path | None = None,
-    progress_bar: bool = True,
-    **kwargs: Any,
-) -> PointFit:
-    """The mode of the posterior: `max log p(y, theta)` over all latent sites of a NumPyro model.
-
-    The density is that of the sites as the model writes them, without a Jacobian, so the mode depends on how a model is
-    written: that of a standard deviation is not the root of that of its variance. Arguments, result and errors as in
-    `fit_ml` (the same key gives the same fit); standard errors are those of Laplace's approximation.
-
-    Example:
-        >>> from pssm import datasets, models
-        >>> fit = fit_map(models.local_level, datasets.load("nile").y, progress_bar=False)
-        >>> bool(fit.log_joint < fit.log_likelihood)
-        True
-    """
-    args, kwargs, labels = _arguments("fit_map", model, args, kwargs)
-    return begin(ModeEngine(model, args, kwargs, num_starts), key, checkpoint, progress_bar, labels)
-
-
-def _arguments(
+def prepared_arguments(
     function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """The model's arguments as plain arrays with NaN, and the labels of its data (`_labels_of`).

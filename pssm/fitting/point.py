@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pssm._checks import check_count
 from pssm._keys import as_key
 from pssm._types import Key, KeyLike
 from pssm.fitting.climb import Peak, depends
+from pssm.fitting.path_draws import paths_at
+from pssm.fitting.profile import Profile, profile_of
 from pssm.fitting.results import FitRecord
 from pssm.fitting.target import Values
 
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
 
 LIKELIHOOD = "log-likelihood at its maximum: one point, no posterior"
 MODE = "log joint density at its maximum: one point, no bound on the log evidence"
+INTEGRALS = {
+    "laplace": "by Laplace's approximation of the paths",
+    "variational": "a lower bound over the paths",
+    "importance": "an estimate by draws of the paths",
+}
+PATHS = 1000  # draws of the paths at the point, at most
 FLAT = 1e-6  # of the curvature that a prior would give: the density may not depend on the coordinate
 WIDE = 7.0  # standard error of a logarithm that is none: a factor of a thousand either way
 Z95 = 1.959963984540054
@@ -115,6 +124,39 @@ class PointFit(FitRecord):
         found = [function.values(z) for z in points]
         return {n: np.stack([x[n] for x in found]) for n in found[0]}
 
+    def profile(self, name: str, level: float = 0.95) -> Profile:
+        """The interval by the profile likelihood of one parameter, and the likelihood along it.
+
+        Its ends are where the maximum over all other parameters has fallen by half the quantile of chi-squared with
+        one degree of freedom. Unlike `low` and `high` it need not be symmetric in any coordinates, and may end at the
+        boundary of the support.
+
+        Args:
+            name: an entry as `summary` names it, such as "sigma_obs" or "phi[0]".
+            level: of confidence.
+
+        Returns:
+            A `Profile`: `.estimate`, `.low`, `.high`, `.values`, `.log_likelihoods`.
+
+        Raises:
+            ValueError: there is no such entry, it has no coordinate of its own, or the fit has not converged.
+
+        Example:
+            >>> from pssm import datasets, models
+            >>> from pssm.infer import fit_ml
+            >>> fit = fit_ml(models.local_level, datasets.load("nile").y, progress_bar=False)
+            >>> found = fit.profile("sigma_level")
+            >>> bool(found.low < fit.params["sigma_level"] < found.high)
+            True
+
+        Source:
+            Pawitan 2001, section 3.4.
+        """
+        labels = [
+            (entries(n, np.zeros(self.engine.function.shapes[n]))[i], n, i) for n, i in self.engine.function.labels()
+        ]
+        return profile_of(self.engine.function, self.run.peak, self.run.rules, labels, name, level)
+
     def summary(self) -> "pd.DataFrame":
         """One row for each entry of latent and deterministic sites: estimate, standard error, interval, note."""
         import pandas as pd
@@ -140,6 +182,19 @@ class _Point(NamedTuple):
 
     def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
         return {n: x[None, None] for n, x in self.values.items()}
+
+
+class _Paths(NamedTuple):
+    """Paths given the parameters: of the chain of an approximate marginal, by their weights."""
+
+    values: Values
+    params: tuple[str, ...]
+    model: Any
+
+    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
+        count = min(num_samples, PATHS)
+        given = {n: np.asarray(x, jnp.result_type(float)) for n, x in self.values.items()}
+        return paths_at(self.model, {n: given[n] for n in self.params}, count, key, args, kwargs)
 
 
 def entries(name: str, value: np.ndarray) -> list[str]:
@@ -200,9 +255,17 @@ def point_fit(engine: Any, run: Any, peak: Peak, ended: str, seed: Any) -> Point
             f"the {what} does not depend on {', '.join(unidentified)} here: no standard error. "
             + ("The component has vanished: leave it out of the model." if at_boundary else "Fix it in the model.")
         )
+    sample: Any = _Point(values)
+    objective = engine.objective
+    if function.integrated:
+        kind = INTEGRALS[engine.model.approximation]
+        sample = _Paths(values, tuple(names), engine.model)
+        objective = f"{objective} (the likelihood is {kind})"
+        message += f" The likelihood, and so AIC and BIC, is {kind}: exact for linear models with normal noise only."
     method = "maximum likelihood" if engine.objective == LIKELIHOOD else "posterior mode"
     return PointFit(
-        method, engine.model, engine.args, engine.kwargs, _Point(values), engine.objective, ended=ended,
+        method, getattr(engine.model, "plain_model", engine.model) if function.integrated else engine.model,
+        engine.args, engine.kwargs, sample, objective, ended=ended,
         message=message, warnings=tuple(warnings), params={n: values[n] for n in names}, seed=seed, seconds=run.seconds,
         run=run._replace(peak=peak), engine=engine, derived={n: x for n, x in values.items() if n not in names},
         log_likelihood=likelihood, log_joint=density, num_parameters=function.size,

@@ -9,18 +9,21 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from pssm.devices import local_copy
+from pssm.fitting.corrected import CorrectedEngine
 from pssm.fitting.loop import Engine, Saver, finish
 from pssm.fitting.mclmc import MCLMCEngine
 from pssm.fitting.mcmc import NutsEngine
 from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.model_record import model_for
+from pssm.fitting.nodes import NodesEngine
 from pssm.fitting.results import Fit, SVIFit, record_of, with_labels
 from pssm.fitting.svi import SVIEngine
 from pssm.storage.folder import MAX_BYTES, FitFolder, SavedFitError
 from pssm.storage.packing import call_digest, unpack
 
 ENGINES: dict[str, Any] = {
-    engine.kind: engine for engine in (NutsEngine, SVIEngine, MCLMCEngine, PointEngine, ModeEngine)
+    engine.kind: engine
+    for engine in (NutsEngine, SVIEngine, MCLMCEngine, PointEngine, ModeEngine, NodesEngine, CorrectedEngine)
 }
 
 

@@ -53,10 +53,12 @@ class Target:
         traced: bool = False,
     ):
         self.model, self.joint = model, joint
-        for plate in subsampled(structure(handlers.substitute(model, substitute_fn=_proper), args, kwargs)):
+        self.integrated = hasattr(model, "posterior")  # its paths are integrated out, approximately
+        plain: Any = getattr(model, "plain_model", model) if self.integrated else model
+        for plate in subsampled(structure(handlers.substitute(plain, substitute_fn=_proper), args, kwargs)):
             raise ValueError(f"`model`: its plate `{plate}` takes a part of the data; a maximum needs all of them.")
-        axes = find_axes(model, args, kwargs)
-        self.names = _latent(axes, joint)
+        axes = find_axes(plain, args, kwargs)
+        self.names = _latent(axes, self.integrated)
         self.num_observations = _observed_entries(axes)
         self.double, self._traced = True, traced
         self._take(args, kwargs)
@@ -129,7 +131,7 @@ class Target:
 
     def _compile(self) -> None:
         rebuild, names, joint = self._rebuild, self.names, self.joint
-        own = with_own_arrays(self.model)
+        own = _own_arrays(self.model)
         model = handlers.seed(own, jax.random.key(0))  # for what is drawn beside the latent sites
 
         def drawn(key: Key, data: list[Any]) -> dict[str, Array]:
@@ -188,10 +190,22 @@ def _observed_entries(axes: Axes) -> int:
     return sum(int(np.size(x)) - (int(np.isnan(x).sum()) if x.dtype.kind == "f" else 0) for x in values)
 
 
-def _latent(axes: Axes, joint: bool) -> tuple[str, ...]:
-    """The latent sites, or a refusal."""
+def _own_arrays(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with arrays of its own in other precisions; of one that integrates its paths out, a copy."""
+    if not hasattr(model, "posterior"):
+        return with_own_arrays(model)
+    other: Any = copy.copy(model)
+    other.model = with_own_arrays(other.model)
+    other.reference = None  # of the session's precision
+    return other
+
+
+def _latent(axes: Axes, integrated: bool) -> tuple[str, ...]:
+    """The latent sites, or a refusal; without the paths that are `integrated` out."""
     trace = axes.trace
     latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    if integrated:
+        latent = {n: s for n, s in latent.items() if not isinstance(innermost(s["fn"]), StatePath)}
     if not latent:
         raise ValueError("`model` has no latent site: there is nothing to estimate.")
     if not axes.data:

@@ -17,7 +17,14 @@ from pssm.linalg.random import standard_normal
 def guided_filter(
     key: Key, chain: LowRankChain, log_lik: Callable[[Array], Array], num_particles: int, block: int
 ) -> tuple[Array, Array]:
-    """An estimate of `log int p(z) exp(log_lik(z)) dz`, unbiased before the logarithm, and the smallest ESS.
+    """The estimate and the smallest ESS of `guided_paths`."""
+    return guided_paths(key, chain, log_lik, num_particles, block, 0)[:2]
+
+
+def guided_paths(
+    key: Key, chain: LowRankChain, log_lik: Callable[[Array], Array], num_particles: int, block: int, num_paths: int
+) -> tuple[Array, Array, Array]:
+    """An estimate of `log int p(z) exp(log_lik(z)) dz`, unbiased before the logarithm, the smallest ESS, and paths.
 
     Particles move by the chain's conditionals. At a block's end their weight looks ahead, by the normaliser of the
     next conditional, `Z_{t+1}(z_t)`, which stands for the observations to come. The likelihood of a block is the
@@ -29,6 +36,8 @@ def guided_filter(
         log_lik: log-likelihood of a path `(time, state)`, a sum over steps.
         num_particles: number of particles.
         block: steps between two looks at the weights.
+        num_paths: trajectories of particles to draw by their weights in the end, `(num_paths, time, state)`. With such
+            a path for each estimate, draws weighted by the estimates are of the exact posterior.
     """
     prior, N = chain.prior, num_particles
     steps = prior.num_steps - 1
@@ -41,7 +50,7 @@ def guided_filter(
         x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (pad, *x.shape[1:]))])
         return x.reshape(num_blocks, block, *x.shape[1:])
 
-    def one(a: dict[str, Any]) -> tuple[Array, Array]:
+    def one(a: dict[str, Any]) -> tuple[Array, Array, Array]:
         first, later = chain._updates(a)
         base = log_lik(reference)
         padded = jnp.concatenate([reference, jnp.broadcast_to(reference[-1:], (pad, *reference.shape[1:]))])
@@ -66,11 +75,14 @@ def guided_filter(
             return jax.vmap(lambda x: log_normaliser(update, now["chol_Q"], prior.step(now, x)))(z)
 
         start_key, scan_key = jax.random.split(key)
+        pick_key = jax.random.fold_in(scan_key, 2)
         draw_first = jax.vmap(lambda k: draw(k, first, a["chol_P0"], a["m0"]))
         z, weights = draw_first(jax.random.split(start_key, N))
+        z_first = z
         weights = weights + gained(0, z[:, None])
         if not steps:
-            return base + jax.nn.logsumexp(weights) - jnp.log(N), ess_of(weights)
+            paths = z[jax.random.categorical(pick_key, weights, shape=(num_paths,))][:, None]
+            return base + jax.nn.logsumexp(weights) - jnp.log(N), ess_of(weights), paths
 
         timed = prior.timed(a)
 
@@ -83,7 +95,7 @@ def guided_filter(
             z, weights = jnp.where(real, moved, z), weights + jnp.where(real, ratio, 0.0)
             return (z, weights), z
 
-        def one_block(carry: tuple, xs: tuple) -> tuple[tuple, Array]:
+        def one_block(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
             z, weights, total = carry
             keys, resample_key, updates, t, real, start, (next_update, next_t, last) = xs
             (z, weights), rows = jax.lax.scan(step, (z, weights), (keys, updates, t, real))
@@ -95,7 +107,7 @@ def guided_filter(
             chosen = jnp.where(need, systematic(resample_key, seen), jnp.arange(N))
             total = total + jnp.where(need, jax.nn.logsumexp(seen) - jnp.log(N), 0.0)
             weights = jnp.where(need, -look[chosen], weights)
-            return (z[chosen], weights, total), ess
+            return (z[chosen], weights, total), (ess, (rows, chosen) if num_paths else ())
 
         following = jax.tree.map(lambda x: jnp.roll(blocks(x)[:, 0], -1, axis=0), (later, timed))
         last = jnp.arange(num_blocks) == num_blocks - 1
@@ -108,7 +120,19 @@ def guided_filter(
             1 + block * jnp.arange(num_blocks),
             (*following, last),
         )
-        (_, weights, total), ess = jax.lax.scan(one_block, (z, weights, jnp.zeros((), z.dtype)), xs)
-        return total + base + jax.nn.logsumexp(weights) - jnp.log(N), ess.min()
+        (_, weights, total), (ess, seen) = jax.lax.scan(one_block, (z, weights, jnp.zeros((), z.dtype)), xs)
+        value = total + base + jax.nn.logsumexp(weights) - jnp.log(N)
+        if not num_paths:
+            return value, ess.min(), z_first[:0, None]
+
+        def back(index: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
+            rows, chosen = xs
+            index = chosen[index]
+            return index, rows[:, index]
+
+        last_index = jax.random.categorical(pick_key, weights, shape=(num_paths,))
+        index, rows = jax.lax.scan(back, last_index, seen, reverse=True)  # (blocks, block, paths, state)
+        rest = rows.reshape(num_blocks * block, *rows.shape[2:])[:steps]
+        return value, ess.min(), jnp.moveaxis(jnp.concatenate([z_first[index][None], rest]), 0, 1)
 
     return chain._map(one)

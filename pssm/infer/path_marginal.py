@@ -16,7 +16,7 @@ from pssm.distributions import LowRankChain, StatePath
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.guides.plates import apart
-from pssm.infer.path_groups import Group, Layout, Stacked, layout_of, stack
+from pssm.infer.path_groups import Group, Layout, Stacked, check_series, layout_of, stack
 from pssm.infer.reference import Moments, Reference, find_reference, fingerprint, is_known
 from pssm.linalg.potential import Potential
 from pssm.linalg.random import standard_normal
@@ -43,6 +43,7 @@ class PathPosterior(NamedTuple):
         log_joint: `log p(paths, data | values)` of a dict of paths, by the names of the model or of `chains`.
         split: from a dict of paths by the names of `chains` to one by the names of the model.
         converged: whether the search has, `()`.
+        series: of each of `chains`, what the parts of `log_value` are.
     """
 
     log_value: Array
@@ -50,6 +51,21 @@ class PathPosterior(NamedTuple):
     log_joint: Callable[[dict[str, Array]], Array]
     split: Callable[[dict[str, Array]], dict[str, Array]]
     converged: Array
+    series: dict[str, "Series"]
+
+
+class Series(NamedTuple):
+    """The series of one chain: the log-likelihood of a path and the approximate integral, `(*batch,)` each.
+
+    Attributes:
+        log_lik: of paths `(*batch, time, state)`, everything but the path's own density.
+        log_value: its integral, approximately.
+        counted: whether a series counts: none that a mask takes out.
+    """
+
+    log_lik: Callable[[Array], Array]
+    log_value: Array
+    counted: Array
 
 
 class _Found(NamedTuple):
@@ -61,6 +77,7 @@ class _Found(NamedTuple):
     potential: Potential
     total: Array
     converged: Array
+    series: Series
 
     @property
     def chain(self) -> LowRankChain:
@@ -179,7 +196,8 @@ class PathMarginal:
         total = jnp.sum(jnp.stack([*rest, *(parts.total for parts in found.values())]))
         chains = {group.name: parts.chain for group, parts in found.items()}
         converged = jnp.all(jnp.stack([jnp.all(parts.converged) for parts in found.values()]))
-        return PathPosterior(total, chains, log_joint, split, converged)
+        series = {group.name: parts.series for group, parts in found.items()}
+        return PathPosterior(total, chains, log_joint, split, converged, series)
 
     def moments(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         """Centres of the paths given the other latent sites; covariances, where they are known, of the joint paths.
@@ -289,7 +307,8 @@ class PathMarginal:
         counted = value if mask is None else jnp.where(mask, value, 0.0)
         total = jnp.sum(counted) * (1.0 if site["scale"] is None else site["scale"])
 
-        return _Found(stacked, centre, cov, potential, total, converged)
+        seen = jnp.broadcast_to(True if mask is None else mask, value.shape)
+        return _Found(stacked, centre, cov, potential, total, converged, Series(log_lik, value, seen))
 
     def _bound(
         self, group: Group, prior: StatePath, log_lik: LogLik, far_prior: StatePath, far: LogLik, start: Array
@@ -310,17 +329,6 @@ class PathMarginal:
 
 def _still(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-
-def check_series(group: Group, log_lik: Callable[[Array], Array], path: Array) -> None:
-    """Refuses a likelihood that several series of a path share."""
-    shape, batch = jax.eval_shape(log_lik, path).shape, path.shape[:-2]
-    if shape != batch:
-        raise ValueError(
-            f"`model`: the series of the path `{group.name}`, of batch shape {batch}, share a term of the likelihood "
-            f"(its shape is {shape}), so they cannot be integrated out one by one. Write them as one path with a joint "
-            "state, or fit the model with its paths sampled."
-        )
 
 
 def path_marginal(

@@ -28,9 +28,14 @@ def path_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable
     A path whose noise is singular is sampled through that noise, and has none.
     """
     model = _with_states(model)
+    return model if has_path(model, args, kwargs) else None
+
+
+def has_path(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a `StatePath` is among the latent sites."""
     trace = trace_model(model, {}, args, kwargs)
-    paths = (isinstance(innermost(s["fn"]), StatePath) for s in trace.values() if s["type"] == "sample")
-    return model if any(paths) else None
+    sites = (s for s in trace.values() if s["type"] == "sample" and not s["is_observed"])
+    return any(isinstance(innermost(s["fn"]), StatePath) for s in sites)
 
 
 def _with_states(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,8 @@ from pssm.diagnostics.tree import no_time_axis, rehearse
 from pssm.inspection.axes import Axes
 from pssm.inspection.check import ModelCheck, check_model
 from pssm.models.registry import describe
-from pssm.study.methods import POINTS, model_of_method
+from pssm.study.method_names import POINTS
+from pssm.study.methods import model_of_method
 from pssm.times.frames import inputs_of_steps, steps_ahead
 from pssm.times.grid import labels_after, uneven
 from pssm.times.labels import (

@@ -27,16 +27,17 @@ from pssm.study.before import (
     prepare,
     split_inputs,
 )
-from pssm.study.methods import (
+from pssm.study.method_names import (
+    APPROXIMATE,
+    CHAINS,
     DEFAULT_METHODS,
     METHODS,
     OBJECTIVES,
     PATH_METHODS,
     POINTS,
-    MethodResult,
     Settings,
-    run_method,
 )
+from pssm.study.methods import MethodResult, run_method
 from pssm.study.provenance import settings_of
 from pssm.study.saved import Plan, StudyFolder, tree_path
 from pssm.study.verdict import judge, parameter_rows
@@ -160,7 +161,10 @@ def compare(
             dict of arrays; NaN where missing. A panel's axes are named by the model's plates, or by `dims`. A frame or
             a series of pandas brings `time` (its index) and `column` (its names) along.
         methods: among "nuts" (the model as it is: for pssm's linear models the states are integrated out),
-            "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map), "svi:mvn",
+            "nuts:states" (NUTS over the path), "nuts:transport" (the same through a fitted chain's map),
+            "nuts:laplace", "nuts:variational" and "nuts:importance" (NUTS over the parameters, the path integrated out
+            approximately, then corrected to exact), "nodes:variational" (the same by weighted nodes, up to four
+            parameters), "svi:mvn",
             "svi:normal", and over the path "svi:chain", "svi:diagonal" (bounds) and "svi:moment_matched" (a surrogate);
             "ml" (maximum likelihood) and "map" (the mode of the posterior) give one point, and no uncertainty of the
             parameters but standard errors. The first exact one is the reference.
@@ -271,7 +275,8 @@ def compare(
         if folder is not None:
             result.attempt("saved results", lambda r=result: _keep(r, folder))
     done = [m for m in methods if results[m].status == "done" and results[m].tree is not None]
-    reference = next((m for m in done if m.startswith("nuts")), "")
+    exact = [m for m in done if results[m].diagnostics.get("exact", 1.0) and m in (*CHAINS, *APPROXIMATE)]
+    reference = min(exact, key=lambda m: m not in CHAINS, default="")
     notes: list[str] = [*said, *task.check.warnings, *task.notes]
     evidence = _evidence(function, task, results, reference, seed)
     try:
@@ -333,6 +338,9 @@ def _evidence(
     model: Callable[..., Any], task: Task, results: dict[str, MethodResult], reference: str, seed: int
 ) -> tuple[float, str]:
     """The log evidence by importance sampling around the reference's draws, where its weights can be trusted."""
+    numbers = results[reference].diagnostics if reference else {}
+    if np.isfinite(numbers.get("log_evidence", np.nan)):
+        return numbers["log_evidence"], f"weighted nodes, corrected, standard error {numbers['standard_error']:.2g}"
     tree = results[reference].tree if reference else None
     if tree is None or reference in PATH_METHODS:
         return float("nan"), ""

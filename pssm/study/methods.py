@@ -3,33 +3,33 @@
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import numpyro
 import xarray as xr
 from numpyro.infer import MCMC
 from numpyro.infer.autoguide import AutoMultivariateNormal
-from numpyro.infer.util import initialize_model
 
 from pssm.diagnostics.bound import elbo_and_khat
 from pssm.diagnostics.tree import build_tree
-from pssm.fitting.point import LIKELIHOOD, MODE
 from pssm.fitting.results import record_of
 from pssm.guides import AutoStateSpace
-from pssm.guides.paths import BOUND, FAMILIES, SURROGATE
 from pssm.infer import (
+    CorrectedFit,
     PointFit,
     SVIFit,
+    corrected,
     fit_map,
     fit_ml,
     fit_nuts,
     fit_svi,
     load,
+    nodes,
     one_step_probabilities,
+    path_marginal,
     posterior_draws,
     resume,
     transport_reparam,
@@ -37,49 +37,10 @@ from pssm.infer import (
 from pssm.infer.task import marginal_site
 from pssm.inspection.axes import trace_model
 from pssm.inspection.check import NO_PATH
-from pssm.inspection.forms import path_model, sampled_model
+from pssm.inspection.forms import has_path, path_model, sampled_model
 from pssm.storage.folder import MANIFEST, FitFolder
-
-PATH_GUIDES = {f"svi:{family}": f"AutoStateSpace ({family.replace('_', '-')})" for family in FAMILIES}
-GUIDE_NAMES = {"svi:mvn": "AutoMultivariateNormal", "svi:normal": "AutoNormal"} | PATH_GUIDES
-POINTS = ("ml", "map")  # one point, without uncertainty of the parameters
-METHODS = ("nuts", "nuts:states", "nuts:transport", *GUIDE_NAMES, *POINTS)
-PATH_METHODS = ("nuts:states", "nuts:transport", *PATH_GUIDES)  # the path is among their unknowns
-DEFAULT_METHODS = ("nuts", "nuts:states", "svi:mvn", "svi:normal")
-OBJECTIVES = (
-    {"nuts": "exact posterior (Markov chain), states integrated out where the model allows"}
-    | {"nuts:states": "exact posterior (Markov chain), states sampled in non-centred form"}
-    | {"nuts:transport": "exact posterior (Markov chain), states sampled through the map of a fitted chain"}
-    | dict.fromkeys(GUIDE_NAMES, BOUND)
-    | {"svi:moment_matched": SURROGATE}
-    | {"ml": LIKELIHOOD, "map": MODE}
-)
-KNOWN = "Its forecast and its states take the parameters as known."
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much work each method may do.
-
-    Attributes:
-        seed: one whole number fixes every random choice.
-        num_warmup: NUTS adaptation steps per chain.
-        num_samples: NUTS draws per chain.
-        num_chains: NUTS chains.
-        svi_steps: optimisation steps.
-        horizon: forecast steps, 0 for none.
-        budget: seconds a method may be expected to take before its draws or steps are cut; None for no limit.
-        progress: show progress bars.
-    """
-
-    seed: int = 0
-    num_warmup: int = 1000
-    num_samples: int = 1000
-    num_chains: int = 4
-    svi_steps: int = 5000
-    horizon: int = 10
-    budget: float | None = None
-    progress: bool = True
+from pssm.study.budget import CompileClock, within_budget
+from pssm.study.method_names import APPROXIMATE, GUIDE_NAMES, KNOWN, OBJECTIVES, PATH_METHODS, POINTS, Settings
 
 
 @dataclass
@@ -112,7 +73,7 @@ class MethodResult:
     verdict: str = ""
     level: str = "check"
     diagnostics: dict[str, float] = field(default_factory=dict)
-    fit: MCMC | SVIFit | PointFit | None = None
+    fit: MCMC | SVIFit | PointFit | CorrectedFit | None = None
 
     def add_note(self, text: str) -> None:
         """Adds a sentence to the note."""
@@ -161,6 +122,8 @@ def run_method(
     if fitted_model is None:
         result.status, result.note = "skipped", NO_PATH
         return result
+    if name in APPROXIMATE or (name in POINTS and has_path(model, (y,), kwargs)):
+        fitted_model = path_marginal(fitted_model, approximation=APPROXIMATE.get(name, "laplace"))
     settings, result.note, possible = within_budget(name, fitted_model, y, settings, **kwargs)
     if not possible:
         result.status = "skipped"
@@ -170,9 +133,9 @@ def run_method(
         with clock:
             fit = _fit(name, fitted_model, y, settings, checkpoint, **kwargs)
     except ValueError as error:
-        if name not in POINTS or not str(error).startswith("`model`"):
+        if name not in (*POINTS, *APPROXIMATE) or not str(error).startswith(("`model`", "`approximation`")):
             raise
-        result.status, result.note = "skipped", str(error)  # the model has no such maximum
+        result.status, result.note = "skipped", str(error)  # the model has no such maximum, or approximation
         return result
     result.fit = fit
     result.seconds_compile = min(clock.seconds, time.perf_counter() - start)
@@ -188,7 +151,14 @@ def run_method(
             result.add_note(f"Its objective ended at {ended:.2f}: no bound.")
         if not fit.converged:
             result.add_note(f"Not converged: {fit.message}")
+    elif isinstance(fit, CorrectedFit):
+        names = ("exact", "khat", "efficiency", "effective_draws", "log_weight_sd", "path_sd", "log_evidence")
+        result.diagnostics |= {n: float(getattr(fit, n)) for n in (*names, "standard_error", "divergences")}
+        result.objective = fit.objective
+        result.add_note(f"Corrected {fit.message}")
+        result.add_note(" ".join(fit.warnings))
     elif isinstance(fit, PointFit):
+        result.objective = fit.objective
         names = ("log_likelihood", "log_joint", "aic", "bic", "converged")
         result.diagnostics |= {n: float(getattr(fit, n)) for n in names}
         result.add_note(" ".join([KNOWN, *(text[:1].upper() + text[1:] for text in fit.warnings)]))
@@ -255,9 +225,14 @@ def model_of_method(name: str, model: Callable[..., Any], y: Any, **kwargs: Any)
 
 def _fit(
     name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
-) -> MCMC | SVIFit | PointFit:
+) -> MCMC | SVIFit | PointFit | CorrectedFit:
     """The fit; Ctrl-C, which the fits survive with what they have, ends the method."""
-    fit = _run_fit(name, model, y, settings, checkpoint, **kwargs)
+    with warnings.catch_warnings():
+        if name in (*POINTS, *APPROXIMATE):
+            warnings.simplefilter("ignore", UserWarning)  # they are in the note
+        fit = _run_fit(name, model, y, settings, checkpoint, **kwargs)
+        if record_of(fit).ended != "interrupted" and name in APPROXIMATE:
+            fit = corrected(fit, key=settings.seed, progress_bar=settings.progress)
     if record_of(fit).ended == "interrupted":
         raise KeyboardInterrupt
     return fit
@@ -265,7 +240,7 @@ def _fit(
 
 def _run_fit(
     name: str, model: Callable[..., Any], y: Any, settings: Settings, checkpoint: Path | None, **kwargs: Any
-) -> MCMC | SVIFit | PointFit:
+) -> MCMC | SVIFit | PointFit | CorrectedFit:
     guide: Any = name.removeprefix("svi:") if name in GUIDE_NAMES else None
     given = {}
     if name == "svi:chain":  # the potentials follow the parameters, so the parameters' spread is not understated
@@ -285,9 +260,9 @@ def _run_fit(
         return resume(checkpoint, model, progress_bar=settings.progress, **options)
     common = {"checkpoint": checkpoint, "key": settings.seed, "progress_bar": settings.progress, **kwargs}
     if name in POINTS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # they are in the note
-            return (fit_ml if name == "ml" else fit_map)(model, y, **common)
+        return (fit_ml if name == "ml" else fit_map)(model, y, **common)
+    if name.startswith("nodes"):
+        return nodes(model, y, num_samples=settings.num_samples, **common)
     if guide is not None:
         return fit_svi(model, y, guide=guide, num_steps=settings.svi_steps, **common)
     return fit_nuts(
@@ -297,81 +272,6 @@ def _run_fit(
         num_samples=settings.num_samples,
         num_chains=settings.num_chains,
         target_accept_prob=0.9,
+        dense_mass=name in APPROXIMATE,  # the parameters alone
         **common,
     )
-
-
-def within_budget(
-    name: str, model: Callable[..., Any], y: Any, settings: Settings, **kwargs: Any
-) -> tuple[Settings, str, bool]:
-    """Settings cut so that the method is expected to stay within the budget: `(settings, what was cut, possible)`.
-
-    The expectation is the measured time of one gradient times a typical number of gradients. With the path among
-    NUTS's unknowns that number grows with its length, up to NUTS's limit (1023 for each draw), but not where the path
-    is sampled through a fitted chain. A point estimate takes a few climbs and is never cut.
-    """
-    if settings.budget is None or name in POINTS:
-        return settings, "", True
-    info = initialize_model(jax.random.key(0), model, model_args=(y,), model_kwargs=kwargs)
-    gradient = jax.jit(jax.value_and_grad(info.potential_fn))
-    z = info.param_info.z
-    jax.block_until_ready(gradient(z))
-    start = time.perf_counter()
-    for _ in range(3):
-        jax.block_until_ready(gradient(z))
-    each = (time.perf_counter() - start) / 3
-    if name in GUIDE_NAMES:
-        cost = settings.svi_steps * 8 * each
-        if cost <= settings.budget:
-            return settings, "", True
-        steps = int(settings.svi_steps * settings.budget / cost)
-        if steps < 500:
-            return settings, f"expected to take {cost / 60:.0f} minutes; raise the budget", False
-        return (
-            replace(settings, svi_steps=steps),
-            f"Steps cut from {settings.svi_steps} to {steps} by the budget.",
-            True,
-        )
-    unknowns = sum(int(np.size(x)) for x in z.values())
-    leapfrogs = {"nuts:states": min(max(unknowns, 100), 1023), "nuts:transport": 30}.get(name, 12)
-    per_iteration = leapfrogs * each * settings.num_chains
-    total = settings.num_warmup + settings.num_samples
-    if total * per_iteration <= settings.budget:
-        return settings, "", True
-    chains = min(settings.num_chains, 2)
-    share = settings.budget / (leapfrogs * each * chains)
-    if share < 300:
-        return settings, f"expected to take {total * per_iteration / 60:.0f} minutes; raise the budget", False
-    warmup = int(min(settings.num_warmup, share / 2))
-    samples = int(min(settings.num_samples, share - warmup))
-    note = (
-        f"Cut by the budget from {settings.num_chains} x ({settings.num_warmup} + {settings.num_samples}) "
-        f"to {chains} x ({warmup} + {samples}) warm-up steps and draws."
-    )
-    return replace(settings, num_chains=chains, num_warmup=warmup, num_samples=samples), note, True
-
-
-class CompileClock:
-    """Adds up the seconds that XLA compiles while the block runs, from JAX's own event stream."""
-
-    _running: list["CompileClock"] = []
-    _listening = False
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> "CompileClock":
-        if not CompileClock._listening:
-            jax.monitoring.register_event_duration_secs_listener(CompileClock._hear)
-            CompileClock._listening = True
-        CompileClock._running.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        CompileClock._running.remove(self)
-
-    @staticmethod
-    def _hear(event: str, seconds: float, **_: Any) -> None:
-        if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration", "jaxpr_trace_duration")):
-            for clock in CompileClock._running:
-                clock.seconds += seconds

@@ -14,7 +14,7 @@ import numpy as np
 
 from pssm import plots
 from pssm.storage.files import write_whole
-from pssm.study.methods import POINTS
+from pssm.study.method_names import POINTS
 from pssm.study.page import (
     bullet_list,
     cell_text,

@@ -14,7 +14,8 @@ from pssm.models.registry import describe
 from pssm.storage.folder import FitFolder, SavedFitError
 from pssm.storage.labels import pack_labels, unpack_labels
 from pssm.storage.packing import UnpackableError, pack, provenance, unpack
-from pssm.study.methods import METHODS, MethodResult, Settings
+from pssm.study.method_names import METHODS, Settings
+from pssm.study.methods import MethodResult
 
 FOLDER = "study"
 NUMBERS = ("seconds_compile", "seconds_run")

@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pssm.study.methods import GUIDE_NAMES, POINTS, MethodResult
+from pssm.fitting.corrected import INSTEAD
+from pssm.fitting.weights import doubts
+from pssm.study.method_names import APPROXIMATE, CHAINS, GUIDE_NAMES, POINTS
+from pssm.study.methods import MethodResult
 
 # Thresholds of the verdicts.
 RHAT_MAX, ESS_MIN = 1.01, 400.0
+LEAST_NODES = 100.0  # effective ones: they are spread evenly, unlike draws
 KHAT_GOOD, KHAT_MAX = 0.5, 0.7
 SD_CLOSE, SD_OFF = 0.10, 0.25  # relative error of a posterior sd
 MOST_ENTRIES = 200  # of a site that is in the table of parameters
@@ -31,7 +35,7 @@ def parameter_rows(results: dict[str, MethodResult], reference: str) -> pd.DataF
         if name in POINTS:
             table["sd"] = _errors(tree, parameters, len(table))
         for parameter, row in table.iterrows():
-            is_chain = name.startswith("nuts")
+            is_chain = name in CHAINS
             rows.append(
                 {
                     "method": name,
@@ -90,8 +94,10 @@ def judge(
         own = parameters[parameters["method"] == name]
         numbers = result.diagnostics
         if result.status == "done":
-            ess = float(own[["ess_bulk", "ess_tail"]].min().min()) if name.startswith("nuts") else np.nan
-            rhat = float(own["r_hat"].max()) if name.startswith("nuts") else np.nan
+            ess = float(own[["ess_bulk", "ess_tail"]].min().min()) if name in CHAINS else np.nan
+            rhat = float(own["r_hat"].max()) if name in CHAINS else np.nan
+            if name in APPROXIMATE:  # the autocorrelation before, times the share that the weights leave
+                ess = float(np.fmin(ess, numbers.get("effective_draws", np.nan)))
             numbers |= {"ess_min": ess, "rhat_max": rhat}
             if name in POINTS:
                 result.level, result.verdict = _judge_point(name, own, numbers, reference)
@@ -99,6 +105,8 @@ def judge(
                 result.level, result.verdict = _judge_guide(
                     GUIDE_NAMES[name], own, numbers, reference, result.objective
                 )
+            elif name in APPROXIMATE:
+                result.level, result.verdict = _judge_corrected(name, own, numbers, reference)
             else:
                 result.level, result.verdict = _judge_chain(name, own, numbers, reference)
         else:
@@ -153,6 +161,23 @@ def _judge_chain(name: str, own: pd.DataFrame, numbers: dict[str, float], refere
         "good",
         f"Trust it: chains agree (R-hat {numbers['rhat_max']:.3f}, {numbers['ess_min']:.0f} effective draws); {role}.",
     )
+
+
+def _judge_corrected(name: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
+    """Draws that were corrected by weights: as good as exact where the weights say so, else not to be used."""
+    weights = (
+        f"weights with k-hat {numbers.get('khat', np.nan):.2f}, {100 * numbers.get('efficiency', 0):.0f} % effective"
+    )
+    if not numbers.get("exact", 0.0):
+        flaws = doubts(numbers.get("khat", np.nan), numbers.get("efficiency", np.nan))
+        return "bad", f"Do not use: the correction failed ({'; '.join(flaws)}). {INSTEAD}"
+    if name in CHAINS:
+        level, words = _judge_chain(name, own, numbers, reference)
+        return level, f"{words[:-1]}; exact up to Monte Carlo error ({weights})."
+    if not numbers["ess_min"] >= LEAST_NODES:
+        return "check", f"Only {numbers['ess_min']:.0f} effective nodes ({weights}): take more."
+    role = "this is the reference" if name == reference else _agreement(own)
+    return "good", f"Trust it: exact up to Monte Carlo error ({weights}); {role}."
 
 
 def _judge_point(name: str, own: pd.DataFrame, numbers: dict[str, float], reference: str) -> tuple[str, str]:
