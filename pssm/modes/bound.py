@@ -69,7 +69,7 @@ def fit_bound(prior: StatePath, log_lik: LogLik, mean: Array, cov: Array, *, num
         return newton_step(prior, mean, average(g), W, covariances=True), W
 
     def move(_: int, moments: tuple[Array, Array]) -> tuple[Array, Array]:
-        found, _ = step(*moments)
+        found = step(*moments)[0]
         return moments[0] + found.move, jnp.asarray(found.cov)
 
     before = still(mean), still(cov)
