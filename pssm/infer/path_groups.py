@@ -121,6 +121,17 @@ def _groups(paths: list[str], touched: dict[str, set[str]], order: list[str]) ->
     return [Group(tuple(own), tuple(n for n in order if n in sites)) for own, sites in groups]
 
 
+def check_series(group: Group, log_lik: Callable[[Array], Array], path: Array) -> None:
+    """Refuses a likelihood that several series of a path share."""
+    shape, batch = jax.eval_shape(log_lik, path).shape, path.shape[:-2]
+    if shape != batch:
+        raise ValueError(
+            f"`model`: the series of the path `{group.name}`, of batch shape {batch}, share a term of the likelihood "
+            f"(its shape is {shape}), so they cannot be integrated out one by one. Write them as one path with a joint "
+            "state, or fit the model with its paths sampled."
+        )
+
+
 class Stacked(NamedTuple):
     """Independent paths as one with all of their states.
 

@@ -63,7 +63,7 @@ def fingerprint(tree: Any) -> str:
     leaves, structure = jax.tree.flatten(tree)
     digest = hashlib.sha256(repr(structure).encode())
     for x in leaves:
-        if isinstance(x, np.ndarray | jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        if isinstance(x, np.ndarray | jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
             x = np.asarray(x)
             digest.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
         else:

@@ -69,12 +69,13 @@ def fit_bound(prior: StatePath, log_lik: LogLik, mean: Array, cov: Array, *, num
         return newton_step(prior, mean, average(g), W, covariances=True), W
 
     def move(_: int, moments: tuple[Array, Array]) -> tuple[Array, Array]:
-        found, _ = step(*moments)
+        found = step(*moments)[0]
         return moments[0] + found.move, jnp.asarray(found.cov)
 
-    mean, cov = jax.lax.fori_loop(0, num_iters - 1, lambda i, m: still(move(i, still(m))), (still(mean), still(cov)))
-    found, W = step(still(mean), still(cov))
-    mean, cov = still(mean) + found.move, jnp.asarray(found.cov)
+    before = still(mean), still(cov)
+    before = jax.lax.fori_loop(0, num_iters - 1, lambda i, m: still(move(i, still(m))), before)
+    found, W = step(*still(before))
+    mean, cov = still(before[0]) + found.move, jnp.asarray(found.cov)
     likelihood = average(jax.vmap(log_lik)(spread(mean, cov)))
     noise = map_paths(
         prior,
