@@ -12,15 +12,18 @@ from numpyro import handlers
 
 from pssm._checks import check_choice, check_count
 from pssm._types import Array, Key
-from pssm.distributions import LowRankChain
+from pssm.distributions import LowRankChain, StatePath
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.guides.plates import apart
-from pssm.infer.path_groups import Group, Layout, Stacked, layout_of, stack
+from pssm.infer.path_groups import Group, Layout, Series, Stacked, layout_of, stack
 from pssm.infer.reference import Moments, Reference, find_reference, fingerprint, is_known
+from pssm.linalg.potential import Potential
 from pssm.linalg.random import standard_normal
-from pssm.modes.bound import Bound, covariances_at, fit_bound
-from pssm.modes.marginal import Expansion, Mode, estimate, expand, find_mode, potential_of
+from pssm.modes.bound import covariances_at, fit_bound
+from pssm.modes.marginal import Mode, estimate, expand, find_mode, potential_of
+from pssm.modes.newton import LogLik
+from pssm.modes.variational import variational_fit
 
 APPROXIMATIONS = ("variational", "laplace", "importance")
 WORDS = {
@@ -48,28 +51,16 @@ class PathPosterior(NamedTuple):
     log_joint: Callable[[dict[str, Array]], Array]
     split: Callable[[dict[str, Array]], dict[str, Array]]
     converged: Array
-    series: dict[str, "Series"]
-
-
-class Series(NamedTuple):
-    """The series of one chain: the log-likelihood of a path and the approximate integral, `(*batch,)` each.
-
-    Attributes:
-        log_lik: of paths `(*batch, time, state)`, everything but the path's own density.
-        log_value: its integral, approximately.
-        counted: whether a series counts: none that a mask takes out.
-    """
-
-    log_lik: Callable[[Array], Array]
-    log_value: Array
-    counted: Array
+    series: dict[str, Series]
 
 
 class _Found(NamedTuple):
     """Of one group: the joint path, its posterior, the sum of the values of all series, and which have converged."""
 
     stacked: Stacked
-    posterior: Expansion | Bound
+    centre: Array
+    cov: Array | None
+    potential: Potential
     total: Array
     converged: Array
     series: Series
@@ -77,8 +68,7 @@ class _Found(NamedTuple):
     @property
     def chain(self) -> LowRankChain:
         """The posterior of the joint path."""
-        q = self.posterior
-        return LowRankChain.from_potential(self.stacked.prior, potential_of(q.path, q.slope, q.J))
+        return LowRankChain.from_potential(self.stacked.prior, self.potential)
 
 
 class PathMarginal:
@@ -205,10 +195,10 @@ class PathMarginal:
         paths, covs = {}, {}
         for group in layout.groups:
             found = self._integrate(args, kwargs, {}, values, layout, group)
-            centre = jnp.where(found.converged[..., None, None], found.posterior.path, jnp.nan)
+            centre = jnp.where(found.converged[..., None, None], found.centre, jnp.nan)
             paths |= dict(zip(group.paths, found.stacked.split(centre), strict=True))
-            if isinstance(found.posterior, Bound):
-                covs[group.name] = found.posterior.cov
+            if found.cov is not None:
+                covs[group.name] = found.cov
         return paths, covs
 
     def complete(self, draws: dict[str, Any], key: Key, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -288,12 +278,13 @@ class PathMarginal:
         check_series(group, log_lik, start)
         prior, far, _, _ = parts(ModelRun(self.model, *frozen[:2], indices), frozen[2])
         if self.approximation == "variational":
-            found = self._bound(group, stacked, log_lik, prior, far, start)
-            value, converged = found.value, jnp.isfinite(found.value)
+            value, centre, cov, potential = self._bound(group, stacked.prior, log_lik, prior.prior, far, start)
+            converged = jnp.isfinite(value)
         else:
             mode = find_mode(prior.prior, far, start, num_iters=self.max_search)
             found = expand(stacked.prior, log_lik, Mode(*jax.lax.stop_gradient(tuple(mode))))
-            value, converged = found.value, found.is_mode
+            value, centre, cov, converged = found.value, found.path, None, found.is_mode
+            potential = potential_of(found.path, found.slope, found.J)
         if self.approximation == "importance":
             half = (self.num_samples // 2, *start.shape[:-2], stacked.prior.noise_size)
             noise = standard_normal(jax.random.key(0), half, start.dtype)
@@ -303,28 +294,23 @@ class PathMarginal:
         total = jnp.sum(counted) * (1.0 if site["scale"] is None else site["scale"])
 
         seen = jnp.broadcast_to(True if mask is None else mask, value.shape)
-        return _Found(stacked, found, total, converged, Series(log_lik, value, seen))
+        return _Found(stacked, centre, cov, potential, total, converged, Series(log_lik, value, seen))
 
     def _bound(
-        self,
-        group: Group,
-        stacked: Stacked,
-        log_lik: Callable[[Array], Array],
-        prior: Stacked,
-        far: Callable[[Array], Array],
-        start: Array,
-    ) -> Bound:
-        """The bound, from the stored moments; from those at the mode (of `prior` and `far`) where there are none."""
-        if not stacked.prior.is_linear:
-            raise ValueError(
-                f"`approximation`: the transition of the path `{group.name}` is a function, and "
-                '"variational" takes matrices only. Use "laplace" or "importance".'
-            )
+        self, group: Group, prior: StatePath, log_lik: LogLik, far_prior: StatePath, far: LogLik, start: Array
+    ) -> tuple[Array, Array, Array, Potential]:
+        """The bound and its chain, from the stored moments; where there are none from those at the mode."""
         cov = None if self.reference is None else self.reference.covs.get(group.name)
         if cov is None or cov.shape != (*start.shape, start.shape[-1]):
-            start = find_mode(prior.prior, far, start, num_iters=self.max_search).path
-            cov = covariances_at(prior.prior, far, start)
-        return fit_bound(stacked.prior, log_lik, start, jnp.asarray(cov), num_iters=self.num_iters)
+            start = find_mode(far_prior, far, start, num_iters=self.max_search).path
+            cov = covariances_at(far_prior, far, start)
+        if prior.is_linear:
+            found = fit_bound(prior, log_lik, start, jnp.asarray(cov), num_iters=self.num_iters)
+            return found.value, found.path, found.cov, potential_of(found.path, found.slope, found.J)
+        fit = variational_fit(
+            prior, log_lik, start=(start, jnp.asarray(cov)), num_iters=self.num_iters, line_search=False
+        )
+        return jnp.where(jnp.isfinite(fit.bound), fit.bound, -jnp.inf), fit.mean, fit.cov, fit.potential
 
 
 def _still(x: Any) -> Any:
@@ -361,7 +347,8 @@ def path_marginal(
       unbiased, exact where the posterior of the path is Gaussian;
     - "importance": the average of `num_samples` weights of paths drawn about the mode by fixed random numbers; it
       becomes exact as their number grows;
-    - "variational": a lower bound, by a Gaussian chain fitted in `num_iters` steps.
+    - "variational": a lower bound, by a Gaussian chain fitted in `num_iters` steps from stored moments; where the
+      transition is a function its average over points, which may be off by some hundredths of a nat either way.
 
     Derivatives by the parameters are those of the value itself: of the mode, by the implicit function, and of the
     curvature there. Where the path has no mode, or the search ends without one, the log density is minus infinity.

@@ -209,10 +209,8 @@ def estimate(prior: StatePath, log_lik: LogLik, found: Expansion, noise: Array) 
 
 
 def potential_of(path: Array, slope: Array, J: Array) -> Potential:
-    """The messages as potentials of full rank about the mode; negative curvature counts as none."""
-    values, vectors = jnp.linalg.eigh(J)
-    factor = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
-    return Potential(factor, center=path, slope=slope)
+    """Messages about a path as potentials, signed, of full rank."""
+    return Potential(jnp.zeros((*path.shape, 0), path.dtype), center=path, slope=slope, precision=J)
 
 
 def _majorant(W: Array) -> Array:
