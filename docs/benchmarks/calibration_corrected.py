@@ -28,7 +28,7 @@ from pssm.infer import path_marginal
 jax.config.update("jax_enable_x64", True)
 OUT = Path(__file__).with_suffix(".json")
 ONE = jnp.eye(1)
-STEPS, WARMUP, DRAWS, THIN = 25, 150, 49, 4
+STEPS, WARMUP, DRAWS, THIN = 25, 200, 49, 8
 
 
 def volatility(y=None):

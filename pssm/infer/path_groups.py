@@ -28,6 +28,20 @@ class Group(NamedTuple):
         return ", ".join(self.paths)
 
 
+class Series(NamedTuple):
+    """The series of one chain: the log-likelihood of a path and the approximate integral, `(*batch,)` each.
+
+    Attributes:
+        log_lik: of paths `(*batch, time, state)`, everything but the path's own density.
+        log_value: its integral, approximately.
+        counted: whether a series counts: none that a mask takes out.
+    """
+
+    log_lik: Callable[[Array], Array]
+    log_value: Array
+    counted: Array
+
+
 class Layout(NamedTuple):
     """The groups of a model's paths.
 

@@ -16,7 +16,7 @@ from pssm.distributions import LowRankChain, StatePath
 from pssm.distributions.unwrap import site_log_prob, unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.guides.plates import apart
-from pssm.infer.path_groups import Group, Layout, Stacked, check_series, layout_of, stack
+from pssm.infer.path_groups import Group, Layout, Series, Stacked, check_series, layout_of, stack
 from pssm.infer.reference import Moments, Reference, find_reference, fingerprint, is_known
 from pssm.linalg.potential import Potential
 from pssm.linalg.random import standard_normal
@@ -51,21 +51,7 @@ class PathPosterior(NamedTuple):
     log_joint: Callable[[dict[str, Array]], Array]
     split: Callable[[dict[str, Array]], dict[str, Array]]
     converged: Array
-    series: dict[str, "Series"]
-
-
-class Series(NamedTuple):
-    """The series of one chain: the log-likelihood of a path and the approximate integral, `(*batch,)` each.
-
-    Attributes:
-        log_lik: of paths `(*batch, time, state)`, everything but the path's own density.
-        log_value: its integral, approximately.
-        counted: whether a series counts: none that a mask takes out.
-    """
-
-    log_lik: Callable[[Array], Array]
-    log_value: Array
-    counted: Array
+    series: dict[str, Series]
 
 
 class _Found(NamedTuple):
