@@ -38,7 +38,8 @@ from pssm.linalg.psd_root import factor_from_covariance
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 from pssm.linalg.square_root import triangularise_once
 from pssm.modes.coupled import group_shape, sum_groups
-from pssm.modes.mode import DENSE, gauss_newton, mode_path, noise_scale, split
+from pssm.modes.mode import DENSE, gauss_newton, noise_scale, split
+from pssm.modes.path import mode_path
 from pssm.modes.points import Expansion, Rule, drawn_rule, expand, expected_value, rule_for
 from pssm.modes.search import start_path
 
