@@ -9,7 +9,7 @@ from jax.extend.core import Literal
 import pssm
 from pssm.distributions import LowRankChain, StatePath
 from pssm.linalg import Diagonal
-from pssm.modes import mode
+from pssm.modes import mode, path
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 
 N, CHANNELS, STEPS = 65, 12, 6  # above mode.DENSE
@@ -28,7 +28,7 @@ def problem(n, seed=0):
 
 
 def potentials(prior, log_lik, rank, num_iters=30):
-    return jax.jit(lambda: mode.mode_potentials(prior, log_lik, rank=rank, num_iters=num_iters))()
+    return jax.jit(lambda: path.mode_potentials(prior, log_lik, rank=rank, num_iters=num_iters))()
 
 
 def bound(prior, log_lik, found, key):
@@ -104,7 +104,7 @@ def test_no_matrix_of_the_state_in_float32():
         return jnp.sum(jnp.where(seen, y * z - jnp.exp(z), 0.0), axis=(-1, -2))
 
     def run():
-        return mode.mode_potentials(prior, log_lik, rank=2, num_iters=5)
+        return path.mode_potentials(prior, log_lik, rank=2, num_iters=5)
 
     shapes = set()
 

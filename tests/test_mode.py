@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pssm.distributions import StatePath
-from pssm.modes.mode import mode_path, potentials_at
+from pssm.modes.mode import potentials_at
+from pssm.modes.path import mode_path
 
 STEPS, C = 5, np.random.default_rng(0).normal(size=(4, 2))
 Y = np.random.default_rng(1).poisson(2.0, (STEPS, 4)).astype(float)

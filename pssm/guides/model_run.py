@@ -18,7 +18,8 @@ from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.plates import Whole, apart, are_whole
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import mode_path, potentials_at
+from pssm.modes.mode import potentials_at
+from pssm.modes.path import mode_path
 from pssm.register import register
 
 

@@ -14,7 +14,8 @@ from pssm.distributions.unwrap import unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.inspection.axes import is_factor
 from pssm.linalg.low_rank import Diagonal, Factor
-from pssm.modes.mode import mode_path, sites
+from pssm.modes.mode import sites
+from pssm.modes.path import mode_path
 
 
 def centering(

@@ -2,7 +2,7 @@
 
 from pssm.modes.guided import guided_proposal
 from pssm.modes.laplace import laplace_path
-from pssm.modes.mode import mode_path, mode_potentials
+from pssm.modes.path import mode_path, mode_potentials
 from pssm.modes.variational import VariationalFit, variational_fit, variational_potentials
 
 __all__ = [

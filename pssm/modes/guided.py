@@ -14,8 +14,10 @@ from pssm.filters.linearize import cubature_points, hermite_points
 from pssm.filters.particle_sweep import MAKERS
 from pssm.linalg.low_rank import Factor, as_factor
 from pssm.linalg.potential import Potential
-from pssm.modes.mode import DENSE, check_start, mode_path, potentials_at
-from pssm.modes.search import converged
+from pssm.modes.mode import DENSE, potentials_at
+from pssm.modes.path import check_start, mode_path
+from pssm.modes.search import End, judge, not_converged
+from pssm.modes.starts import starts_of
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
 
@@ -46,7 +48,7 @@ def guided_proposal(
         num_iters: most Gauss-Newton steps of a round.
         num_rounds: further rounds; 0 for the mode. Above 64 states there are none.
         start: a path `(time, state)` near the mode that is wanted, such as a guide's mean, where there may be several;
-            None for the path that the model takes without noise.
+            None for those of `laplace_path`.
 
     Returns:
         A `Potential` written around the mode, with the posterior's `scale`. A search that has not converged gives a
@@ -81,11 +83,11 @@ def guided_proposal(
     rounds = num_rounds if model.n_state <= DENSE else 0
     path = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
     options = {"rank": rank, "num_iters": num_iters, "num_rounds": rounds}
-    found, is_mode = _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
-    if not is_traced(is_mode) and not bool(is_mode):
+    found, end = _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
+    if not is_traced(end.is_mode) and not bool(end.is_mode):
         warnings.warn(
-            f"`num_iters`: the search for the mode has not converged after {num_iters} steps. Estimates with these "
-            "potentials stay unbiased, but look at the filter's `ess`; allow more steps, or begin with a `start`.",
+            f"`num_iters`: {not_converged(end, num_iters)} Estimates with these potentials stay unbiased, but look at "
+            "the filter's `ess`.",
             stacklevel=2,
         )
     return found
@@ -106,15 +108,15 @@ def _potentials(
     rank: int,
     num_iters: int,
     num_rounds: int,
-) -> tuple[Potential, Array]:
-    """The potentials, and whether the last search has converged."""
+) -> tuple[Potential, End]:
+    """The potentials, and where the last search has ended."""
     timed = model.time_varying
     prior = StatePath(model.m0, chol_P0, model.transition, chol_Q, len(y), u, time_varying=timed)
 
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    def one_round(_: int, state: tuple[Array, Potential, Array]) -> tuple[Array, Potential, Array]:
+    def one_round(_: int, state: tuple[Array, Potential, End]) -> tuple[Array, Potential, End]:
         offsets, found = state[:2]  # points about the path, `(points, time, state)`: at first all on it
 
         def average(path: Array) -> Array:
@@ -122,15 +124,18 @@ def _potentials(
 
         path = mode_path(prior, average, rank=rank, start=found.center, num_iters=num_iters, strict=False)
         found = potentials_at(prior, average, path, rank=rank)
-        return _spread(prior, found), found, converged(prior, average, path, found.center - path)
+        return _spread(prior, found), found, judge(prior, average, path, found.center - path)
 
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
-    path = prior.path_from_noise(jnp.zeros(prior.noise_size, y.dtype)) if path is None else path
+    if path is None:
+        starts = starts_of(model, prior, y, u)
+        path = mode_path(prior, log_lik, rank=rank, starts=starts, num_iters=num_iters, strict=False)
     nothing = jnp.zeros_like(path)
     start = Potential(jnp.zeros((*path.shape, rank), y.dtype), nothing, center=path, slope=nothing, scale=nothing)
     offsets = jnp.zeros((len(points), *path.shape), y.dtype)
-    _, found, is_mode = jax.lax.fori_loop(0, num_rounds + 1, one_round, (offsets, start, jnp.zeros((), bool)))
-    return found, is_mode
+    end = End(jnp.zeros((), bool), jnp.zeros((), y.dtype))
+    _, found, end = jax.lax.fori_loop(0, num_rounds + 1, one_round, (offsets, start, end))
+    return found, end
 
 
 def _points(n: int) -> tuple[np.ndarray, np.ndarray]:

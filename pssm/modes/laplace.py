@@ -1,5 +1,6 @@
 """Laplace's approximation over a whole path: its mode, a Gaussian about it, and an estimate of the evidence."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ from pssm._checks import check_count
 from pssm._types import Array, ArrayLike
 from pssm.distributions import StatePath
 from pssm.linalg import triangularise
-from pssm.linalg.low_rank import as_matrix
+from pssm.linalg.low_rank import Factor, as_factor, as_matrix
 from pssm.linalg.small import matmul
-from pssm.modes.mode import check_start, gauss_newton, mode_path, through_noise
-from pssm.modes.search import converged, insist
+from pssm.modes.mode import gauss_newton, through_noise
+from pssm.modes.path import check_start, mode_path
+from pssm.modes.search import End, insist, judge
+from pssm.modes.starts import starts_of
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
@@ -37,7 +40,8 @@ def laplace_path(
         u: inputs `(time, input)`.
         num_iters: most Gauss-Newton steps.
         start: a path `(time, state)` near the mode that is wanted, where there may be several; None for the path that
-            the model takes without noise.
+            the model takes without noise, and where that leads to no mode, or to one that seems to be a lower one, a
+            path of few particles and a draw from the prior. No start is certain to lead to the highest of several.
 
     Returns:
         A `SmootherResult`: the mode as `mean`, factors of the covariances, and as `log_likelihood` Laplace's estimate
@@ -61,19 +65,36 @@ def laplace_path(
     check_count("num_iters", num_iters)
     model = check_nonlinear(model)
     series, inputs = model.check_series(y, u)
-    prior = StatePath.from_ssm(model, len(series), inputs)
+    given = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
+    factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
+    found, end = _laplace(model, *factors, series, inputs, given, num_iters=num_iters)
+    return jax.tree.map(lambda x: insist(x, end, num_iters), found)
+
+
+@partial(jax.jit, static_argnames="num_iters")
+def _laplace(
+    model: NonlinearSSM,
+    chol_P0: Factor,
+    chol_Q: Factor,
+    y: Array,
+    u: Array | None,
+    start: Array | None,
+    *,
+    num_iters: int,
+) -> tuple[SmootherResult, End]:
+    """What `laplace_path` returns, and where its search has ended."""
+    prior = StatePath(model.m0, chol_P0, model.transition, chol_Q, len(y), u, time_varying=model.time_varying)
 
     def log_lik(path: Array) -> Array:
-        return jnp.sum(jax.vmap(model.log_prob)(series, path, inputs))
+        return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    close = 1e-12 if series.dtype == jnp.float64 else 1e-6
-    first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
-    options: dict[str, Any] = {"start": first, "num_iters": num_iters, "tolerance": close}
+    starts = starts_of(model, prior, y, u) if start is None else start[None]
+    close = 1e-12 if y.dtype == jnp.float64 else 1e-6
+    options: dict[str, Any] = {"starts": starts, "num_iters": num_iters, "tolerance": close}
     path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
     step = gauss_newton(prior, log_lik, path)
-    is_mode = converged(prior, log_lik, path, step.move)
-    path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))
-    return _about_mode(prior, path, J, log_lik(path))
+    found = _about_mode(prior, path + step.move, step.J, log_lik(path + step.move))
+    return found, judge(prior, log_lik, path, step.move)
 
 
 def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> SmootherResult:

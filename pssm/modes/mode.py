@@ -19,14 +19,12 @@ Source:
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pssm._checks import as_float, check_finite, check_shape
-from pssm._types import Array, ArrayLike
+from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
@@ -34,100 +32,11 @@ from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
 from pssm.modes.coupled import hessian_times
 from pssm.modes.matrix_free import gauss_newton_matrix_free
-from pssm.modes.search import climb, converged, insist, start_path
 
 DENSE = 64  # states up to this size get messages as matrices, larger ones (with diagonal noise) as low-rank forms
 
 
 PotentialsAtMode = Potential  # with its `scale`; written around the mode
-
-
-def mode_potentials(
-    prior: StatePath,
-    log_lik: Callable[[Array], Array],
-    *,
-    rank: int,
-    diagonal: bool = True,
-    start: Array | None = None,
-    num_iters: int = 30,
-) -> Potential:
-    """The mode of the path and potentials of the given rank there.
-
-    Args:
-        prior: the path prior.
-        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch`, with axes of length 1 (or none)
-            where series share a term; each step's state enters its own summand only.
-        rank: columns of `K`, at most `state`.
-        diagonal: whether a diagonal goes beside them.
-        start: a path to start from; by default the prior's path without noise.
-        num_iters: most Gauss-Newton steps.
-
-    Returns:
-        A `Potential` written around the mode, with the posterior's `scale`; under `jit` NaN in each series whose search
-        has not converged.
-
-    Raises:
-        ValueError: (outside of `jit`) the search has not converged.
-    """
-    path = mode_path(prior, log_lik, rank=rank, diagonal=diagonal, start=start, num_iters=num_iters)
-    return potentials_at(prior, log_lik, path, rank=rank, diagonal=diagonal)
-
-
-def mode_path(
-    prior: StatePath,
-    log_lik: Callable[[Array], Array],
-    *,
-    rank: int,
-    diagonal: bool = True,
-    start: Array | None = None,
-    num_iters: int = 30,
-    tolerance: float | None = None,
-    strict: bool = True,
-) -> Array:
-    """The path of highest posterior density near `start`, by Gauss-Newton steps; each of them climbs.
-
-    Args:
-        prior: the path prior.
-        log_lik: as in `mode_potentials`.
-        rank: of the messages, where the state is large (`matrix_free.py`).
-        diagonal: whether a diagonal goes beside them.
-        start: a path to start from; by default the prior's path without noise.
-        num_iters: most Gauss-Newton steps.
-        tolerance: the search is over when the squared length of the step, in standard deviations of the posterior, is
-            less; 1e-8, in single precision 1e-5.
-        strict: whether the path must be a mode. Without, it is as far as the steps have come: a posterior written
-            around any path is a posterior.
-
-    Returns:
-        The path, `(*batch, time, state)`; strictly and under `jit` NaN in each series whose search has not converged.
-
-    Raises:
-        ValueError: (strictly, outside of `jit`) the search has not converged.
-    """
-    if _is_large(prior):
-        sd = noise_scale(prior)
-        step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
-    else:
-        step = partial(gauss_newton, prior, log_lik)
-
-    def direction(path: Array) -> Array:
-        return step(path).move
-
-    path = start_path(prior, log_lik) if start is None else start
-    if tolerance is None:
-        tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
-    path = climb(prior, log_lik, direction, path, num_iters=num_iters, tolerance=tolerance)
-    if not strict:
-        return path
-    return insist(path, converged(prior, log_lik, path, direction(path)), num_iters)
-
-
-def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
-    """A path that a search may begin at."""
-    path = as_float("start", start)
-    check_shape("start", path, (num_steps, n_state), "time, state")
-    check_finite("start", path)
-    return path
 
 
 def potentials_at(
@@ -142,7 +51,7 @@ def potentials_at(
     need.
     """
     sd = jax.lax.stop_gradient(noise_scale(prior))
-    if _is_large(prior):
+    if is_large(prior):
         found = gauss_newton_matrix_free(prior, log_lik, path, sd=sd, rank=rank, diagonal=diagonal)
         K, diag = found.factor, found.diagonal
     else:
@@ -154,7 +63,8 @@ def potentials_at(
     return Potential(K, diag, center=path + found.move, slope=found.slope, scale=scale)
 
 
-def _is_large(prior: StatePath) -> bool:
+def is_large(prior: StatePath) -> bool:
+    """Whether the messages are low-rank forms."""
     factors = prior.chol_P0, prior.chol_Q
     return prior.n_state > DENSE and all(isinstance(f, Diagonal) for f in factors)
 

@@ -27,7 +27,7 @@ TRIALS = 60  # most halvings or doublings of a step
 LEFT = 1e-2, 1e-5  # squared length of the step that may be left in the end: in all, and for each number of the path
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """The log density and its slope at a point of the line along a step, for each lane."""
 
     value: Array
@@ -50,7 +50,7 @@ def climb(
     length of its step in standard deviations is below `tolerance`, or when the step moves no number by more than
     rounding does.
     """
-    along, density = _along(prior, log_lik), _density(prior, log_lik)
+    line, density = along(prior, log_lik), density_of(prior, log_lik)
     coupled = group_shape(log_lik, start) != start.shape[:-2]
     tolerance = 1e-4 * tolerance if coupled else tolerance  # no step squares what is left there
 
@@ -60,58 +60,75 @@ def climb(
         move = jnp.where(jnp.isfinite(move), move, 0.0)
         if memory is not None:
             move, memory = memory.next(density, path, move)
-        here = along(path, move)
-        going = ~_settled(path, move, here, tolerance)
-        size = jnp.where(going, _length(lambda s: along(path + _wide(s) * move, move), here, path), 0.0)
+        here = line(path, move)
+        going = ~settled(path, move, here, tolerance)
+        size = jnp.where(going, _length(lambda s: line(path + _wide(s) * move, move), here, path), 0.0)
         return path + _wide(size) * move, count + 1, jnp.any(size > 0), memory
 
     state = start, jnp.zeros((), int), jnp.ones((), bool), Conjugate.start(start) if coupled else None
     return jax.lax.while_loop(lambda state: state[2] & (state[1] < num_iters), body, state)[0]
 
 
-def converged(prior: StatePath, log_lik: Function, path: Array, move: Array) -> Array:
-    """Whether a path is a mode, given the step from it, for each lane.
+class End(NamedTuple):
+    """Where a search has ended, for each lane: whether it is a mode, and the squared length of the step from there."""
+
+    is_mode: Array
+    left: Array
+
+
+def judge(prior: StatePath, log_lik: Function, path: Array, move: Array) -> End:
+    """Whether a path is a mode, given the step from it.
 
     What is left must not matter in a result: a gain of `LEFT` at most, or a step within some units of rounding.
     """
-    here = _along(prior, log_lik)(path, move)
-    left = LEFT[0] + LEFT[1] * prior.num_steps * prior.n_state
-    return _settled(path, move, here, left, units=16)
+    here = along(prior, log_lik)(path, move)
+    enough = LEFT[0] + LEFT[1] * prior.num_steps * prior.n_state
+    return End(settled(path, move, here, enough, units=16), here.slope)
 
 
-def insist(found: Array, is_mode: Array, num_iters: int) -> Array:
+def insist(found: Array, end: End, num_iters: int) -> Array:
     """What was found at a path; where that is no mode an error, or NaN (in its lane) where it is traced."""
-    if is_traced(is_mode):
-        return jnp.where(_wide(is_mode), found, jnp.nan)
-    if not bool(jnp.all(is_mode)):
-        raise ValueError(
-            f"`num_iters`: the search for the mode has not converged after {num_iters} steps. Allow more, begin with a "
-            "`start` near the mode, or use 64-bit numbers; a density with kinks or without a maximum has no such mode."
+    if is_traced(end.is_mode):
+        return jnp.where(
+            end.is_mode.reshape(*end.is_mode.shape, *(1,) * (found.ndim - end.is_mode.ndim)), found, jnp.nan
         )
+    if not bool(jnp.all(end.is_mode)):
+        raise ValueError(f"`num_iters`: {not_converged(end, num_iters)}")
     return found
+
+
+def not_converged(end: End, num_iters: int) -> str:
+    """In words that no mode was found, and how far it seems to be."""
+    left = float(jnp.max(jnp.where(end.is_mode, 0.0, end.left)))
+    away = f"the next one has a length of {left**0.5:.3g} standard deviations" if left > 0 else "no step climbs"
+    return (
+        f"the search for the mode has not converged after {num_iters} steps, and {away}. Allow more, begin with a "
+        "`start` near the mode, or use 64-bit numbers; a density with kinks or jumps (an angle that goes once around), "
+        "or without a maximum, has no such mode."
+    )
 
 
 def _wide(size: Array) -> Array:
     return size[..., None, None]
 
 
-def _along(prior: StatePath, log_lik: Function) -> Callable[[Array, Array], _Line]:
+def along(prior: StatePath, log_lik: Function) -> Callable[[Array, Array], Line]:
     """The log density of a path and its slope along a step, for each lane."""
-    density = _density(prior, log_lik)
+    density = density_of(prior, log_lik)
 
     def objective(path: Array) -> Array:
         value = density(path)
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
-    return lambda path, move: _Line(*jax.jvp(objective, (path,), (move,)))
+    return lambda path, move: Line(*jax.jvp(objective, (path,), (move,)))
 
 
-def _density(prior: StatePath, log_lik: Function) -> Function:
+def density_of(prior: StatePath, log_lik: Function) -> Function:
     """The log density of each lane: of a series, or of those that share a term of the likelihood."""
     return lambda path: sum_groups(prior.log_prob(path), group_shape(log_lik, path)) + log_lik(path)
 
 
-def _settled(path: Array, move: Array, here: _Line, tolerance: float, units: int = 4) -> Array:
+def settled(path: Array, move: Array, here: Line, tolerance: float, units: int = 4) -> Array:
     """Whether nothing is left to gain; `units` of rounding are those of the largest number of each variable."""
     reach = jnp.max(jnp.abs(path), axis=-2, keepdims=True)
     still = jnp.abs(move) <= units * jnp.finfo(path.dtype).eps * reach
@@ -120,7 +137,7 @@ def _settled(path: Array, move: Array, here: _Line, tolerance: float, units: int
     return jnp.isfinite(here.value) & (still | (jnp.abs(here.slope) <= tolerance))
 
 
-def _length(at: Callable[[Array], _Line], here: _Line, path: Array) -> Array:
+def _length(at: Callable[[Array], Line], here: Line, path: Array) -> Array:
     """The share of a step that is taken, for each lane: 1, 1/2, 1/4, ... or 2, 4, ...; 0 where none is good.
 
     A share is good where the value rises by a part of what the slope promises; or where it does not fall by more than
@@ -129,7 +146,7 @@ def _length(at: Callable[[Array], _Line], here: _Line, path: Array) -> Array:
     rounding = 30 * jnp.finfo(path.dtype).eps ** 0.5 * (1.0 + jnp.abs(here.value))
     short = 1e-2 * path.shape[-2] * path.shape[-1]
 
-    def good(size: Array, there: _Line) -> Array:
+    def good(size: Array, there: Line) -> Array:
         gain = size * here.slope
         rises = there.value >= jnp.where(jnp.isfinite(here.value), here.value + 1e-4 * gain, -jnp.inf)
         hidden = (there.value >= here.value - rounding) | (gain <= short)
@@ -149,14 +166,14 @@ def _length(at: Callable[[Array], _Line], here: _Line, path: Array) -> Array:
     start = one, fits, jnp.zeros((), int)
     size, found, _ = jax.lax.while_loop(lambda s: jnp.any(climbs & ~s[1]) & (s[2] < TRIALS), shrink, start)
 
-    def steep(there: _Line) -> Array:  # the step has brought a small part of what can be gained along it
+    def steep(there: Line) -> Array:  # the step has brought a small part of what can be gained along it
         return there.slope > 0.1 * here.slope
 
-    def grow(state: tuple[Array, _Line, Array, Array]) -> tuple[Array, _Line, Array, Array]:
+    def grow(state: tuple[Array, Line, Array, Array]) -> tuple[Array, Line, Array, Array]:
         size, last, more, count = state
         there = at(2.0 * size)
         more = more & good(2.0 * size, there) & (there.value >= last.value)
-        last = _Line(*(jnp.where(more, new, old) for new, old in zip(there, last, strict=True)))
+        last = Line(*(jnp.where(more, new, old) for new, old in zip(there, last, strict=True)))
         return jnp.where(more, 2.0 * size, size), last, more & steep(there), count + 1
 
     start = size, first, climbs & fits & steep(first), jnp.zeros((), int)

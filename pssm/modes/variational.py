@@ -35,7 +35,8 @@ from pssm.linalg.potential import Potential, as_potential
 from pssm.linalg.psd_root import factor_from_covariance
 from pssm.linalg.square_root import triangularise_once
 from pssm.modes.coupled import group_shape, sum_groups
-from pssm.modes.mode import DENSE, gauss_newton, mode_path, noise_scale, split
+from pssm.modes.mode import DENSE, gauss_newton, noise_scale, split
+from pssm.modes.path import mode_path
 from pssm.modes.points import Rule, drawn_rule, expand, expected_value, rule_for
 from pssm.modes.search import start_path
 from pssm.modes.variational_steps import Chain, LogLik, State, around, backward, clipped, forward, select, state_of

@@ -1,0 +1,155 @@
+"""The search for the mode of a path: where it begins, and whether it has ended at a mode."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pssm._checks import as_float, check_finite, check_shape
+from pssm._types import Array, ArrayLike
+from pssm.distributions import StatePath
+from pssm.linalg.potential import Potential
+from pssm.modes.coupled import group_shape
+from pssm.modes.damped import damped_climb
+from pssm.modes.matrix_free import gauss_newton_matrix_free
+from pssm.modes.mode import gauss_newton, is_large, noise_scale, potentials_at
+from pssm.modes.search import End, Function, climb, density_of, insist, judge, start_path
+
+
+def mode_potentials(
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    *,
+    rank: int,
+    diagonal: bool = True,
+    start: Array | None = None,
+    num_iters: int = 30,
+) -> Potential:
+    """The mode of the path and potentials of the given rank there.
+
+    Args:
+        prior: the path prior.
+        log_lik: log-likelihood of paths `(*batch, time, state)`, of shape `batch`, with axes of length 1 (or none)
+            where series share a term; each step's state enters its own summand only.
+        rank: columns of `K`, at most `state`.
+        diagonal: whether a diagonal goes beside them.
+        start: a path to start from; by default the prior's path without noise.
+        num_iters: most Gauss-Newton steps.
+
+    Returns:
+        A `Potential` written around the mode, with the posterior's `scale`; under `jit` NaN in each series whose search
+        has not converged.
+
+    Raises:
+        ValueError: (outside of `jit`) the search has not converged.
+    """
+    path = mode_path(prior, log_lik, rank=rank, diagonal=diagonal, start=start, num_iters=num_iters)
+    return potentials_at(prior, log_lik, path, rank=rank, diagonal=diagonal)
+
+
+def mode_path(
+    prior: StatePath,
+    log_lik: Callable[[Array], Array],
+    *,
+    rank: int,
+    diagonal: bool = True,
+    start: Array | None = None,
+    num_iters: int = 30,
+    tolerance: float | None = None,
+    strict: bool = True,
+    starts: Array | None = None,
+) -> Array:
+    """The path of highest posterior density near `start`, by Gauss-Newton steps; each of them climbs.
+
+    Args:
+        prior: the path prior.
+        log_lik: as in `mode_potentials`.
+        rank: of the messages, where the state is large (`matrix_free.py`).
+        diagonal: whether a diagonal goes beside them.
+        start: a path to start from; by default the prior's path without noise.
+        num_iters: most Gauss-Newton steps.
+        tolerance: the search is over when the squared length of the step, in standard deviations of the posterior, is
+            less; 1e-8, in single precision 1e-5.
+        strict: whether the path must be a mode. Without, it is as far as the steps have come: a posterior written
+            around any path is a posterior.
+        starts: in place of `start` several paths, `(many, *batch, time, state)`, in this order. Another one is tried
+            where none of those before it has led to a mode, or where it is so likely as it stands that it seems to lie
+            in the basin of a higher one. The highest mode that was found is taken.
+
+    Returns:
+        The path, `(*batch, time, state)`; strictly and under `jit` NaN in each series whose search has not converged.
+
+    Raises:
+        ValueError: (strictly, outside of `jit`) the search has not converged.
+    """
+    if is_large(prior):
+        sd = noise_scale(prior)
+        step = partial(gauss_newton_matrix_free, prior, log_lik, sd=sd, rank=rank, diagonal=diagonal)
+    else:
+        step = partial(gauss_newton, prior, log_lik)
+
+    def direction(path: Array) -> Array:
+        return step(path).move
+
+    path = (start_path(prior, log_lik) if start is None else start) if starts is None else starts[0]
+    if tolerance is None:
+        tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
+    options: dict[str, Any] = {"num_iters": num_iters, "tolerance": tolerance}
+    alone = group_shape(log_lik, path) == path.shape[:-2]
+
+    def search(path: Array) -> Array:
+        if is_large(prior) or not alone:
+            return climb(prior, log_lik, direction, path, **options)
+        return damped_climb(prior, log_lik, path, **options)
+
+    def end_at(path: Array) -> End:
+        return judge(prior, log_lik, path, direction(path))
+
+    path = search(path) if starts is None else _best_of(prior, log_lik, starts, search, end_at)
+    return insist(path, end_at(path), num_iters) if strict else path
+
+
+def _best_of(
+    prior: StatePath, log_lik: Function, starts: Array, search: Function, end_at: Callable[[Array], End]
+) -> Array:
+    """The highest mode that the starts lead to, for each lane; where there is none the highest end."""
+    density = density_of(prior, log_lik)
+    raw = jax.vmap(density)(starts)
+    # A path from the posterior lies half a nat for each number below the mode; those at hand lie lower, most of them.
+    raw = jnp.where(jnp.isfinite(raw), raw, -jnp.inf) + 0.4 * prior.noise_size
+
+    def promising(s: _Best) -> Array:
+        ahead = (jnp.arange(len(starts)) >= s.count).reshape(-1, *(1,) * s.value.ndim)
+        return (jnp.max(jnp.where(ahead, raw, -jnp.inf), axis=0) > s.value) | ~s.found
+
+    def more(s: _Best) -> _Best:
+        path = search(starts[s.count])
+        value, found = density(path), end_at(path).is_mode
+        better = jnp.isfinite(value) & ((found & ~s.found) | ((found | ~s.found) & (value > s.value)))
+        better &= promising(s)
+        wide = better[..., None, None]
+        chosen = jnp.where(wide, path, s.path), jnp.where(better, value, s.value), jnp.where(better, found, s.found)
+        return _Best(*chosen, s.count + 1)
+
+    lanes = raw.shape[1:]
+    none = _Best(starts[0], jnp.full(lanes, -jnp.inf, raw.dtype), jnp.zeros(lanes, bool), jnp.zeros((), int))
+    return jax.lax.while_loop(lambda s: (s.count < len(starts)) & jnp.any(promising(s)), more, none).path
+
+
+class _Best(NamedTuple):
+    """Of each lane the best end so far, its log density, and whether it is a mode; and how many starts were tried."""
+
+    path: Array
+    value: Array
+    found: Array
+    count: Array
+
+
+def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:
+    """A path that a search may begin at."""
+    path = as_float("start", start)
+    check_shape("start", path, (num_steps, n_state), "time, state")
+    check_finite("start", path)
+    return path
