@@ -17,18 +17,22 @@ Source:
     potentials (twisting): Whiteley & Lee 2014; Guarniero, Johansen & Lee 2017.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from pssm._checks import check_choice
+from pssm._checks import check_choice, is_traced
 from pssm._keys import as_key
 from pssm._types import Array, ArrayLike, KeyLike
 from pssm.filters.particle_sweep import ParticleResult, Proposal, Task, prepare, sweep
 from pssm.filters.resampling import RESAMPLERS
 from pssm.nonlinear import NonlinearSSM
 from pssm.ssm import LinearGaussianSSM
+
+COLLAPSE = 0.02  # share of effective particles below which a guided estimate is not to be trusted
 
 
 def particle_filter(
@@ -63,6 +67,8 @@ def particle_filter(
     Returns:
         A `ParticleResult`.
 
+        Outside of `jit` it warns where potentials leave few particles with a weight.
+
     Raises:
         ValueError: a shape does not fit, or a choice is unknown.
         TypeError: `proposal` is none of these.
@@ -80,7 +86,18 @@ def particle_filter(
     if not 0 <= ess_threshold <= 1:
         raise ValueError(f"`ess_threshold` must be between 0 and 1, a share of the particles; got {ess_threshold}.")
     task, linearize = prepare(model, y, u, num_particles, proposal)
-    return _run(key, task, ess_threshold, num_particles=num_particles, linearize=linearize, resample=resample)
+    found = _run(key, task, ess_threshold, num_particles=num_particles, linearize=linearize, resample=resample)
+    guided = proposal == "guided" or not (proposal is None or isinstance(proposal, str) or callable(proposal))
+    if guided and num_particles >= 50 and not is_traced(found.ess):
+        least, step = float(jnp.min(found.ess)), int(jnp.argmin(found.ess))
+        if not least >= COLLAPSE * num_particles:
+            warnings.warn(
+                f"`proposal`: of {num_particles} particles {least:.1f} are effective at step {step}: "
+                "the potentials miss a part of the posterior there, and the estimate of the evidence is as a rule too "
+                'low. Look for another mode (`guided_proposal(start=)`), or compare with proposal="bootstrap".',
+                stacklevel=2,
+            )
+    return found
 
 
 @partial(jax.jit, static_argnames=("num_particles", "linearize", "resample"))

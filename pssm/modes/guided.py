@@ -17,7 +17,7 @@ from pssm.linalg.potential import Potential
 from pssm.modes.mode import DENSE, potentials_at
 from pssm.modes.path import check_start, mode_path
 from pssm.modes.search import End, judge, not_converged
-from pssm.modes.starts import starts_of
+from pssm.modes.starts import further_starts
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.ssm import LinearGaussianSSM
 
@@ -128,8 +128,8 @@ def _potentials(
 
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
     if path is None:
-        starts = starts_of(model, prior, y, u)
-        path = mode_path(prior, log_lik, rank=rank, starts=starts, num_iters=num_iters, strict=False)
+        others = further_starts(model, y, u)
+        path = mode_path(prior, log_lik, rank=rank, others=others, num_iters=num_iters, strict=False)
     nothing = jnp.zeros_like(path)
     start = Potential(jnp.zeros((*path.shape, rank), y.dtype), nothing, center=path, slope=nothing, scale=nothing)
     offsets = jnp.zeros((len(points), *path.shape), y.dtype)

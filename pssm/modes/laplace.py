@@ -15,7 +15,7 @@ from pssm.linalg.small import matmul
 from pssm.modes.mode import gauss_newton, through_noise
 from pssm.modes.path import check_start, mode_path
 from pssm.modes.search import End, insist, judge
-from pssm.modes.starts import starts_of
+from pssm.modes.starts import further_starts
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
 from pssm.ssm import LinearGaussianSSM
@@ -40,8 +40,8 @@ def laplace_path(
         u: inputs `(time, input)`.
         num_iters: most Gauss-Newton steps.
         start: a path `(time, state)` near the mode that is wanted, where there may be several; None for the path that
-            the model takes without noise, and where that leads to no mode, or to one that seems to be a lower one, a
-            path of few particles and a draw from the prior. No start is certain to lead to the highest of several.
+            the model takes without noise, and where that leads to no mode, or to one that seems to be a lower one, for
+            paths of few particles. No start is certain to lead to the highest of several.
 
     Returns:
         A `SmootherResult`: the mode as `mean`, factors of the covariances, and as `log_likelihood` Laplace's estimate
@@ -88,9 +88,9 @@ def _laplace(
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    starts = starts_of(model, prior, y, u) if start is None else start[None]
+    others = further_starts(model, y, u) if start is None else None
     close = 1e-12 if y.dtype == jnp.float64 else 1e-6
-    options: dict[str, Any] = {"starts": starts, "num_iters": num_iters, "tolerance": close}
+    options: dict[str, Any] = {"start": start, "others": others, "num_iters": num_iters, "tolerance": close}
     path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
     step = gauss_newton(prior, log_lik, path)
     found = _about_mode(prior, path + step.move, step.J, log_lik(path + step.move))

@@ -17,6 +17,8 @@ from pssm.modes.matrix_free import gauss_newton_matrix_free
 from pssm.modes.mode import gauss_newton, is_large, noise_scale, potentials_at
 from pssm.modes.search import End, Function, climb, density_of, insist, judge, start_path
 
+OTHERS = 4  # further starts, at most
+
 
 def mode_potentials(
     prior: StatePath,
@@ -59,7 +61,7 @@ def mode_path(
     num_iters: int = 30,
     tolerance: float | None = None,
     strict: bool = True,
-    starts: Array | None = None,
+    others: Callable[[Array], Array] | None = None,
 ) -> Array:
     """The path of highest posterior density near `start`, by Gauss-Newton steps; each of them climbs.
 
@@ -74,9 +76,9 @@ def mode_path(
             less; 1e-8, in single precision 1e-5.
         strict: whether the path must be a mode. Without, it is as far as the steps have come: a posterior written
             around any path is a posterior.
-        starts: in place of `start` several paths, `(many, *batch, time, state)`, in this order. Another one is tried
-            where none of those before it has led to a mode, or where it is so likely as it stands that it seems to lie
-            in the basin of a higher one. The highest mode that was found is taken.
+        others: for one path without a batch, `k -> path`, further starts (see `starts.py`). The first is looked at in
+            any case, and searched from where `start` has led to no mode, or where it is so likely as it stands that it
+            seems to lie in the basin of a higher one; then so are the rest. The highest mode that was found is taken.
 
     Returns:
         The path, `(*batch, time, state)`; strictly and under `jit` NaN in each series whose search has not converged.
@@ -93,7 +95,7 @@ def mode_path(
     def direction(path: Array) -> Array:
         return step(path).move
 
-    path = (start_path(prior, log_lik) if start is None else start) if starts is None else starts[0]
+    path = start_path(prior, log_lik) if start is None else start
     if tolerance is None:
         tolerance = 1e-8 if path.dtype == jnp.float64 else 1e-5
     options: dict[str, Any] = {"num_iters": num_iters, "tolerance": tolerance}
@@ -107,44 +109,47 @@ def mode_path(
     def end_at(path: Array) -> End:
         return judge(prior, log_lik, path, direction(path))
 
-    path = search(path) if starts is None else _best_of(prior, log_lik, starts, search, end_at)
+    path = search(path) if others is None else _best_of(prior, log_lik, path, others, search, end_at)
     return insist(path, end_at(path), num_iters) if strict else path
 
 
-def _best_of(
-    prior: StatePath, log_lik: Function, starts: Array, search: Function, end_at: Callable[[Array], End]
-) -> Array:
-    """The highest mode that the starts lead to, for each lane; where there is none the highest end."""
-    density = density_of(prior, log_lik)
-    raw = jax.vmap(density)(starts)
-    # A path from the posterior lies half a nat for each number below the mode; those at hand lie lower, most of them.
-    raw = jnp.where(jnp.isfinite(raw), raw, -jnp.inf) + 0.4 * prior.noise_size
-
-    def promising(s: _Best) -> Array:
-        ahead = (jnp.arange(len(starts)) >= s.count).reshape(-1, *(1,) * s.value.ndim)
-        return (jnp.max(jnp.where(ahead, raw, -jnp.inf), axis=0) > s.value) | ~s.found
-
-    def more(s: _Best) -> _Best:
-        path = search(starts[s.count])
-        value, found = density(path), end_at(path).is_mode
-        better = jnp.isfinite(value) & ((found & ~s.found) | ((found | ~s.found) & (value > s.value)))
-        better &= promising(s)
-        wide = better[..., None, None]
-        chosen = jnp.where(wide, path, s.path), jnp.where(better, value, s.value), jnp.where(better, found, s.found)
-        return _Best(*chosen, s.count + 1)
-
-    lanes = raw.shape[1:]
-    none = _Best(starts[0], jnp.full(lanes, -jnp.inf, raw.dtype), jnp.zeros(lanes, bool), jnp.zeros((), int))
-    return jax.lax.while_loop(lambda s: (s.count < len(starts)) & jnp.any(promising(s)), more, none).path
-
-
 class _Best(NamedTuple):
-    """Of each lane the best end so far, its log density, and whether it is a mode; and how many starts were tried."""
+    """The best end so far, its log density, whether it is a mode, starts looked at, and whether to go on."""
 
     path: Array
     value: Array
     found: Array
     count: Array
+    more: Array
+
+
+def _best_of(
+    prior: StatePath,
+    log_lik: Function,
+    start: Array,
+    others: Callable[[Array], Array],
+    search: Function,
+    end_at: Callable[[Array], End],
+) -> Array:
+    """The highest mode that the starts lead to; where there is none the highest end."""
+    density = density_of(prior, log_lik)
+
+    def one(s: _Best) -> _Best:
+        begin = jax.lax.cond(s.count == 0, lambda: start, lambda: others(s.count))
+        raw = density(begin)
+        # A path from the posterior lies half a nat for each number below the mode; those at hand lie lower, as a rule.
+        promising = (raw + 0.4 * prior.noise_size > s.value) | ~s.found
+        path = jax.lax.cond(promising | (s.count > 1), search, lambda path: path, begin)
+        value, found = density(path), end_at(path).is_mode
+        better = (
+            jnp.isfinite(value) & ((found & ~s.found) | ((found == s.found) & (value > s.value))) & (promising | s.more)
+        )
+        chosen = (jnp.where(better, new, old) for new, old in zip((path, value, found), s[:3], strict=True))
+        return _Best(*chosen, s.count + 1, (s.count == 0) | promising | (s.count > 1))
+
+    nothing = jnp.full((), -jnp.inf, start.dtype)
+    none = _Best(start, nothing, jnp.zeros((), bool), jnp.zeros((), int), jnp.ones((), bool))
+    return jax.lax.while_loop(lambda s: s.more & (s.count <= OTHERS), one, none).path
 
 
 def check_start(start: ArrayLike, num_steps: int, n_state: int) -> Array:

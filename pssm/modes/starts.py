@@ -1,9 +1,11 @@
 """Paths from which the search for a mode may begin, where there may be several modes."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from pssm._types import Array
+from pssm._types import Array, Key
 from pssm.distributions import StatePath
 from pssm.linalg.low_rank import apply_factor
 from pssm.linalg.random import standard_normal
@@ -12,28 +14,23 @@ from pssm.nonlinear import NonlinearSSM
 PARTICLES = 50
 
 
-def still_path(prior: StatePath) -> Array:
-    """The path that the model takes without noise."""
-    return prior.path_from_noise(jnp.zeros(prior.noise_size, prior.m0.dtype))
+def further_starts(model: NonlinearSSM, y: Array, u: Array | None) -> Callable[[Array], Array]:
+    """`k -> path`, for `mode_path`: a path of few particles, with random numbers that are the same in each call.
 
-
-def starts_of(model: NonlinearSSM, prior: StatePath, y: Array, u: Array | None) -> Array:
-    """The path without noise, a path of few particles, and a draw from the prior, `(3, time, state)`.
-
-    The particles, with the same random numbers in each call, go where the data are explained: into the mode that has
-    most of the mass, as a rule, where the path without noise may lie in the basin of another one or on a saddle.
+    Particles go where the data are explained: into the mode that has most of the mass, as a rule, where the path
+    without noise may lie in the basin of another one, or on a saddle.
     """
-    draw = prior.sample(jax.random.key(1))
-    return jnp.stack([still_path(prior), particle_path(model, prior, y, u), draw])
+    prior = StatePath.from_ssm(model, len(y), u)
+    return lambda k: particle_path(jax.random.fold_in(jax.random.key(0), k), model, prior, y, u)
 
 
-def particle_path(model: NonlinearSSM, prior: StatePath, y: Array, u: Array | None) -> Array:
+def particle_path(key: Key, model: NonlinearSSM, prior: StatePath, y: Array, u: Array | None) -> Array:
     """A path of a small bootstrap filter, traced back from its heaviest particle at the end."""
     arrays, _ = prior.arrays()
     steps, count, dtype = prior.num_steps, PARTICLES, prior.m0.dtype
-    key = jax.random.key(0)
-    noise = standard_normal(key, (steps, count, max(f.shape[-1] for f in (prior.chol_P0, prior.chol_Q))), dtype)
-    shifts = jax.random.uniform(jax.random.key(2), (steps,), dtype)
+    noise_key, shift_key = jax.random.split(key)
+    noise = standard_normal(noise_key, (steps, count, max(f.shape[-1] for f in (prior.chol_P0, prior.chol_Q))), dtype)
+    shifts = jax.random.uniform(shift_key, (steps,), dtype)
 
     def weights(z: Array, y: Array, u: Array | None) -> Array:
         found = jax.vmap(lambda x: model.log_prob(y, x, u))(z)
