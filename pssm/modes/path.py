@@ -141,9 +141,7 @@ def _best_of(
         promising = (raw + 0.4 * prior.noise_size > s.value) | ~s.found
         path = jax.lax.cond(promising | (s.count > 1), search, lambda path: path, begin)
         value, found = density(path), end_at(path).is_mode
-        better = (
-            jnp.isfinite(value) & ((found & ~s.found) | ((found == s.found) & (value > s.value))) & (promising | s.more)
-        )
+        better = jnp.isfinite(value) & ((found & ~s.found) | ((found == s.found) & (value > s.value)))
         chosen = (jnp.where(better, new, old) for new, old in zip((path, value, found), s[:3], strict=True))
         return _Best(*chosen, s.count + 1, (s.count == 0) | promising | (s.count > 1))
 
