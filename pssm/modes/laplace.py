@@ -11,7 +11,7 @@ from pssm.distributions import StatePath
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import as_matrix
 from pssm.linalg.small import matmul
-from pssm.modes.mode import check_start, gauss_newton, mode_path, through_noise
+from pssm.modes.mode import check_start, gauss_newton, linear_mode, mode_path, through_noise
 from pssm.modes.search import converged, insist
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
 from pssm.results import SmootherResult
@@ -35,7 +35,7 @@ def laplace_path(
         model: any model; a linear-Gaussian one gives its exact posterior.
         y: observations `(time, obs)`, NaN where missing.
         u: inputs `(time, input)`.
-        num_iters: most Gauss-Newton steps.
+        num_iters: most Gauss-Newton steps; a linear-Gaussian model needs no search.
         start: a path `(time, state)` near the mode that is wanted, where there may be several; None for the path that
             the model takes without noise.
 
@@ -59,6 +59,7 @@ def laplace_path(
         Bell 1994; Durbin & Koopman 1997; Rue, Martino & Chopin 2009, section 3.
     """
     check_count("num_iters", num_iters)
+    is_linear = isinstance(model, LinearGaussianSSM)
     model = check_nonlinear(model)
     series, inputs = model.check_series(y, u)
     prior = StatePath.from_ssm(model, len(series), inputs)
@@ -66,18 +67,27 @@ def laplace_path(
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(series, path, inputs))
 
-    close = 1e-12 if series.dtype == jnp.float64 else 1e-6
     first = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
-    options: dict[str, Any] = {"start": first, "num_iters": num_iters, "tolerance": close}
-    path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
-    step = gauss_newton(prior, log_lik, path)
-    is_mode = converged(prior, log_lik, path, step.move)
-    path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))
-    return _about_mode(prior, path, J, log_lik(path))
+    if is_linear:
+        path = linear_mode(prior, log_lik, first)
+        step = gauss_newton(prior, log_lik, path)
+        path, J = path + step.move, step.J
+    else:
+        close = 1e-12 if series.dtype == jnp.float64 else 1e-6
+        options: dict[str, Any] = {"start": first, "num_iters": num_iters, "tolerance": close}
+        path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
+        step = gauss_newton(prior, log_lik, path)
+        is_mode = converged(prior, log_lik, path, step.move)
+        path, J = (insist(x, is_mode, num_iters) for x in (path + step.move, step.J))
+    return _about_mode(prior, path, J, log_lik(path) + step.quadratic)
 
 
-def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> SmootherResult:
+def _about_mode(prior: StatePath, path: Array, J: Array, log_joint: Array) -> SmootherResult:
     """Moments of the Gaussian whose backward messages have the curvatures `J`, and the evidence.
+
+    `log_joint` is that of the data and of the noise that drives the path, without the normaliser of the latter. It is
+    not a difference of two densities of paths: those need the residuals of rounded states, which a small or singular
+    noise blows up.
 
     Given the state before it, `z_t` has the covariance `V = (Q^{-1} + J)^{-1} = F (1 + F' J F)^{-1} F'` and depends on
     it through `(1 + Q J)^{-1} A`.
@@ -104,7 +114,5 @@ def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> Smoo
     first = triangularise(spread)
     A = jax.vmap(linearise)(path[:-1], timed)
     _, (chol, cross_cov, logdets) = jax.lax.scan(step, first, (J[1:], A, timed))
-    still = prior.path_from_noise(jnp.zeros(prior.noise_size, path.dtype))
-    quadratic = prior.log_prob(path) - prior.log_prob(still)  # a path without noise has the normaliser alone
-    evidence = log_lik + quadratic + first_logdet + jnp.sum(logdets)
+    evidence = log_joint + first_logdet + jnp.sum(logdets)
     return SmootherResult(path, jnp.concatenate([first[None], chol]), cross_cov, evidence)
