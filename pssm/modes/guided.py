@@ -15,7 +15,7 @@ from pssm.filters.particle_sweep import MAKERS
 from pssm.linalg.low_rank import Factor, as_factor
 from pssm.linalg.potential import Potential
 from pssm.modes.mode import DENSE, potentials_at
-from pssm.modes.path import check_start, mode_path
+from pssm.modes.path import check_start, linear_mode, mode_path
 from pssm.modes.search import End, judge, not_converged
 from pssm.modes.starts import further_starts
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
@@ -72,6 +72,7 @@ def guided_proposal(
     """
     check_count("num_iters", num_iters)
     check_count("num_rounds", num_rounds, least=0)
+    is_linear = isinstance(model, LinearGaussianSSM)
     model = check_nonlinear(model)
     rank = model.n_state if rank is None else check_count("rank", rank, least=0)
     if rank > model.n_state:
@@ -83,6 +84,7 @@ def guided_proposal(
     rounds = num_rounds if model.n_state <= DENSE else 0
     path = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
     options = {"rank": rank, "num_iters": num_iters, "num_rounds": rounds}
+    options["is_linear"] = is_linear and model.n_state <= DENSE
     found, end = _potentials(model, *factors, series.astype(dtype), inputs, path, **options)
     if not is_traced(end.is_mode) and not bool(end.is_mode):
         warnings.warn(
@@ -96,7 +98,7 @@ def guided_proposal(
 MAKERS["guided"] = guided_proposal  # a proposal by name, for every particle method
 
 
-@partial(jax.jit, static_argnames=("rank", "num_iters", "num_rounds"))
+@partial(jax.jit, static_argnames=("rank", "num_iters", "num_rounds", "is_linear"))
 def _potentials(
     model: NonlinearSSM,
     chol_P0: Factor,
@@ -108,6 +110,7 @@ def _potentials(
     rank: int,
     num_iters: int,
     num_rounds: int,
+    is_linear: bool,
 ) -> tuple[Potential, End]:
     """The potentials, and where the last search has ended."""
     timed = model.time_varying
@@ -126,6 +129,9 @@ def _potentials(
         found = potentials_at(prior, average, path, rank=rank)
         return _spread(prior, found), found, judge(prior, average, path, found.center - path)
 
+    if is_linear:
+        found = potentials_at(prior, log_lik, linear_mode(prior, log_lik, path), rank=rank)
+        return found, End(jnp.ones((), bool), jnp.zeros((), y.dtype))
     points, weights = (jnp.asarray(x, y.dtype) for x in _points(model.n_state))
     if path is None:
         others = further_starts(model, y, u)

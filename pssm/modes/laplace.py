@@ -13,7 +13,7 @@ from pssm.linalg import triangularise
 from pssm.linalg.low_rank import Factor, as_factor, as_matrix
 from pssm.linalg.small import matmul
 from pssm.modes.mode import gauss_newton, through_noise
-from pssm.modes.path import check_start, mode_path
+from pssm.modes.path import check_start, linear_mode, mode_path
 from pssm.modes.search import End, insist, judge
 from pssm.modes.starts import further_starts
 from pssm.nonlinear import NonlinearSSM, check_nonlinear
@@ -38,7 +38,7 @@ def laplace_path(
         model: any model; a linear-Gaussian one gives its exact posterior.
         y: observations `(time, obs)`, NaN where missing.
         u: inputs `(time, input)`.
-        num_iters: most Gauss-Newton steps.
+        num_iters: most Gauss-Newton steps; a linear-Gaussian model needs no search.
         start: a path `(time, state)` near the mode that is wanted, where there may be several; None for the path that
             the model takes without noise, and where that leads to no mode, or to one that seems to be a lower one, for
             paths of few particles. No start is certain to lead to the highest of several.
@@ -63,15 +63,16 @@ def laplace_path(
         Bell 1994; Durbin & Koopman 1997; Rue, Martino & Chopin 2009, section 3.
     """
     check_count("num_iters", num_iters)
+    is_linear = isinstance(model, LinearGaussianSSM)
     model = check_nonlinear(model)
     series, inputs = model.check_series(y, u)
     given = None if start is None else check_start(start, len(series), model.n_state).astype(model.m0.dtype)
     factors = as_factor("chol_P0", model.chol_P0), as_factor("chol_Q", model.chol_Q)
-    found, end = _laplace(model, *factors, series, inputs, given, num_iters=num_iters)
+    found, end = _laplace(model, *factors, series, inputs, given, num_iters=num_iters, is_linear=is_linear)
     return jax.tree.map(lambda x: insist(x, end, num_iters), found)
 
 
-@partial(jax.jit, static_argnames="num_iters")
+@partial(jax.jit, static_argnames=("num_iters", "is_linear"))
 def _laplace(
     model: NonlinearSSM,
     chol_P0: Factor,
@@ -81,6 +82,7 @@ def _laplace(
     start: Array | None,
     *,
     num_iters: int,
+    is_linear: bool,
 ) -> tuple[SmootherResult, End]:
     """What `laplace_path` returns, and where its search has ended."""
     prior = StatePath(model.m0, chol_P0, model.transition, chol_Q, len(y), u, time_varying=model.time_varying)
@@ -88,17 +90,26 @@ def _laplace(
     def log_lik(path: Array) -> Array:
         return jnp.sum(jax.vmap(model.log_prob)(y, path, u))
 
-    others = further_starts(model, y, u) if start is None else None
-    close = 1e-12 if y.dtype == jnp.float64 else 1e-6
-    options: dict[str, Any] = {"start": start, "others": others, "num_iters": num_iters, "tolerance": close}
-    path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
+    if is_linear:
+        path = linear_mode(prior, log_lik, start)
+    else:
+        others = further_starts(model, y, u) if start is None else None
+        close = 1e-12 if y.dtype == jnp.float64 else 1e-6
+        options: dict[str, Any] = {"start": start, "others": others, "num_iters": num_iters, "tolerance": close}
+        path = mode_path(prior, log_lik, rank=model.n_state, strict=False, **options)
     step = gauss_newton(prior, log_lik, path)
-    found = _about_mode(prior, path + step.move, step.J, log_lik(path + step.move))
+    found = _about_mode(prior, path + step.move, step.J, log_lik(path + step.move) + step.quadratic)
+    if is_linear:
+        return found, End(jnp.ones((), bool), jnp.zeros((), y.dtype))
     return found, judge(prior, log_lik, path, step.move)
 
 
-def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> SmootherResult:
+def _about_mode(prior: StatePath, path: Array, J: Array, log_joint: Array) -> SmootherResult:
     """Moments of the Gaussian whose backward messages have the curvatures `J`, and the evidence.
+
+    `log_joint` is that of the data and of the noise that drives the path, without the normaliser of the latter. It is
+    not a difference of two densities of paths: those need the residuals of rounded states, which a small or singular
+    noise blows up.
 
     Given the state before it, `z_t` has the covariance `V = (Q^{-1} + J)^{-1} = F (1 + F' J F)^{-1} F'` and depends on
     it through `(1 + Q J)^{-1} A`.
@@ -125,7 +136,5 @@ def _about_mode(prior: StatePath, path: Array, J: Array, log_lik: Array) -> Smoo
     first = triangularise(spread)
     A = jax.vmap(linearise)(path[:-1], timed)
     _, (chol, cross_cov, logdets) = jax.lax.scan(step, first, (J[1:], A, timed))
-    still = prior.path_from_noise(jnp.zeros(prior.noise_size, path.dtype))
-    quadratic = prior.log_prob(path) - prior.log_prob(still)  # a path without noise has the normaliser alone
-    evidence = log_lik + quadratic + first_logdet + jnp.sum(logdets)
+    evidence = log_joint + first_logdet + jnp.sum(logdets)
     return SmootherResult(path, jnp.concatenate([first[None], chol]), cross_cov, evidence)

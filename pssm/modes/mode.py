@@ -97,12 +97,15 @@ class GaussNewton(NamedTuple):
         slope: `w`, slope of the message at `path + x`, `(..., time, state)`.
         J: curvature of the messages, `(..., time, state, state)`.
         variance: diagonal of the conditional covariances `(Q^{-1} + J)^{-1}`, `(..., time, state)`.
+        quadratic: `- sum_t |F_t' w_t|^2 / 2`, the log density of the noise that drives `path + x` where the transition
+            is linear, or `x` is zero, `(...,)`.
     """
 
     move: Array
     slope: Array
     J: Array
     variance: Array
+    quadratic: Array
 
 
 def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> GaussNewton:
@@ -135,13 +138,15 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
         _, (J, h) = jax.lax.scan(back, last, (g[:-1], W[:-1], A, residual, timed), reverse=True)
         J, h = jnp.concatenate([J, last[0][None]]), jnp.concatenate([h, last[1][None]])
 
-        def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array]:
+        def absorb(factor: Factor, J: Array, h: Array, mu: Array) -> tuple[Array, Array, Array, Array]:
             rows = as_matrix(factor)
             reduce, _, inverse = through_noise(rows, J)
             pull = h - matvec(J, mu)
             root = matmul(rows, inverse.T)
-            x = mu + matvec(root, matvec(root.T, pull))  # not `mu + Q w`: a wide `Q` would blow up the rounding of `w`
-            return x, matvec(reduce, pull), jnp.sum(root**2, axis=1)
+            driven = matvec(root.T, pull)
+            x = mu + matvec(root, driven)  # not `mu + Q w`: a wide `Q` would blow up the rounding of `w`
+            noise = matvec(inverse.T, driven)  # `F'w`, not from `w` for the same reason
+            return x, matvec(reduce, pull), jnp.sum(root**2, axis=1), -0.5 * jnp.sum(noise**2)
 
         first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
 
@@ -151,8 +156,8 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
             return found[0], found
 
         _, rest = jax.lax.scan(forward, first[0], (J[1:], h[1:], A, residual, timed))
-        move, slope, variance = (jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True))
-        return GaussNewton(move, slope, J, variance)
+        move, slope, variance, noise = (jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True))
+        return GaussNewton(move, slope, J, variance, jnp.sum(noise))
 
     arrays, cores = prior.arrays()
     batch = path.shape[:-2]
