@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
+from pssm.linalg import solve_lower, triangularise
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
@@ -56,9 +57,12 @@ def potentials_at(
         K, diag = found.factor, found.diagonal
     else:
         found = gauss_newton(prior, log_lik, path)
-        J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
-        diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
-        diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
+        if rank >= prior.n_state:  # nothing is cut
+            K, diag = message_factors(prior, log_lik, path), jnp.zeros_like(path)
+        else:
+            J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
+            diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
+            diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
     K, diag, scale = jax.lax.stop_gradient((K, diag, jnp.sqrt(found.variance)))
     return Potential(K, diag, center=path + found.move, slope=found.slope, scale=scale)
 
@@ -148,7 +152,9 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
             noise = matvec(inverse.T, driven)  # `F'w`, not from `w` for the same reason
             return x, matvec(reduce, pull), jnp.sum(root**2, axis=1), -0.5 * jnp.sum(noise**2)
 
-        first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
+        start = a["m0"] - z[0]
+        first = absorb(a["chol_P0"], J[0], h[0], start)
+        first = first[0], first[1] + sharper(a["chol_P0"], first[1], first[0] - start), *first[2:]
 
         def forward(x: Array, xs: tuple) -> tuple[Array, tuple]:
             J, h, A, o, t = xs
@@ -163,6 +169,48 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
     batch = path.shape[:-2]
     values, own = {"z": path, "g": gradient, "W": curvature}, {"z": 2, "g": 2, "W": 3}
     return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
+
+
+def sharper(factor: Factor, w: Array, way: Array) -> Array:
+    """What makes `Q w = way` of a slope `w`, which a wide `Q` needs to all digits; zero but for rounding."""
+    w, way, factor = jax.lax.stop_gradient((w, way, factor))
+    rows = as_matrix(factor)
+    lower = triangularise(rows)
+    return solve_lower(lower, solve_lower(lower, way - matvec(rows, matvec(rows.T, w))), transpose=True)
+
+
+def message_factors(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> Array:
+    """Factors `K` of the messages' curvatures `J = K K'` at a path, `(..., time, state, state)`, without derivatives.
+
+    The recursion is that of `gauss_newton` for the factors alone. Where little noise lets information add up over many
+    steps, `J` has directions that are many digits apart, of which the smaller ones drown in the rounding of the larger.
+    """
+    path, prior = jax.lax.stop_gradient((path, prior))
+    curvature = jax.lax.stop_gradient(sites(log_lik, path)[1])
+
+    def one(a: dict[str, Any]) -> Array:
+        timed = prior.timed(a)
+
+        def back(K: Array, xs: tuple) -> tuple[Array, Array]:
+            root, z, t = xs
+            now = {**a, **t}
+            A = jax.jacfwd(lambda s: prior.step(now, s))(z)
+            factor = as_matrix(now["chol_Q"])
+            m, n = factor.shape[1], len(K)
+            rows = jnp.block([[jnp.eye(m, dtype=K.dtype), matmul(factor.T, K)], [jnp.zeros((n, m), K.dtype), K]])
+            before = triangularise(rows)[m:, m:]  # `K K'` less what the noise hides, by rotations: nothing cancels
+            K = triangularise(jnp.concatenate([root, matmul(A.T, before)], axis=1))
+            return K, K
+
+        values, vectors = jnp.linalg.eigh(a["W"])
+        roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :]
+        last = triangularise(roots[-1])
+        _, K = jax.lax.scan(back, last, (roots[:-1], a["z"][:-1], timed), reverse=True)
+        return jnp.concatenate([K, last[None]])
+
+    arrays, cores = prior.arrays()
+    values, own = {"z": path, "W": curvature}, {"z": 2, "W": 3}
+    return map_batch(one, path.shape[:-2], {**arrays, **values}, {**cores, **own})
 
 
 def through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
