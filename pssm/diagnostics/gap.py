@@ -14,8 +14,9 @@ from pssm._types import Key, KeyLike
 from pssm.diagnostics.bound import log_evidence
 from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
+from pssm.fitting.draws import trace_with
 from pssm.fitting.labels import check_density, with_all_data
-from pssm.fitting.results import SVIFit, elbo, posterior_draws, trace_with
+from pssm.fitting.results import SVIFit, elbo, posterior_draws
 from pssm.guides import AutoStateSpace
 from pssm.guides.paths import POINT
 from pssm.infer.importance import importance_bound, log_weights

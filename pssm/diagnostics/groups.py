@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import xarray as xr
 
 from pssm.distributions import GaussianFilterMarginal, LinearGaussianMarginal, WithMissing
-from pssm.fitting.results import flatten_draws, trace_with
+from pssm.fitting.draws import flatten_draws, trace_with
 from pssm.inspection.axes import Axes, innermost
 from pssm.partly_observed import log_prob_observed
 

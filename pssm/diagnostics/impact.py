@@ -18,8 +18,8 @@ from pssm.diagnostics.analysis_plots import plot_impact
 from pssm.diagnostics.rolling import Roller, series_of
 from pssm.distributions import LinearGaussianMarginal
 from pssm.filters import sample_states
+from pssm.fitting.draws import trace_with
 from pssm.fitting.own_arrays import with_own_arrays
-from pssm.fitting.results import trace_with
 from pssm.infer.exact import one_step
 from pssm.infer.task import marginal_site
 from pssm.linalg.random import standard_normal

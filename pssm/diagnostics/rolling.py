@@ -11,12 +11,13 @@ from numpyro.infer import MCMC, NUTS
 
 from pssm._checks import check_choice, is_pandas, unmasked
 from pssm._types import Array, Key
+from pssm.fitting.draws import flatten_draws, trace_with
 from pssm.fitting.fit import fit_svi
 from pssm.fitting.loop import run_to_end
 from pssm.fitting.ml import ModeEngine, PointEngine
 from pssm.fitting.own_arrays import with_own_arrays
 from pssm.fitting.point import PointFit
-from pssm.fitting.results import flatten_draws, posterior_draws, trace_with
+from pssm.fitting.results import posterior_draws
 from pssm.infer.exact import one_step
 from pssm.infer.predict import forecast
 from pssm.infer.task import marginal_site

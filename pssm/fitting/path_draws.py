@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pssm._types import Array, Key
-from pssm.fitting.results import trace_with
+from pssm.fitting.draws import trace_with
 from pssm.guides.guided_filter import guided_paths
 from pssm.linalg.random import standard_normal
 

@@ -1,28 +1,23 @@
 """What a fit is: NumPyro's results with how they came about, and one record that stands for any of them."""
 
-import math
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-from numpyro import handlers
-from numpyro.infer import MCMC, SVI, Predictive, Trace_ELBO
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.svi import SVIRunResult
 
 from pssm._keys import as_key
-from pssm._types import Key, KeyLike
-from pssm.fitting.labels import check_density, in_parts, objective_of, with_all_data
+from pssm._types import KeyLike
+from pssm.fitting.draws import ChainDraws, CompletedDraws, GuideDraws
+from pssm.fitting.labels import check_density, objective_of, with_all_data
 from pssm.fitting.portable import kept, restore
 from pssm.fitting.training import Settings, TrainState
 from pssm.guides.paths import BOUND
-from pssm.guides.plates import Whole, WholePlates
 from pssm.storage.pickling import Copied, dumps
 
 EXACT = "exact posterior (Markov chain)"
@@ -191,7 +186,7 @@ class FitRecord(Copied):
 
     def __reduce__(self) -> Any:
         state = dict(vars(self))
-        if isinstance(self.sample, _GuideDraws) and self.sample.fit.svi.guide is self.guide:
+        if isinstance(self.sample, GuideDraws) and self.sample.fit.svi.guide is self.guide:
             state["guide"] = None  # which goes with the fit
         return _record, (type(self), dumps(state))
 
@@ -204,7 +199,7 @@ class FitRecord(Copied):
 def _record(kind: type, data: bytes) -> FitRecord:
     """The record of a pickle."""
     state = pickle.loads(data)
-    if isinstance(state["sample"], _GuideDraws) and state["guide"] is None:
+    if isinstance(state["sample"], GuideDraws) and state["guide"] is None:
         state["guide"] = state["sample"].fit.svi.guide
     return kind(**state)
 
@@ -239,39 +234,6 @@ def record_of(fit: Any) -> FitRecord:
     raise TypeError(f"`fit` must come from `fit_nuts`, `fit_svi` or `MCMC.run`; got {type(fit).__name__}.{hint}")
 
 
-class _ChainDraws(NamedTuple):
-    """The draws of a Markov chain: all of them, whatever is asked for."""
-
-    fit: MCMC
-
-    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return self.fit.get_samples(group_by_chain=True)
-
-
-class _CompletedDraws(NamedTuple):
-    """The draws of a Markov chain whose model has integrated its paths out, with a path for each; made once."""
-
-    fit: MCMC
-
-    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        draws = self.fit.get_samples(group_by_chain=True)
-        kept = getattr(self.fit, "_completed", None)
-        if kept is None or kept[0] is not self.fit.last_state:  # the chain may have gone on
-            found = self.fit.sampler.model.complete(draws, jax.random.key(0), *self.fit._args, **self.fit._kwargs)
-            kept = self.fit.last_state, {n: x for n, x in found.items() if n not in draws}
-            vars(self.fit)["_completed"] = kept
-        return {**draws, **kept[1]}
-
-
-class _GuideDraws(NamedTuple):
-    """The draws of a guide, for any arguments."""
-
-    fit: SVIFit
-
-    def __call__(self, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return guide_draws(self.fit, num_samples, key, args, kwargs)
-
-
 def _of_mcmc(fit: MCMC) -> FitRecord:
     if fit.last_state is None:
         raise ValueError("`fit` has not been run: it has no draws.")
@@ -284,9 +246,9 @@ def _of_mcmc(fit: MCMC) -> FitRecord:
             f"{int(diverging.sum())} of {diverging.size} transitions diverged: parts of the posterior may be missing. "
             "Raise `target_accept_prob` (0.95), or integrate the states out."
         )
-    method, model, kind, draws = type(fit.sampler).__name__, fit.sampler.model, EXACT, _ChainDraws(fit)
+    method, model, kind, draws = type(fit.sampler).__name__, fit.sampler.model, EXACT, ChainDraws(fit)
     if hasattr(model, "complete"):  # the paths are integrated out, and drawn for whoever asks
-        method, kind, draws = f"{method} ({model.approximation})", model.objective, _CompletedDraws(fit)
+        method, kind, draws = f"{method} ({model.approximation})", model.objective, CompletedDraws(fit)
         model = model.plain_model
     return FitRecord(
         method,
@@ -308,7 +270,7 @@ def _of_svi(fit: SVIFit) -> FitRecord:
         with_all_data(fit)[1],
         fit.args,
         fit.kwargs,
-        _GuideDraws(fit),
+        GuideDraws(fit),
         fit.objective,
         ended=fit.ended,
         message=fit.message,
@@ -334,29 +296,6 @@ def _unconverged(fit: SVIFit) -> str:
         )
     advice = "" if fit.ended == "interrupted" else f" Raise `num_steps` (now {steps})."
     return f"SVI has not converged: {fit.message}{advice}"
-
-
-def guide_draws(
-    fit: SVIFit, num_samples: int, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, jax.Array]:
-    """Draws from a fitted guide, of latent and deterministic sites, with axes `(1, draw)`."""
-    params, guide = fit.params, fit.svi.guide
-    draw_key, _ = jax.random.split(key)
-    _, model = with_all_data(fit, "draws of its series" if in_parts(fit) else "")
-    with WholePlates() if isinstance(model, Whole) else nullcontext():
-        if isinstance(guide, AutoGuide):
-            latents = guide.sample_posterior(draw_key, params, *args, sample_shape=(num_samples,), **kwargs)
-        else:
-            latents = Predictive(guide, params=params, num_samples=num_samples)(draw_key, *args, **kwargs)
-    model = handlers.substitute(model, data=params)
-
-    def deterministic(row: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        trace = trace_with(model, row[1], *args, **kwargs)
-        return {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
-
-    rows = jnp.arange(num_samples), latents  # there may be no latent site: learned parameters alone
-    extra = jax.lax.map(deterministic, rows, batch_size=500)
-    return {name: x[None] for name, x in {**latents, **extra}.items()}
 
 
 def posterior_draws(fit: Fit, *, num_samples: int = 4000, key: KeyLike = 0) -> dict[str, np.ndarray]:
@@ -398,14 +337,3 @@ def model_of(fit: Fit) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, A
     """The model of a fit and the arguments it was run with."""
     record = record_of(fit)
     return record.model, record.args, record.kwargs
-
-
-def trace_with(model: Callable[..., Any], values: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The model's trace with latent sites set to `values`."""
-    seeded = numpyro.handlers.seed(numpyro.handlers.substitute(model, data=values), jax.random.key(0))
-    return numpyro.handlers.trace(seeded).get_trace(*args, **kwargs)
-
-
-def flatten_draws(draws: dict[str, Any]) -> dict[str, jax.Array]:
-    """Merges the `(chain, draw)` axes."""
-    return {n: jnp.asarray(x).reshape(math.prod(jnp.shape(x)[:2]), *jnp.shape(x)[2:]) for n, x in draws.items()}

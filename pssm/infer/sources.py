@@ -20,7 +20,7 @@ from pssm.filters import forecast as exact_forecast
 from pssm.filters import kalman_smoother
 from pssm.filters import sample_states as exact_sample_states
 from pssm.filters.ahead import draw_future
-from pssm.fitting.results import trace_with
+from pssm.fitting.draws import trace_with
 from pssm.infer.horizon import Horizon
 from pssm.inspection.axes import Axes, find_axes, is_factor, is_path_noise
 from pssm.linalg.random import standard_normal

@@ -13,8 +13,9 @@ from pssm._keys import as_key
 from pssm._types import Array, Key
 from pssm.distributions import LinearGaussianMarginal
 from pssm.distributions.unwrap import unwrap
+from pssm.fitting.draws import flatten_draws, trace_with
 from pssm.fitting.point import PointFit
-from pssm.fitting.results import Fit, flatten_draws, record_of, trace_with
+from pssm.fitting.results import Fit, record_of
 from pssm.infer.causal import causal_draws
 from pssm.infer.horizon import Horizon, inputs_of, longer_arguments
 from pssm.infer.sources import ExactSource, source_of, sources_of
