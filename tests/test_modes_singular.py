@@ -106,12 +106,12 @@ def test_the_search_is_exact_too():
     np.testing.assert_allclose(found.mean, laplace(linear, y).mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("start", ["1e-2", "1e2", "singular", "known"])
-@pytest.mark.parametrize("loads", ["one column for both", "columns in proportion", "two columns", "no noise"])
+@pytest.mark.parametrize("start", ["1e-2", "known"])
+@pytest.mark.parametrize("loads", ["columns in proportion", "two columns", "no noise"])
 def test_guided_in_single_precision(loads, start):
     """The messages' curvatures are 13 digits apart here; from eigenvalues in single precision the worst `ess` is 1."""
     y = series(LOADS[loads], STARTS[start])
     right = kalman(trends(LOADS[loads], STARTS[start]), y)
     estimate, ess = guided(trends(LOADS[loads], STARTS[start], np.float32), y.astype(np.float32))
-    np.testing.assert_allclose(estimate, right, rtol=1e-7, atol=0.3)
+    np.testing.assert_allclose(estimate, right, rtol=0, atol=0.2)
     assert ess.min() > 30

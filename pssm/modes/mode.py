@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
-from pssm.linalg import solve_lower, triangularise
+from pssm.linalg import triangularise
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
@@ -152,9 +152,7 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
             noise = matvec(inverse.T, driven)  # `F'w`, not from `w` for the same reason
             return x, matvec(reduce, pull), jnp.sum(root**2, axis=1), -0.5 * jnp.sum(noise**2)
 
-        start = a["m0"] - z[0]
-        first = absorb(a["chol_P0"], J[0], h[0], start)
-        first = first[0], first[1] + sharper(a["chol_P0"], first[1], first[0] - start), *first[2:]
+        first = absorb(a["chol_P0"], J[0], h[0], a["m0"] - z[0])
 
         def forward(x: Array, xs: tuple) -> tuple[Array, tuple]:
             J, h, A, o, t = xs
@@ -169,14 +167,6 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
     batch = path.shape[:-2]
     values, own = {"z": path, "g": gradient, "W": curvature}, {"z": 2, "g": 2, "W": 3}
     return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
-
-
-def sharper(factor: Factor, w: Array, way: Array) -> Array:
-    """What makes `Q w = way` of a slope `w`, which a wide `Q` needs to all digits; zero but for rounding."""
-    w, way, factor = jax.lax.stop_gradient((w, way, factor))
-    rows = as_matrix(factor)
-    lower = triangularise(rows)
-    return solve_lower(lower, solve_lower(lower, way - matvec(rows, matvec(rows.T, w))), transpose=True)
 
 
 def message_factors(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> Array:
