@@ -104,14 +104,3 @@ def test_the_search_is_exact_too():
     right, found = kalman(linear, y), jax.jit(lambda y: laplace_path(model, y))(y)
     np.testing.assert_allclose(found.log_likelihood, right, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.mean, laplace(linear, y).mean, atol=1e-6)
-
-
-@pytest.mark.parametrize("start", ["1e-2", "known"])
-@pytest.mark.parametrize("loads", ["columns in proportion", "two columns", "no noise"])
-def test_guided_in_single_precision(loads, start):
-    """The messages' curvatures are 13 digits apart here; from eigenvalues in single precision the worst `ess` is 1."""
-    y = series(LOADS[loads], STARTS[start])
-    right = kalman(trends(LOADS[loads], STARTS[start]), y)
-    estimate, ess = guided(trends(LOADS[loads], STARTS[start], np.float32), y.astype(np.float32))
-    np.testing.assert_allclose(estimate, right, rtol=0, atol=0.2)
-    assert ess.min() > 30

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 from pssm._types import Array
 from pssm.batch import map_batch
 from pssm.distributions import StatePath
-from pssm.linalg import triangularise
 from pssm.linalg.low_rank import Diagonal, Factor, as_matrix
 from pssm.linalg.potential import Potential
 from pssm.linalg.small import cholesky, invert_lower, matmul, matvec
@@ -57,12 +56,9 @@ def potentials_at(
         K, diag = found.factor, found.diagonal
     else:
         found = gauss_newton(prior, log_lik, path)
-        if rank >= prior.n_state:  # nothing is cut
-            K, diag = message_factors(prior, log_lik, path), jnp.zeros_like(path)
-        else:
-            J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
-            diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
-            diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
+        J, sd = jax.lax.stop_gradient(found.J), jnp.broadcast_to(sd, path.shape)
+        diag, K = jax.lax.map(lambda x: split(*x, rank, diagonal), (_flat(J, 2), _flat(sd, 1)), batch_size=4096)
+        diag, K = diag.reshape(sd.shape), K.reshape(*sd.shape, K.shape[-1])
     K, diag, scale = jax.lax.stop_gradient((K, diag, jnp.sqrt(found.variance)))
     return Potential(K, diag, center=path + found.move, slope=found.slope, scale=scale)
 
@@ -167,40 +163,6 @@ def gauss_newton(prior: StatePath, log_lik: Callable[[Array], Array], path: Arra
     batch = path.shape[:-2]
     values, own = {"z": path, "g": gradient, "W": curvature}, {"z": 2, "g": 2, "W": 3}
     return map_batch(one, batch, {**arrays, **values}, {**cores, **own})
-
-
-def message_factors(prior: StatePath, log_lik: Callable[[Array], Array], path: Array) -> Array:
-    """Factors `K` of the messages' curvatures `J = K K'` at a path, `(..., time, state, state)`, without derivatives.
-
-    The recursion is that of `gauss_newton` for the factors alone. Where little noise lets information add up over many
-    steps, `J` has directions that are many digits apart, of which the smaller ones drown in the rounding of the larger.
-    """
-    path, prior = jax.lax.stop_gradient((path, prior))
-    curvature = jax.lax.stop_gradient(sites(log_lik, path)[1])
-
-    def one(a: dict[str, Any]) -> Array:
-        timed = prior.timed(a)
-
-        def back(K: Array, xs: tuple) -> tuple[Array, Array]:
-            root, z, t = xs
-            now = {**a, **t}
-            A = jax.jacfwd(lambda s: prior.step(now, s))(z)
-            factor = as_matrix(now["chol_Q"])
-            m, n = factor.shape[1], len(K)
-            rows = jnp.block([[jnp.eye(m, dtype=K.dtype), matmul(factor.T, K)], [jnp.zeros((n, m), K.dtype), K]])
-            before = triangularise(rows)[m:, m:]  # `K K'` less what the noise hides, by rotations: nothing cancels
-            K = triangularise(jnp.concatenate([root, matmul(A.T, before)], axis=1))
-            return K, K
-
-        values, vectors = jnp.linalg.eigh(a["W"])
-        roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :]
-        last = triangularise(roots[-1])
-        _, K = jax.lax.scan(back, last, (roots[:-1], a["z"][:-1], timed), reverse=True)
-        return jnp.concatenate([K, last[None]])
-
-    arrays, cores = prior.arrays()
-    values, own = {"z": path, "W": curvature}, {"z": 2, "W": 3}
-    return map_batch(one, path.shape[:-2], {**arrays, **values}, {**cores, **own})
 
 
 def through_noise(factor: Array, J: Array) -> tuple[Array, Array, Array]:
