@@ -12,6 +12,7 @@ import pytest
 
 import pssm
 from pssm.distributions import StatePath, observe
+from pssm.study import budget
 from pssm.study import methods as study_methods
 from pssm.study.compare import Study
 from pssm.study.methods import CompileClock, MethodResult, Settings, within_budget
@@ -250,7 +251,7 @@ def a_gradient_takes(monkeypatch):
 
     def use(seconds):
         ticks = iter([0.0, 3 * seconds])
-        monkeypatch.setattr(study_methods, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+        monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
     return use
 

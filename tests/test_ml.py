@@ -344,9 +344,7 @@ def too_many(y):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (partial(models.local_level, states="sampled"), "Integrate them out"),
         (partial(models.autoregression, states="sampled"), "Integrate them out"),
-        (partial(models.stochastic_volatility), "Integrate them out"),
         (discrete, "discrete"),
         (learned, "fit_svi"),
         (nothing_seen, "observes nothing"),

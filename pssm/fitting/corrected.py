@@ -36,6 +36,8 @@ INSTEAD = (
 class CorrectedFit(FitRecord):
     """Draws of parameters and paths after their correction by weights; a fit like any other.
 
+    `draws` gives the same draws in each call.
+
     Attributes:
         exact: whether the weights can be trusted: then the draws are of the exact posterior, up to Monte Carlo error.
         khat: Pareto shape of the weights.

@@ -38,7 +38,7 @@ def corrected(
         fit: of `fit_nuts(path_marginal(model), ...)` or any other NumPyro `MCMC` of a `path_marginal`, or of `nodes`.
         num_paths: paths of the chain a draw, an even number.
         num_particles: of the particle filter.
-        key: random key, or a whole number; the same key gives the same result.
+        key: random key, or a whole number; the same key gives the same draws, the default too.
         checkpoint: a new folder for the weights and paths; `pssm.infer.resume` goes on from it.
         progress_bar: show a progress bar, and the quality of the weights in words.
 
