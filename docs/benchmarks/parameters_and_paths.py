@@ -1,14 +1,14 @@
 """Parameters of models with a path: how far approximate posteriors are off, before and after their correction.
 
-    python docs/benchmarks/parameters_and_paths.py [system ...]
+    python docs/benchmarks/parameters_and_paths.py [--nodes 512] [system ...]
 
 Writes `parameters_and_paths.json` beside this file. For each system, posteriors over the same weighted nodes are
 compared: with the exact likelihood (for one state, a filter on a grid, 401 points; for two, 512 paths a node), with
 the approximation, and with the approximation corrected by 16 paths a node. So the nodes themselves add no error.
 """
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from pssm.linalg.low_rank import as_matrix
 jax.config.update("jax_enable_x64", True)
 OUT = Path(__file__).with_suffix(".json")
 ONE = jnp.eye(1)
-NODES = 512
 
 
 def ar_prior(mu, phi, sigma, steps):
@@ -141,15 +140,15 @@ def against(exact, other):
     }
 
 
-def measure(name):
+def measure(name, num_nodes):
     """One system: both approximations, before and after correction."""
     model, truth = SYSTEMS[name]
     key = jax.random.key(11)
     y = numpyro.infer.Predictive(numpyro.handlers.condition(model, truth), num_samples=1)(key)["y"][0]
-    found = {"num_steps": len(y), "truth": truth}
+    found = {"num_steps": len(y), "num_nodes": num_nodes, "truth": truth}
     for approximation in ("laplace", "variational"):
         begun = time.perf_counter()
-        fit = nodes(model, y, approximation=approximation, num_nodes=NODES, progress_bar=False)
+        fit = nodes(model, y, approximation=approximation, num_nodes=num_nodes, progress_bar=False)
         taken = time.perf_counter() - begun
         begun = time.perf_counter()
         after = corrected(fit, progress_bar=False)
@@ -173,7 +172,7 @@ def measure(name):
             "before": against(exact, moments(fit.nodes, base)),
             "after": against(exact, moments(fit.nodes, after.log_weights.ravel())),
             "log_evidence": {"exact": evidence, "before": fit.log_evidence, "after": after.log_evidence},
-            "nodes_effective": round(fit.ess / NODES, 3),
+            "nodes_effective": round(fit.ess / num_nodes, 3),
             "share_of_weights": round(float(_share(after, base)), 3),
             "khat": round(after.khat, 3),
             "log_weight_sd": round(after.log_weight_sd, 3),
@@ -195,7 +194,11 @@ def _share(after, base):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("systems", nargs="*", default=list(SYSTEMS), help=", ".join(SYSTEMS))
+    parser.add_argument("--nodes", type=int, default=512, help="nodes of each system")
+    given = parser.parse_args()
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for system in sys.argv[1:] or SYSTEMS:
-        known[system] = measure(system)
+    for system in given.systems:
+        known[system] = measure(system, given.nodes)
         OUT.write_text(json.dumps(known, indent=1) + "\n")
