@@ -191,7 +191,7 @@ def test_laplace_of_a_linear_model_is_its_posterior(x64):
 
 
 def test_a_start_chooses_among_modes(x64):
-    """Only the square is seen: two modes, mirrored, and a saddle between them that a search from there does not leave."""
+    """Only the square is seen: two modes, mirrored, and a saddle between them, which a search does not leave."""
     one = jnp.eye(1)
     square = pssm.NonlinearSSM(
         jnp.zeros(1), one, lambda z, u: 0.9 * z, 0.3 * one, lambda z: dist.Normal(z**2, 0.1).to_event(1)

@@ -54,7 +54,7 @@ def damped_climb(prior: StatePath, log_lik: LogLik, start: Array, *, num_iters: 
         rounding = 30 * jnp.finfo(s.path.dtype).eps ** 0.5 * (1.0 + jnp.abs(here.value))
         rises = there.value >= jnp.where(jnp.isfinite(here.value), here.value + 1e-4 * here.slope, -jnp.inf)
         near = here.slope <= 1e-2 * s.path.shape[-2] * s.path.shape[-1]
-        hidden = (there.value >= here.value - rounding) | (near & (s.damping == 0))
+        hidden = there.value >= here.value - rounding * jnp.where(near & (s.damping == 0), 30.0, 1.0)
         flatter = jnp.isfinite(there.slope) & (jnp.abs(there.slope) <= 0.9 * jnp.abs(here.slope))
         climbs = (here.slope > 0) | ~jnp.isfinite(here.value)
         good = step.proper & climbs & jnp.isfinite(there.value) & (rises | (hidden & flatter))

@@ -149,7 +149,7 @@ def _length(at: Callable[[Array], Line], here: Line, path: Array) -> Array:
     def good(size: Array, there: Line) -> Array:
         gain = size * here.slope
         rises = there.value >= jnp.where(jnp.isfinite(here.value), here.value + 1e-4 * gain, -jnp.inf)
-        hidden = (there.value >= here.value - rounding) | (gain <= short)
+        hidden = there.value >= here.value - rounding * jnp.where(gain <= short, 30.0, 1.0)
         flatter = jnp.isfinite(there.slope) & (jnp.abs(there.slope) <= 0.9 * jnp.abs(here.slope))
         return jnp.isfinite(there.value) & (rises | (hidden & flatter))
 
