@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from scipy.optimize import minimize
 
 from pssm import LinearGaussianSSM, log_likelihood
 
@@ -74,15 +75,21 @@ def test_values_have_no_jitter(x64):
     np.testing.assert_allclose(log_likelihood(ssm, y), oracles.log_likelihood(ssm, y), rtol=1e-10)
 
 
-def test_an_optimiser_leaves_the_boundary(x64):
+def test_an_optimiser_with_bounds_leaves_the_boundary_for_the_maximum(x64):
     rng = np.random.default_rng(0)
     y = np.cumsum(rng.normal(size=80))[:, None] + rng.normal(size=(80, 1))
-    q, step = (
-        0.0,
-        jax.jit(jax.value_and_grad(lambda q: log_likelihood(model(np.eye(1), jnp.full((1, 1), q), np.eye(1), 1.0), y))),
-    )
-    start = step(q)[0]
-    for _ in range(50):
-        q = max(q + 0.01 * np.sign(step(q)[1]), 0.0)
-    assert q > 0.2
-    assert step(q)[0] > start + 10
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(v):
+        one = jnp.eye(1)
+        ssm = LinearGaussianSSM.from_covariances(jnp.zeros(1), 100 * one, one, v[0] * one, one, v[1] * one)
+        return -log_likelihood(ssm, y)
+
+    def search(start):
+        return minimize(lambda v: tuple(map(np.asarray, loss(jnp.asarray(v)))), start, jac=True, bounds=[(0, None)] * 2)
+
+    stuck, inside = (search(start) for start in ([0.0, 1.0], [1.0, 1.0]))
+    assert stuck.fun == pytest.approx(inside.fun, abs=1e-5)
+    np.testing.assert_allclose(stuck.x, inside.x, rtol=1e-2)
+    assert stuck.fun < float(loss(jnp.array([0.0, y.var()]))[0]) - 10
