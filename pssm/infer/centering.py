@@ -13,8 +13,7 @@ from pssm.distributions import StatePath
 from pssm.distributions.unwrap import unwrap
 from pssm.guides.model_run import ModelRun
 from pssm.inspection.axes import is_factor
-from pssm.linalg.low_rank import Diagonal, Factor
-from pssm.modes.mode import sites
+from pssm.modes.mode import noise_sd, sites
 from pssm.modes.path import mode_path
 
 
@@ -85,20 +84,5 @@ def _weights(run: ModelRun, name: str, values: dict[str, Array], shape: tuple[in
     start = jnp.broadcast_to(start, shape)
     path = mode_path(prior, log_lik, rank=prior.n_state, start=start, strict=False)
     curvature = jnp.diagonal(sites(log_lik, path)[1], axis1=-2, axis2=-1)
-    information = jnp.maximum(curvature, 0.0) * _variances(prior)
+    information = jnp.maximum(curvature, 0.0) * noise_sd(prior) ** 2
     return jnp.broadcast_to(information / (1.0 + information), shape)
-
-
-def _variances(prior: StatePath) -> Array:
-    """Variances of the noise of every step, `(..., time, state)`; zero where there is none."""
-
-    def of(factor: Factor) -> Array:
-        return factor.scale**2 if isinstance(factor, Diagonal) else jnp.sum(factor**2, axis=-1)
-
-    first, later = of(prior.chol_P0)[..., None, :], of(prior.chol_Q)
-    if "chol_Q" in prior.time_varying:
-        later = later[..., 1:, :]
-    else:
-        later = jnp.broadcast_to(later[..., None, :], (*later.shape[:-1], prior.num_steps - 1, prior.n_state))
-    batch = jnp.broadcast_shapes(first.shape[:-2], later.shape[:-2])
-    return jnp.concatenate([jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (first, later)], axis=-2)

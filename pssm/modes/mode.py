@@ -75,10 +75,18 @@ def _flat(x: Array, core: int) -> Array:
 
 def noise_scale(prior: StatePath) -> Array:
     """Standard deviations of the noise at every step, `(..., time, state)`; 1 where there is none."""
+    found = noise_sd(prior)
+    return jnp.where(found > 0, found, 1.0)
+
+
+def noise_sd(prior: StatePath) -> Array:
+    """Standard deviations of the noise at every step, `(..., time, state)`; 0 where there is none."""
 
     def sd(factor: Factor) -> Array:
-        found = jnp.abs(factor.scale) if isinstance(factor, Diagonal) else jnp.sqrt(jnp.sum(factor**2, -1))
-        return jnp.where(found > 0, found, 1.0)
+        if isinstance(factor, Diagonal):
+            return jnp.abs(factor.scale)
+        squared = jnp.sum(factor**2, -1)
+        return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
     first, later = sd(prior.chol_P0)[..., None, :], sd(prior.chol_Q)
     if "chol_Q" in prior.time_varying:

@@ -12,6 +12,7 @@ from numpyro.util import check_model_guide_match
 
 from pssm._types import Array, Key
 from pssm.distributions.unwrap import site_log_prob, unwrap
+from pssm.objectives.draws import mutable, over_draws
 
 
 class TraceConditionalKL_ELBO(ELBO):
@@ -41,7 +42,7 @@ class TraceConditionalKL_ELBO(ELBO):
         def particle(key: Key) -> tuple[Array, dict[str, Any] | None]:
             model_key, guide_key = jax.random.split(key)
             guide_trace = trace(substitute(seed(guide, guide_key), data=param_map)).get_trace(*args, **kwargs)
-            params = {**param_map, **_mutable(guide_trace)}
+            params = {**param_map, **mutable(guide_trace)}
 
             def model_at(values: dict[str, Any]) -> dict[str, Any]:
                 fixed = {n: {**s, "value": values.get(n, s["value"])} for n, s in guide_trace.items()}
@@ -59,18 +60,9 @@ class TraceConditionalKL_ELBO(ELBO):
                 value = jax.vmap(lambda values: _elbo(model_at(values), guide_trace))(matched).mean()
             else:
                 value = _elbo(model_trace, guide_trace)
-            return value, {**_mutable(guide_trace), **_mutable(model_trace)} or None
+            return value, {**mutable(guide_trace), **mutable(model_trace)} or None
 
-        if self.num_particles == 1:
-            value, state = particle(rng_key)
-            return {"loss": -value, "mutable_state": state}
-        keys = jax.random.split(rng_key, self.num_particles)
-        values = self.vectorize_particles_fn(lambda key: particle(key)[0], keys)
-        return {"loss": -jnp.mean(values), "mutable_state": None}
-
-
-def _mutable(sites: dict[str, Any]) -> dict[str, Any]:
-    return {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}
+        return over_draws(self, rng_key, particle)
 
 
 def _elbo(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> Array:

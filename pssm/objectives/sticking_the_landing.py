@@ -12,6 +12,7 @@ from numpyro.util import check_model_guide_match
 
 from pssm._types import Array, Key
 from pssm.distributions.unwrap import site_log_prob, unwrap
+from pssm.objectives.draws import mutable, over_draws
 
 
 class StickingTheLanding_ELBO(ELBO):
@@ -48,25 +49,16 @@ class StickingTheLanding_ELBO(ELBO):
             model_key, guide_key = jax.random.split(key)
             seeded = seed(guide, guide_key)
             drawn = trace(substitute(seeded, data=param_map)).get_trace(*args, **kwargs)
-            state = _mutable(drawn)
+            state = mutable(drawn)
             params = {**param_map, **state}
             replayed = replay(seed(model, model_key), drawn)
             joint = trace(substitute(replayed, data=params)).get_trace(*args, **kwargs)
             check_model_guide_match(joint, drawn)
             fixed = jax.lax.stop_gradient(param_map)
             again = trace(substitute(replay(seed(guide, guide_key), drawn), data=fixed)).get_trace(*args, **kwargs)
-            return _log_ratio(joint, drawn, again), {**state, **_mutable(joint)} or None
+            return _log_ratio(joint, drawn, again), {**state, **mutable(joint)} or None
 
-        if self.num_particles == 1:
-            value, state = particle(rng_key)
-            return {"loss": -value, "mutable_state": state}
-        keys = jax.random.split(rng_key, self.num_particles)
-        values = self.vectorize_particles_fn(lambda key: particle(key)[0], keys)
-        return {"loss": -jnp.mean(values), "mutable_state": None}
-
-
-def _mutable(sites: dict[str, Any]) -> dict[str, Any]:
-    return {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}
+        return over_draws(self, rng_key, particle)
 
 
 def _own_log_prob(site: dict[str, Any]) -> Array:
