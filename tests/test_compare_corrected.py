@@ -5,7 +5,8 @@ import pytest
 from test_weights import COUNTS, counts, five
 
 import pssm
-from pssm.study.budget import CompileClock, within_budget
+from pssm.study.budget import within_budget
+from pssm.study.clock import CompileClock
 from pssm.study.method_names import APPROXIMATE, CHAINS, METHODS, OBJECTIVES, PATH_METHODS, Settings
 from pssm.study.methods import MethodResult, run_method
 from pssm.study.verdict import judge, parameter_rows

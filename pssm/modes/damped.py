@@ -86,11 +86,27 @@ def _trial(
     prior: StatePath, log_lik: LogLik, line: Callable[[Array, Array], Line], s: _State
 ) -> tuple[Step, Line, Line]:
     """The step, and the density with its slope along it at both ends."""
-    gradient, W = signed_sites(log_lik, s.path)
-    if not prior.is_linear:
-        W = W + bend(prior, s.path, s.slope)
+    gradient, W = _curvature(prior, log_lik, s.path, s.slope)
     above = jnp.sum(jnp.abs(W), axis=-1)[..., None] * jnp.eye(W.shape[-1], dtype=W.dtype)
     step = newton_step(prior, s.path, gradient, W + s.damping[..., None, None, None] * above)
     proper = step.proper & jnp.all(jnp.isfinite(step.move), axis=(-2, -1))
     move = jnp.where(proper[..., None, None], step.move, 0.0)
     return step._replace(move=move), line(s.path, move), line(s.path + move, move)
+
+
+def is_maximum(prior: StatePath, log_lik: LogLik, path: Array, slope: Array) -> Array:
+    """Whether the curvature at a stationary path is that of a maximum, for each lane: a saddle has slope zero too.
+
+    Args:
+        prior: the path prior.
+        log_lik: as in `damped_climb`.
+        path: the path.
+        slope: `w` there, of a Gauss-Newton step.
+    """
+    return newton_step(prior, path, *_curvature(prior, log_lik, path, slope)).proper
+
+
+def _curvature(prior: StatePath, log_lik: LogLik, path: Array, slope: Array) -> tuple[Array, Array]:
+    """The gradient of the likelihood, and minus its curvature and that of the transition's bend, signed."""
+    gradient, W = signed_sites(log_lik, path)
+    return gradient, W if prior.is_linear else W + bend(prior, path, slope)

@@ -12,6 +12,7 @@ from pssm.distributions import StatePath
 from pssm.linalg import triangularise
 from pssm.linalg.low_rank import Factor, as_factor, as_matrix
 from pssm.linalg.small import matmul
+from pssm.modes.damped import is_maximum
 from pssm.modes.mode import gauss_newton, through_noise
 from pssm.modes.path import check_start, linear_mode, mode_path
 from pssm.modes.search import End, insist, judge
@@ -101,7 +102,8 @@ def _laplace(
     found = _about_mode(prior, path + step.move, step.J, log_lik(path + step.move) + step.quadratic)
     if is_linear:
         return found, End(jnp.ones((), bool), jnp.zeros((), y.dtype))
-    return found, judge(prior, log_lik, path, step.move)
+    end = judge(prior, log_lik, path, step.move)
+    return found, end._replace(is_mode=end.is_mode & is_maximum(prior, log_lik, path, step.slope))
 
 
 def _about_mode(prior: StatePath, path: Array, J: Array, log_joint: Array) -> SmootherResult:

@@ -12,7 +12,7 @@ from pssm._types import Array, ArrayLike
 from pssm.distributions import StatePath
 from pssm.linalg.potential import Potential
 from pssm.modes.coupled import group_shape
-from pssm.modes.damped import damped_climb
+from pssm.modes.damped import damped_climb, is_maximum
 from pssm.modes.matrix_free import gauss_newton_matrix_free
 from pssm.modes.mode import gauss_newton, is_large, noise_scale, potentials_at
 from pssm.modes.search import End, Function, climb, density_of, insist, judge, start_path
@@ -107,7 +107,11 @@ def mode_path(
         return damped_climb(prior, log_lik, path, **options)
 
     def end_at(path: Array) -> End:
-        return judge(prior, log_lik, path, direction(path))
+        found = step(path)
+        end = judge(prior, log_lik, path, found.move)
+        if is_large(prior) or not alone:
+            return end
+        return end._replace(is_mode=end.is_mode & is_maximum(prior, log_lik, path, found.slope))
 
     path = search(path) if others is None else _best_of(prior, log_lik, path, others, search, end_at)
     return insist(path, end_at(path), num_iters) if strict else path

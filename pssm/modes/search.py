@@ -100,7 +100,11 @@ def insist(found: Array, end: End, num_iters: int) -> Array:
 def not_converged(end: End, num_iters: int) -> str:
     """In words that no mode was found, and how far it seems to be."""
     left = float(jnp.max(jnp.where(end.is_mode, 0.0, end.left)))
-    away = f"the next one has a length of {left**0.5:.3g} standard deviations" if left > 0 else "no step climbs"
+    away = (
+        f"the next one has a length of {left**0.5:.3g} standard deviations"
+        if left > 0
+        else "no step climbs, as at a saddle"
+    )
     return (
         f"the search for the mode has not converged after {num_iters} steps, and {away}. Allow more, begin with a "
         "`start` near the mode, or use 64-bit numbers; a density with kinks or jumps (an angle that goes once around), "

@@ -39,7 +39,8 @@ from pssm.inspection.axes import trace_model
 from pssm.inspection.check import NO_PATH
 from pssm.inspection.forms import has_path, path_model, sampled_model
 from pssm.storage.folder import MANIFEST, FitFolder
-from pssm.study.budget import CompileClock, within_budget
+from pssm.study.budget import within_budget
+from pssm.study.clock import CompileClock
 from pssm.study.method_names import APPROXIMATE, GUIDE_NAMES, KNOWN, OBJECTIVES, PATH_METHODS, POINTS, Settings
 
 
