@@ -340,7 +340,9 @@ def path_marginal(
       transition is a function its average over points, which may be off by some hundredths of a nat either way.
 
     Derivatives by the parameters are those of the value itself: of the mode, by the implicit function, and of the
-    curvature there. Where the path has no mode, or the search ends without one, the log density is minus infinity.
+    curvature there. Those of "variational" hold all steps but the last fixed (relative error about 1e-3), which a
+    sampler's acceptance corrects. Where the path has no mode, or the search ends without one, the log density is minus
+    infinity.
 
     The search begins at the path that belongs to the maximum of the approximate posterior. That is found when the model
     is first called with data that are known numbers, or by `prepare`. It never begins at the last step of a sampler, so
